@@ -1,0 +1,390 @@
+"""Files beneath a local root or an fsspec URL."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import posixpath
+import re
+import stat
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from ckptengine.errors import CheckpointError, NotFound, StorageFailed, Truncated, UnreadableFormat, UnusableRequest
+from ckptengine.sources.port import Files
+
+T = TypeVar("T")
+MAX_OPEN_FILES = 64
+INLINE = ":inline/"
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::|://)")
+
+
+def open_files(root: str | os.PathLike[str]) -> Files:
+    """The files beneath a local folder or an fsspec URL."""
+    text = os.fspath(root)
+    if not is_url(text):
+        return LocalFiles(text)
+    if text.startswith("file://"):
+        return LocalFiles(text[len("file://") :])
+    return RemoteFiles.from_url(text)
+
+
+def is_url(text: str) -> bool:
+    """True for ``protocol://...`` and for fsspec's chains (``zip::s3://...``)."""
+    return _URL.match(text) is not None
+
+
+def without_credentials(url: str) -> str:
+    """The URL as it may be shown: no user, password, query or fragment."""
+    shown = []
+    for link in url.split("::"):
+        if "://" not in link:
+            shown.append(link)
+            continue
+        try:
+            parts = urlsplit(link)
+            shown.append(f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}")
+        except ValueError:
+            shown.append(link.partition("://")[0] + "://...")
+    return "::".join(shown)
+
+
+def beneath(path: str) -> str:
+    """``path`` with ``.`` and doubled slashes removed; `UnreadableFormat` when it would leave the root."""
+    parts = [part for part in path.split("/") if part not in ("", ".")]
+    if path.startswith("/") or ".." in parts or "\0" in path or (os.sep != "/" and os.sep in path):
+        raise UnreadableFormat(f"the path {path!r} leads out of the checkpoint; it is refused")
+    return "/".join(parts)
+
+
+class LocalFiles:
+    """A local folder.  Links are followed only while they stay beneath the root.
+
+    A snapshot folder of the Hugging Face cache (``snapshots/<revision>``) may link into its own ``blobs`` folder.
+    """
+
+    def __init__(self, root: str, also: tuple[str, ...] = ()) -> None:
+        self._root = root
+        real = os.path.realpath(root)
+        self._allowed = [real, *also]
+        above = os.path.dirname(real)
+        if os.path.basename(above) == "snapshots":
+            self._allowed.append(os.path.join(os.path.dirname(above), "blobs"))
+        self._handles = _Handles(MAX_OPEN_FILES)
+
+    @property
+    def root(self) -> str:
+        return self._root
+
+    def _real(self, path: str) -> str:
+        clean = beneath(path)
+        real = os.path.realpath(os.path.join(self._allowed[0], clean))
+        for allowed in self._allowed:
+            if real == allowed or real.startswith(allowed.rstrip(os.sep) + os.sep):
+                return real
+        raise UnreadableFormat(
+            f"{self.shown(path)} is a link that leads out of the checkpoint; open the folder it points to, or copy it"
+        )
+
+    def shown(self, path: str) -> str:
+        """The path for error messages."""
+        return os.path.join(self._root, path) if path else self._root
+
+    @contextlib.contextmanager
+    def _errors(self, path: str) -> Iterator[None]:
+        try:
+            yield
+        except (FileNotFoundError, NotADirectoryError):
+            raise NotFound(f"{self.shown(path)} does not exist") from None
+        except PermissionError as error:
+            raise UnusableRequest(f"cannot read {self.shown(path)}: {error.strerror}; check its permissions") from error
+        except OSError as error:
+            raise StorageFailed(f"cannot read {self.shown(path)}: {error.strerror or error}") from error
+
+    def size(self, path: str) -> int:
+        with self._errors(path), self._handles.use(path, self._real) as (_, size):
+            return size
+
+    def read(self, path: str, offset: int, nbytes: int) -> bytes:
+        with self._errors(path), self._handles.use(path, self._real) as (fd, size):
+            _check_range(self.shown(path), offset, nbytes, size)
+            chunks: list[bytes] = []
+            while nbytes:
+                chunk = os.pread(fd, nbytes, offset)
+                if not chunk:
+                    raise Truncated(f"{self.shown(path)} ends at byte {offset}, {nbytes} bytes too early")
+                chunks.append(chunk)
+                offset, nbytes = offset + len(chunk), nbytes - len(chunk)
+            return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+    def read_into(self, path: str, offset: int, view: memoryview) -> None:
+        view = view.cast("B")
+        with self._errors(path), self._handles.use(path, self._real) as (fd, size):
+            _check_range(self.shown(path), offset, len(view), size)
+            while view:
+                done = os.preadv(fd, [view], offset)
+                if not done:
+                    raise Truncated(f"{self.shown(path)} ends at byte {offset}, {len(view)} bytes too early")
+                view, offset = view[done:], offset + done
+
+    def exists(self, path: str) -> bool:
+        try:
+            return os.path.exists(self._real(path))
+        except UnreadableFormat:
+            return False
+
+    def entries(self, folder: str = "") -> list[str]:
+        try:
+            with self._errors(folder), os.scandir(self._real(folder)) as entries:
+                return sorted(entry.name + "/" if entry.is_dir() else entry.name for entry in entries)
+        except NotFound:
+            return []
+
+    def sub(self, folder: str) -> Files:
+        if not folder:
+            return self
+        self._real(folder)  # refuses a folder outside the root
+        return LocalFiles(os.path.join(self._root, folder), tuple(self._allowed[1:]))
+
+    def local_path(self, path: str) -> str | None:
+        return self._real(path)
+
+    def close(self) -> None:
+        self._handles.close()
+
+
+class _Handles:
+    """A bounded set of open file descriptors that several threads read from."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._open: OrderedDict[str, _Handle] = OrderedDict()
+
+    @contextlib.contextmanager
+    def use(self, path: str, resolve: Callable[[str], str]) -> Iterator[tuple[int, int]]:
+        """The descriptor and size of a file; the descriptor stays open inside the block."""
+        handle = self._acquire(path, resolve)
+        try:
+            yield handle.fd, handle.size
+        finally:
+            with self._lock:
+                handle.release()
+
+    def _acquire(self, path: str, resolve: Callable[[str], str]) -> _Handle:
+        with self._lock:
+            handle = self._open.get(path)
+            if handle is not None:
+                self._open.move_to_end(path)
+                handle.users += 1
+                return handle
+        fresh = _Handle(resolve(path))
+        with self._lock:
+            handle = self._open.get(path)
+            if handle is not None:
+                fresh.release()
+            else:
+                handle = self._open[path] = fresh
+            handle.users += 1
+            while len(self._open) > self._limit:
+                self._open.popitem(last=False)[1].release()
+            return handle
+
+    def close(self) -> None:
+        with self._lock:
+            while self._open:
+                self._open.popitem()[1].release()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class _Handle:
+    """One open file; closed when the set and every reader have let go of it."""
+
+    def __init__(self, real: str) -> None:
+        self.users = 1
+        # O_NONBLOCK: opening a named pipe must not wait for a writer.
+        self.fd = os.open(real, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
+        status = os.fstat(self.fd)
+        self.size = status.st_size
+        if not stat.S_ISREG(status.st_mode):
+            os.close(self.fd)
+            raise UnreadableFormat(f"{real} is not a regular file")
+
+    def release(self) -> None:
+        self.users -= 1
+        if not self.users:
+            os.close(self.fd)
+
+
+class RemoteFiles:
+    """Files of an fsspec file system beneath one of its paths."""
+
+    def __init__(self, system: Any, base: str, root: str, secrets: tuple[str, ...] = ()) -> None:
+        self._system = system
+        self._base = base.rstrip("/")
+        self._root = root
+        self._secrets = secrets
+        self._sizes: dict[str, int] = {}
+
+    @classmethod
+    def from_url(cls, url: str) -> RemoteFiles:
+        """Open ``protocol://...``; the protocol's own package must be installed."""
+        shown = without_credentials(url)
+        try:
+            import fsspec  # only URLs need it
+        except ImportError:
+            raise UnusableRequest(f"opening {shown} needs fsspec; pip install fsspec") from None
+        try:
+            system, base = fsspec.core.url_to_fs(url)
+        except ImportError as error:
+            raise UnusableRequest(f"opening {shown} needs another package: {error.name or error}") from None
+        except Exception as error:  # any file system may raise anything here, credentials in the text included
+            raise UnusableRequest(f"cannot open {shown}: {type(error).__name__}") from None
+        return cls(system, str(base), shown, _secrets_of(url))
+
+    @property
+    def root(self) -> str:
+        return self._root
+
+    def _call(self, path: str, action: Callable[[str], T]) -> T:
+        full = posixpath.join(self._base, beneath(path)) if path else self._base
+        shown = f"{self._root.rstrip('/')}/{path}" if path else self._root
+        try:
+            return action(full)
+        except CheckpointError:
+            raise
+        except (FileNotFoundError, NotADirectoryError):
+            raise NotFound(f"{shown} does not exist") from None
+        except PermissionError:
+            raise UnusableRequest(f"cannot read {shown}: access denied; check the credentials") from None
+        except Exception as error:  # each file system has errors of its own; their text may hold credentials
+            text = str(error)
+            for secret in self._secrets:
+                text = text.replace(secret, "***")
+            raise StorageFailed(f"cannot read {shown}: {type(error).__name__}: {text}") from None
+
+    def size(self, path: str) -> int:
+        if path not in self._sizes:
+            self._sizes[path] = self._call(path, lambda full: int(self._system.info(full)["size"]))
+        return self._sizes[path]
+
+    def read(self, path: str, offset: int, nbytes: int) -> bytes:
+        _check_range(f"{self._root}/{path}", offset, nbytes, self.size(path))
+        if nbytes == 0:
+            return b""
+        data = bytes(self._call(path, lambda full: self._system.cat_file(full, start=offset, end=offset + nbytes)))
+        if len(data) != nbytes:
+            raise Truncated(f"{self._root}/{path}: {len(data)} of {nbytes} bytes could be read at byte {offset}")
+        return data
+
+    def read_into(self, path: str, offset: int, view: memoryview) -> None:
+        view = view.cast("B")
+        view[:] = self.read(path, offset, len(view))
+
+    def exists(self, path: str) -> bool:
+        return bool(self._call(path, self._system.exists))
+
+    def entries(self, folder: str = "") -> list[str]:
+        try:
+            found = self._call(folder, lambda full: self._system.ls(full, detail=True))
+        except NotFound:
+            return []
+        prefix = posixpath.join(self._base, folder).rstrip("/") if folder else self._base
+        names = []
+        for entry in found:
+            name = str(entry["name"]).rstrip("/")
+            if name.strip("/") != prefix.strip("/"):
+                names.append(posixpath.basename(name) + ("/" if entry["type"] == "directory" else ""))
+        return sorted(names)
+
+    def sub(self, folder: str) -> Files:
+        if not folder:
+            return self
+        clean = beneath(folder)
+        base, root = posixpath.join(self._base, clean), f"{self._root.rstrip('/')}/{clean}"
+        return RemoteFiles(self._system, base, root, self._secrets)
+
+    def local_path(self, path: str) -> str | None:
+        return None
+
+    def close(self) -> None:
+        self._sizes.clear()
+
+
+class InlineFiles:
+    """Other files plus small byte strings under names of their own.
+
+    For tensors whose bytes are no range of any file, such as a step counter that a pickle holds as a number.
+    """
+
+    def __init__(self, base: Files) -> None:
+        self._base = base
+        self._blobs: dict[str, bytes] = {}
+        self._paths: dict[bytes, str] = {}
+
+    def add(self, data: bytes) -> str:
+        """The path under which ``data`` can be read from now on; equal bytes share one path."""
+        path = self._paths.get(data)
+        if path is None:
+            path = self._paths[data] = f"{INLINE}{len(self._blobs)}"
+            self._blobs[path] = data
+        return path
+
+    @property
+    def root(self) -> str:
+        return self._base.root
+
+    def size(self, path: str) -> int:
+        blob = self._blobs.get(path)
+        return self._base.size(path) if blob is None else len(blob)
+
+    def read(self, path: str, offset: int, nbytes: int) -> bytes:
+        blob = self._blobs.get(path)
+        if blob is None:
+            return self._base.read(path, offset, nbytes)
+        _check_range(path, offset, nbytes, len(blob))
+        return blob[offset : offset + nbytes]
+
+    def read_into(self, path: str, offset: int, view: memoryview) -> None:
+        if path not in self._blobs:
+            self._base.read_into(path, offset, view)
+            return
+        view = view.cast("B")
+        view[:] = self.read(path, offset, len(view))
+
+    def exists(self, path: str) -> bool:
+        return path in self._blobs or self._base.exists(path)
+
+    def entries(self, folder: str = "") -> list[str]:
+        return self._base.entries(folder)
+
+    def sub(self, folder: str) -> Files:
+        return self._base.sub(folder)
+
+    def local_path(self, path: str) -> str | None:
+        return None if path in self._blobs else self._base.local_path(path)
+
+    def close(self) -> None:
+        self._base.close()
+
+
+def _check_range(shown: str, offset: int, nbytes: int, size: int) -> None:
+    if offset < 0 or nbytes < 0:
+        raise UnreadableFormat(f"a read of {nbytes} bytes at byte {offset} of {shown} makes no sense")
+    if offset + nbytes > size:
+        raise Truncated(f"{shown} has {size} bytes, but its record says that bytes {offset} to {offset + nbytes} exist")
+
+
+def _secrets_of(url: str) -> tuple[str, ...]:
+    found: list[str] = []
+    for link in url.split("::"):
+        with contextlib.suppress(ValueError):
+            parts = urlsplit(link)
+            user = parts.netloc.rpartition("@")[0]
+            found += [user, *user.split(":"), parts.query]
+    return tuple(sorted((text for text in found if text), key=len, reverse=True))

@@ -1,0 +1,84 @@
+"""Coordination over a torch key-value store of our own.
+
+Not the process group's default store: a blocking wait on that one would hold its lock against the training thread.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import socket
+import time
+import uuid
+
+import torch.distributed as dist
+
+from ckptengine.errors import CoordinationFailed, RankTimeout
+
+_POLL_S = 0.002
+_POLL_MAX_S = 0.05
+
+
+class TorchStore:
+    """See `Coordinator`.  Built by all ranks of ``group`` together (one broadcast, at construction only)."""
+
+    def __init__(self, group: dist.ProcessGroup | None = None, timeout_s: float = 300.0) -> None:
+        self.rank = dist.get_rank(group)
+        self.world = dist.get_world_size(group)
+        self._timeout = datetime.timedelta(seconds=timeout_s)
+        self._pid = os.getpid()
+        self._prefix = uuid.uuid4().hex
+        offer: list[object] = [None]
+        if self.rank == 0:
+            # Port 0 lets the system choose; bound on all interfaces because other nodes connect.
+            self._store = dist.TCPStore(
+                _address(), 0, self.world, is_master=True, timeout=self._timeout, wait_for_workers=False
+            )
+            offer = [(_address(), self._store.port, self._prefix)]
+        source = dist.get_global_rank(group, 0) if group is not None else 0
+        dist.broadcast_object_list(offer, src=source, group=group)
+        if self.rank != 0:
+            host, port, self._prefix = offer[0]  # type: ignore[misc]
+            self._store = dist.TCPStore(
+                host, port, self.world, is_master=False, timeout=self._timeout, wait_for_workers=False
+            )
+
+    def put(self, key: str, data: bytes) -> None:
+        try:
+            self._store.set(f"{self._prefix}/{key}", data)
+        except RuntimeError as error:
+            raise CoordinationFailed(f"rank {self.rank} cannot reach rank 0 to tell {key}: {error}") from error
+
+    def get(self, key: str, timeout_s: float) -> bytes:
+        # Polled, because a blocking wait keeps the client's lock and other threads of this rank use it too.
+        name = f"{self._prefix}/{key}"
+        deadline_s = time.monotonic() + timeout_s
+        pause_s = _POLL_S
+        while True:
+            try:
+                if self._store.check([name]):
+                    return bytes(self._store.get(name))
+            except RuntimeError as error:
+                raise CoordinationFailed(f"rank {self.rank} lost rank 0 while waiting for {key}: {error}") from error
+            if time.monotonic() > deadline_s:
+                raise RankTimeout(
+                    f"rank {self.rank} waited {timeout_s:g} s for {key!r}: a rank died, hangs, or did not make the same call"
+                )
+            time.sleep(pause_s)
+            pause_s = min(pause_s * 1.5, _POLL_MAX_S)
+
+    def delete(self, key: str) -> None:
+        try:
+            self._store.delete_key(f"{self._prefix}/{key}")
+        except RuntimeError as error:
+            raise CoordinationFailed(f"rank {self.rank} lost rank 0: {error}") from error
+
+    def close(self) -> None:
+        # The store's server lives in rank 0 until the object goes; a forked child must not tear it down.
+        if os.getpid() == self._pid:
+            del self._store
+
+
+def _address() -> str:
+    """The name under which other ranks reach this host."""
+    return os.environ.get("MASTER_ADDR") or socket.gethostname()

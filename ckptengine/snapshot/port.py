@@ -1,0 +1,103 @@
+"""The port of capture engines: extents of live memory in, bytes in a rank file and their digests out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ckptengine.layout.box import Box
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extent:
+    """One extent to capture: a region of live memory, its place in the file and in its logical tensor.
+
+    ``region`` is a view of the live tensor that has the shape of ``box``; holding it keeps the memory alive.  Its bytes
+    go to ``offset`` of the rank file in row-major order.  ``global_shape`` and ``box`` place it in its logical tensor,
+    for the tensor's digest.
+    """
+
+    region: torch.Tensor
+    offset: int
+    nbytes: int
+    box: Box
+    global_shape: tuple[int, ...]
+
+    @property
+    def itemsize(self) -> int:
+        return self.region.element_size()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Digests:
+    """What an engine computed on the way: raw CRCs of all granules (extents in job order), and per extent its raw CRC and
+    its contribution to the raw CRC of its logical tensor (uint64 arrays)."""
+
+    granules: npt.NDArray[np.uint64]
+    extents: npt.NDArray[np.uint64]
+    contributions: npt.NDArray[np.uint64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """Counters of one job, in bytes; ``peak_bytes`` is the most arena memory it held at once."""
+
+    captured_bytes: int
+    written_bytes: int
+    total_bytes: int
+    copied_bytes: int
+    peak_bytes: int
+
+
+class WriteJob(Protocol):
+    """One rank file's body being captured and written.  Thread-safe."""
+
+    def wait_captured(self, extents: Sequence[int] | None = None, timeout_s: float | None = None) -> bool:
+        """Block until these extents (None: all) no longer read live memory.  False when the time ran out.
+
+        Hurries them: they are captured before anything else.  Returns True as well when the job failed or was cancelled
+        (nothing reads live memory then); `wait_written` tells.
+        """
+
+    def wait_written(self, timeout_s: float | None = None) -> bool:
+        """Block until every byte was handed to the operating system.  Raises the job's `StorageFailed`."""
+
+    def recheck(self, extents: Sequence[int], samples: int | None) -> list[int]:
+        """Digest granules again from live memory and return the extents that differ from what was captured.
+
+        ``samples`` granules of each extent (evenly spread, first and last included); None: all.
+        """
+
+    def digests(self) -> Digests:
+        """After `wait_written`."""
+
+    def progress(self) -> Progress: ...
+
+    def trace(self) -> list[dict[str, Any]]:
+        """Chrome-trace events (``ph``, ``name``, ``ts``, ``dur`` in microseconds of the monotonic clock, ``tid``)."""
+
+    def cancel(self) -> None:
+        """Stop reading live memory and writing as soon as possible; returns when it has stopped."""
+
+
+class CaptureEngine(Protocol):
+    """Starts jobs; one per process, with a bounded arena that all jobs share."""
+
+    name: str
+    direct: bool
+    """Whether large extents should be placed congruent to their memory addresses."""
+
+    def start(self, fd: int, path: Path, extents: Sequence[Extent], begin: int, end: int) -> WriteJob:
+        """Capture ``extents`` (sorted by offset, disjoint) into bytes [begin, end) of the file; gaps become zeros.
+
+        Returns at once; jobs run in order.  ``fd`` stays the caller's and must outlive the job.
+        """
+
+    def close(self) -> None:
+        """Cancel what runs, join threads, free the arena."""

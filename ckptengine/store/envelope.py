@@ -1,0 +1,62 @@
+"""A JSON document with its own digest: one header line, then the body.
+
+Header and body are in canonical form (sorted keys, no spaces, ASCII), and the reader compares the header with its own
+encoding of it, so that no flipped bit anywhere goes unseen.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from ckptengine import native
+from ckptengine.errors import DigestMismatch, Truncated, UnreadableFormat
+
+VERSION = (1, 0)
+"""Version of the format that this code writes.  Readers refuse a newer major."""
+
+
+def canonical(document: object) -> bytes:
+    """The one encoding of a JSON document: sorted keys, no spaces, ASCII, no NaN."""
+    return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
+
+
+def _header(kind: str, version: tuple[int, int], body: bytes) -> bytes:
+    digest = native.digest(body)
+    return canonical({"ckptengine": kind, "version": list(version), "bytes": len(body), "digest": digest}) + b"\n"
+
+
+def seal(kind: str, body: object) -> bytes:
+    """Encode ``body`` as a document of ``kind`` with its digest in front."""
+    encoded = canonical(body)
+    return _header(kind, VERSION, encoded) + encoded
+
+
+def unseal(kind: str, data: bytes, where: str) -> Any:
+    """The body of a sealed document of ``kind``.
+
+    Raises `UnreadableFormat` (not ours, another kind, a newer major version), `Truncated` or `DigestMismatch`; ``where``
+    names the file in the message.
+    """
+    line, newline, body = data.partition(b"\n")
+    try:
+        header = json.loads(line)
+        version, nbytes = header["version"], header["bytes"]
+        major, minor = int(version[0]), int(version[1])
+        found = header["ckptengine"]
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+        raise DigestMismatch(f"{where}: the header line is damaged or this is no ckptengine file") from None
+    if major > VERSION[0] and line == canonical(header):
+        raise UnreadableFormat(
+            f"{where}: written as format version {major}.{minor}; this ckptengine reads up to {VERSION[0]}.x: upgrade it"
+        )
+    if found != kind:
+        raise UnreadableFormat(f"{where}: holds a {found!r}, not a {kind!r}")
+    if not newline or len(body) != nbytes:
+        raise Truncated(f"{where}: has {len(body)} bytes of body, {nbytes} were written")
+    if _header(kind, (major, minor), body) != line + newline:
+        raise DigestMismatch(f"{where}: the bytes do not match their digest {header.get('digest')}")
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        raise UnreadableFormat(f"{where}: the body is not JSON") from None

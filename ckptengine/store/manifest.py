@@ -1,0 +1,172 @@
+"""The manifest: the record that makes a checkpoint exist.  Size grows with the layout, not with the fragments."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ckptengine.errors import UnreadableFormat
+from ckptengine.layout.digest import GRANULE_BYTES, format_digest
+from ckptengine.layout.dtypes import ITEMSIZE
+from ckptengine.store import names
+from ckptengine.store.envelope import seal, unseal
+from ckptengine.store.rankfile import FOOTER_BYTES, HEADER_BYTES, FileIdentity
+
+KIND = "manifest"
+MANIFEST_LIMIT_BYTES = 1 << 30
+_HEX16 = re.compile(r"[0-9a-f]{16}\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRecord:
+    """One logical tensor: ``layout`` indexes `Manifest.layouts`; ``writer`` says which replica stored which part."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    layout: int
+    writer: int
+    crc: int
+
+    @property
+    def digest(self) -> str:
+        return format_digest(self.crc)
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """A rank file: its size and the standard CRC of its tail (from the granule table to the end)."""
+
+    nbytes: int
+    tail_crc: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """A committed checkpoint.  ``files[rank]`` is that rank's file; ``tensors`` are in ordinal order, sorted by name."""
+
+    run: str
+    attempt: int
+    save: int
+    step: int
+    world: int
+    created: str
+    writer: str
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    layouts: Sequence[Any] = ()
+    tensors: Sequence[TensorRecord] = ()
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    values: Any = None
+    files: Sequence[FileRecord] = ()
+
+    def identity(self, rank: int) -> FileIdentity:
+        return FileIdentity(
+            run=self.run, attempt=self.attempt, save=self.save, step=self.step, rank=rank, world=self.world
+        )
+
+    def file_name(self, rank: int) -> str:
+        return names.rank_file(rank, self.attempt, self.save)
+
+    @property
+    def file(self) -> str:
+        return names.manifest(self.attempt, self.save)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rank files."""
+        return sum(record.nbytes for record in self.files)
+
+    def encode(self) -> bytes:
+        return seal(
+            KIND,
+            {
+                "run": self.run,
+                "attempt": self.attempt,
+                "save": self.save,
+                "step": self.step,
+                "world": self.world,
+                "created": self.created,
+                "writer": self.writer,
+                "granule": GRANULE_BYTES,
+                "metrics": dict(self.metrics),
+                "layouts": list(self.layouts),
+                "tensors": [[t.name, t.dtype, list(t.shape), t.layout, t.writer, f"{t.crc:016x}"] for t in self.tensors],
+                "aliases": dict(self.aliases),
+                "values": self.values,
+                "files": [[f.nbytes, f"{f.tail_crc:016x}"] for f in self.files],
+            },
+        )
+
+
+def decode(data: bytes, where: str) -> Manifest:
+    """Parse a manifest; `UnreadableFormat` or `Damaged` naming ``where`` for anything that does not hold together."""
+    body = unseal(KIND, data, where)
+    try:
+        if body["granule"] != GRANULE_BYTES:
+            raise UnreadableFormat(f"{where}: granules of {body['granule']} bytes; this version reads {GRANULE_BYTES}")
+        manifest = Manifest(
+            run=_text(body["run"]),
+            attempt=_count(body["attempt"]),
+            save=_count(body["save"]),
+            step=_count(body["step"]),
+            world=_count(body["world"]),
+            created=_text(body["created"]),
+            writer=_text(body["writer"]),
+            metrics=body["metrics"],
+            layouts=body["layouts"],
+            tensors=_tensors(body["tensors"], len(body["layouts"])),
+            aliases={_text(alias): _text(owner) for alias, owner in body["aliases"].items()},
+            values=body["values"],
+            files=[FileRecord(_count(nbytes), _crc(crc)) for nbytes, crc in body["files"]],
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UnreadableFormat(f"{where}: not a manifest of version 1 ({type(error).__name__}: {error})") from None
+    _check(manifest, where)
+    return manifest
+
+
+def _check(manifest: Manifest, where: str) -> None:
+    if len(manifest.files) != manifest.world or manifest.world < 1:
+        raise UnreadableFormat(f"{where}: {len(manifest.files)} rank files for {manifest.world} ranks")
+    if any(record.nbytes < HEADER_BYTES + FOOTER_BYTES for record in manifest.files):
+        raise UnreadableFormat(f"{where}: a rank file is said to be smaller than its header and footer")
+    known = {t.name for t in manifest.tensors}
+    if len(known) != len(manifest.tensors):
+        raise UnreadableFormat(f"{where}: two tensors have one name")
+    for alias, owner in manifest.aliases.items():
+        if owner not in known or alias in known:
+            raise UnreadableFormat(f"{where}: alias {alias!r} of {owner!r} does not hold")
+
+
+def _tensors(rows: Sequence[Sequence[Any]], layouts: int) -> list[TensorRecord]:
+    records = []
+    for name, dtype, shape, layout, writer, crc in rows:
+        if dtype not in ITEMSIZE or not isinstance(name, str):
+            raise UnreadableFormat(f"tensor {name!r} has the unknown element type {dtype!r}; upgrade ckptengine")
+        if type(layout) is not int or not 0 <= layout < layouts or type(writer) is not int:
+            raise ValueError(f"tensor {name!r} names a layout that is not there")
+        extents = tuple(shape)
+        if any(type(extent) is not int or extent < 0 for extent in extents):
+            raise ValueError(f"tensor {name!r} has the impossible shape {shape}")
+        records.append(TensorRecord(name, dtype, extents, layout, writer, _crc(crc)))
+    return records
+
+
+def _count(value: object) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise ValueError(f"{value!r} is not a count")
+    return value
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is not a text")
+    return value
+
+
+def _crc(value: object) -> int:
+    if not isinstance(value, str) or not _HEX16.match(value):
+        raise ValueError(f"{value!r} is not a digest")
+    return int(value, 16)

@@ -1,0 +1,34 @@
+"""Names of files and directories beneath a root."""
+
+from __future__ import annotations
+
+import re
+
+STEP_PATTERN = re.compile(r"step-(\d{9,})\Z")
+MANIFEST_PATTERN = re.compile(r"manifest-a(\d{6,})-n(\d{4,})\.json\Z")
+RANK_PATTERN = re.compile(r"rank-(\d{5,})-a(\d{6,})-n(\d{4,})\.bin\Z")
+ATTEMPTS = "attempts"
+LOCK = ".lock"
+
+
+def step_dir(step: int) -> str:
+    return f"step-{step:09d}"
+
+
+def rank_file(rank: int, attempt: int, save: int) -> str:
+    return f"rank-{rank:05d}-a{attempt:06d}-n{save:04d}.bin"
+
+
+def manifest(attempt: int, save: int) -> str:
+    return f"manifest-a{attempt:06d}-n{save:04d}.json"
+
+
+def attempt_claim(attempt: int) -> str:
+    return f"{attempt:06d}.claim"
+
+
+def attempt_record(attempt: int, copy: int) -> str:
+    return f"{attempt:06d}.{copy}.json"
+
+
+ATTEMPT_PATTERN = re.compile(r"(\d{6,})\.(claim|0\.json|1\.json)\Z")

@@ -1,0 +1,205 @@
+"""The rank file: header, extents, tail (granule table, index, values, footer).  Bytes only; no file is opened here.
+
+Normative text: ``docs/format/v1.md``.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ckptengine import native
+from ckptengine.errors import DigestMismatch, ForeignFile, Truncated, UnreadableFormat
+from ckptengine.layout.digest import GRANULE_BYTES, combine_granules, raw_to_standard
+from ckptengine.store.envelope import canonical
+
+HEADER_BYTES = 4096
+BLOCK_BYTES = 4096
+"""Alignment of the tail: the body in front of it can be written in whole blocks."""
+DIRECT_ALIGN_BYTES = 512
+DIRECT_MIN_BYTES = 1 << 20
+"""Extents from this size on sit congruent to their memory address, so that they can be written without a copy."""
+PACK_ALIGN_BYTES = 64
+
+_HEADER_MAGIC = b"CKPTRNK1"
+_FOOTER_MAGIC = b"CKPTEND1"
+_HEADER = struct.Struct("<8sIIQ")
+_FOOTER = struct.Struct("<8sIIQQQQQQ")
+FOOTER_BYTES = _FOOTER.size
+INDEX_DTYPE = np.dtype([("tensor", "<u4"), ("piece", "<u4"), ("offset", "<u8"), ("nbytes", "<u8"), ("crc", "<u8")])
+"""One index record: tensor ordinal in the manifest, piece ordinal, byte range in this file, standard CRC-64/NVME."""
+
+Index = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileIdentity:
+    """What binds a rank file to one save: a file with another identity is never read as this one."""
+
+    run: str
+    attempt: int
+    save: int
+    step: int
+    rank: int
+    world: int
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "run": self.run,
+            "attempt": self.attempt,
+            "save": self.save,
+            "step": self.step,
+            "rank": self.rank,
+            "world": self.world,
+        }
+
+
+def place(sizes: Sequence[int], addresses: Sequence[int]) -> tuple[list[int], int]:
+    """File offsets for extents of ``sizes`` bytes whose memory is at ``addresses``, and where the body ends.
+
+    Extents follow one another from `HEADER_BYTES`.  Large ones sit congruent to their address modulo 512 (0 as address
+    means none); small ones are packed at multiples of 64.  The end is a multiple of `BLOCK_BYTES`.
+    """
+    cursor = HEADER_BYTES
+    offsets: list[int] = []
+    for nbytes, address in zip(sizes, addresses, strict=True):
+        if nbytes >= DIRECT_MIN_BYTES and address:
+            cursor += (address - cursor) % DIRECT_ALIGN_BYTES
+        else:
+            cursor += -cursor % PACK_ALIGN_BYTES
+        offsets.append(cursor)
+        cursor += nbytes
+    return offsets, cursor + -cursor % BLOCK_BYTES
+
+
+def encode_header(identity: FileIdentity) -> bytes:
+    """The first `HEADER_BYTES` of a rank file."""
+    body = canonical(identity.to_json())
+    head = _HEADER.pack(_HEADER_MAGIC, 1, len(body), native.crc64(body)) + body
+    if len(head) > HEADER_BYTES:
+        raise ValueError(f"run id too long for a rank file's header: {identity.run!r}")
+    return head.ljust(HEADER_BYTES, b"\0")
+
+
+def check_header(data: bytes, expected: FileIdentity, where: str) -> None:
+    """Compare a header with the one that this file must have; `Truncated`, `DigestMismatch` or `ForeignFile`."""
+    if len(data) < HEADER_BYTES:
+        raise Truncated(f"{where}: ends inside its header")
+    if data[:HEADER_BYTES] == encode_header(expected):
+        return
+    magic, _, length, crc = _HEADER.unpack_from(data)
+    body = data[_HEADER.size : _HEADER.size + length] if length <= HEADER_BYTES - _HEADER.size else b""
+    if magic != _HEADER_MAGIC or native.crc64(body) != crc or any(data[_HEADER.size + length : HEADER_BYTES]):
+        raise DigestMismatch(f"{where}: the header is damaged")
+    raise ForeignFile(f"{where}: written as {body.decode('ascii', 'replace')}, expected {expected.to_json()}")
+
+
+def granule_counts(nbytes: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+    """Granules per extent."""
+    return ((nbytes.astype(np.int64) + (GRANULE_BYTES - 1)) // GRANULE_BYTES).astype(np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """What follows the body: the index in (tensor, piece) order, the granule table in index order, rank values."""
+
+    offset: int
+    index: Index
+    values: Any
+
+    @property
+    def granule_starts(self) -> npt.NDArray[np.int64]:
+        """For each extent the ordinal of its first granule in the table, and one more for the end."""
+        counts = granule_counts(self.index["nbytes"])
+        return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+
+
+def encode_tail(offset: int, index: Index, granules: npt.NDArray[np.uint64], values: object) -> bytes:
+    """The tail of a rank file whose body ends at ``offset``; ``granules`` are raw CRCs in index order."""
+    table = granules.astype("<u8").tobytes()
+    records = np.ascontiguousarray(index, INDEX_DTYPE).tobytes()
+    encoded = canonical(values)
+    body = table + records + encoded
+    sections = (offset, len(granules), offset + len(table), offset + len(table) + len(records), len(encoded))
+    return body + _FOOTER.pack(_FOOTER_MAGIC, 1, len(index), *sections, native.crc64(body))
+
+
+@dataclass(frozen=True, slots=True)
+class Footer:
+    """Where the sections of a tail are, as file offsets; lengths of ``index`` and ``values`` in bytes."""
+
+    tail: int
+    granules: int
+    index: int
+    extents: int
+    values: int
+    values_bytes: int
+    crc: int
+
+
+def decode_footer(data: bytes, file_bytes: int, where: str) -> Footer:
+    """Parse the last `FOOTER_BYTES` of a rank file of ``file_bytes``; every number is checked against the size."""
+    if len(data) != FOOTER_BYTES:
+        raise Truncated(f"{where}: ends before its footer")
+    magic, version, extents, tail, granules, index, values, values_bytes, crc = _FOOTER.unpack(data)
+    if magic != _FOOTER_MAGIC:
+        raise DigestMismatch(f"{where}: no footer where it must be; the file is truncated or damaged")
+    if version > 1:
+        raise UnreadableFormat(f"{where}: tail version {version} is newer than this ckptengine; upgrade it")
+    consistent = (
+        HEADER_BYTES <= tail
+        and index == tail + granules * 8
+        and values == index + extents * INDEX_DTYPE.itemsize
+        and values + values_bytes + FOOTER_BYTES == file_bytes
+    )
+    if not consistent:
+        raise DigestMismatch(f"{where}: the footer does not fit the file's {file_bytes} bytes")
+    return Footer(tail, granules, index, extents, values, values_bytes, crc)
+
+
+def decode_tail(data: bytes, file_bytes: int, where: str) -> tuple[Tail, npt.NDArray[np.uint64]]:
+    """Parse a whole tail; returns it and the granule table.  Raises `Damaged` for anything inconsistent."""
+    footer = decode_footer(data[-FOOTER_BYTES:], file_bytes, where)
+    if len(data) != file_bytes - footer.tail:
+        raise Truncated(f"{where}: the tail has {len(data)} bytes instead of {file_bytes - footer.tail}")
+    body = data[:-FOOTER_BYTES]
+    if native.crc64(body) != footer.crc:
+        raise DigestMismatch(f"{where}: the index does not match its digest")
+    cut_index, cut_values = footer.index - footer.tail, footer.values - footer.tail
+    granules = np.frombuffer(body[:cut_index], "<u8").astype(np.uint64)
+    index = np.frombuffer(body[cut_index:cut_values], INDEX_DTYPE)
+    try:
+        values = json.loads(body[cut_values:])
+    except (ValueError, RecursionError):
+        raise UnreadableFormat(f"{where}: the rank's values are not JSON") from None
+    tail = Tail(footer.tail, index, values)
+    check_index(tail, len(granules), where)
+    return tail, granules
+
+
+def check_index(tail: Tail, granules: int, where: str) -> None:
+    """Extents must lie inside the body, not overlap, be sorted by (tensor, piece), and own every granule."""
+    index = tail.index
+    offset, nbytes = index["offset"], index["nbytes"]
+    limit = np.uint64(tail.offset)
+    if np.any(offset > limit) or np.any(nbytes > limit - np.minimum(offset, limit)) or np.any(offset < HEADER_BYTES):
+        raise DigestMismatch(f"{where}: the index names bytes outside the file")
+    keys = index["tensor"].astype(np.uint64) << np.uint64(32) | index["piece"].astype(np.uint64)
+    if len(keys) > 1 and np.any(keys[1:] <= keys[:-1]):
+        raise DigestMismatch(f"{where}: the index is not in order")
+    order = np.argsort(offset, kind="stable")
+    if len(order) > 1 and np.any((offset + nbytes)[order][:-1] > offset[order][1:]):
+        raise DigestMismatch(f"{where}: the index names overlapping byte ranges")
+    if int(granule_counts(nbytes).sum()) != granules:
+        raise DigestMismatch(f"{where}: the granule table does not fit the index")
+
+
+def extent_crc(granules: npt.NDArray[np.uint64], nbytes: int) -> int:
+    """The standard CRC of an extent from the raw CRCs of its granules."""
+    return raw_to_standard(combine_granules(granules, GRANULE_BYTES, nbytes), nbytes)

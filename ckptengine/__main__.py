@@ -1,0 +1,7 @@
+"""``python -m ckptengine``."""
+
+import sys
+
+from ckptengine.cli import main
+
+sys.exit(main())

@@ -1,0 +1,156 @@
+"""The handle of one save: named stages and a future for each; it never loses an error."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+from ckptengine.errors import CheckpointError, UnusableRequest
+from ckptengine.snapshot.port import Progress
+
+log = logging.getLogger("ckptengine")
+
+Stage = Literal["capturing", "captured", "committed", "durable", "skipped", "failed"]
+_ORDER: dict[str, int] = {"capturing": 0, "captured": 1, "committed": 2, "durable": 3}
+_ENDS = ("durable", "skipped", "failed")
+
+
+class SaveHandle:
+    """One checkpoint on its way.  Thread-safe; like `concurrent.futures.Future` where the names are the same.
+
+    Stages in order: ``"capturing"``, ``"captured"`` (live tensors may change), ``"committed"`` (survives a power cut on
+    the first storage tier and is visible to restore), ``"durable"`` (same on the last tier); or ``"skipped"`` (the
+    overlap policy left it out) or ``"failed"``.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self.counters: dict[str, float] = {}
+        self._changed = threading.Condition()
+        self._stage: Stage = "capturing"
+        self._error: CheckpointError | None = None
+        self._callbacks: list[Callable[[SaveHandle], object]] = []
+        self._events: list[dict[str, Any]] = []
+        self._progress: Callable[[], Progress] | None = None
+        self._started_s = time.perf_counter()
+
+    @property
+    def stage(self) -> Stage:
+        return self._stage
+
+    def done(self) -> bool:
+        """Whether nothing more will happen: durable, skipped or failed."""
+        return self._stage in _ENDS
+
+    def wait(self, stage: str = "durable", timeout_s: float | None = None) -> bool:
+        """Block until ``stage`` is reached.  False when the time ran out; raises the save's error when it failed.
+
+        A skipped save never reaches a stage: waiting for it returns False at once.
+        """
+        if stage not in _ORDER:
+            raise UnusableRequest(f"no stage {stage!r}; stages are {', '.join(_ORDER)}")
+        with self._changed:
+            self._changed.wait_for(lambda: self._reached(stage) or self.done(), timeout_s)
+            if self._error is not None:
+                raise self._error
+            return self._reached(stage)
+
+    def result(self, timeout_s: float | None = None) -> int:
+        """The step, once durable.  Raises the save's error, or TimeoutError."""
+        if not self.wait("durable", timeout_s) and self._stage != "skipped":
+            raise TimeoutError(f"save of step {self.step} is {self._stage} after {timeout_s} s")
+        return self.step
+
+    def exception(self, timeout_s: float | None = None) -> CheckpointError | None:
+        """The save's error, None when it ended without one.  TimeoutError when it has not ended in time."""
+        with self._changed:
+            if not self._changed.wait_for(self.done, timeout_s):
+                raise TimeoutError(f"save of step {self.step} is {self._stage} after {timeout_s} s")
+            return self._error
+
+    def add_done_callback(self, callback: Callable[[SaveHandle], object]) -> None:
+        """Call ``callback(handle)`` when the save ends, at once if it has.  It runs on a background thread."""
+        with self._changed:
+            if not self.done():
+                self._callbacks.append(callback)
+                return
+        callback(self)
+
+    @property
+    def progress(self) -> dict[str, float]:
+        """Exact counters so far: bytes captured, written, copied, total, in-flight peak; seconds and milliseconds of
+        what has happened (``blocked_ms``, ``fence_ms``, ``captured_s``, ``committed_s``, ``durable_s``)."""
+        counters = dict(self.counters)
+        if self._progress is not None:
+            now = self._progress()
+            counters.update(
+                captured_bytes=now.captured_bytes,
+                written_bytes=now.written_bytes,
+                copied_bytes=now.copied_bytes,
+                total_bytes=now.total_bytes,
+                peak_bytes=now.peak_bytes,
+            )
+        return counters
+
+    def trace(self) -> dict[str, Any]:
+        """The save as a Chrome trace (open it in Perfetto): ``{"traceEvents": [...]}``, times in microseconds."""
+        return {"traceEvents": [{"pid": self.step, "cat": "save", **event} for event in self._events]}
+
+    # ---- for the engine
+
+    def track(self, progress: Callable[[], Progress]) -> None:
+        self._progress = progress
+
+    def event(self, name: str, started_s: float, ended_s: float | None = None, thread: str = "save") -> None:
+        """Add a span of the performance counter to the trace."""
+        ended_s = time.perf_counter() if ended_s is None else ended_s
+        self._events.append(
+            {"ph": "X", "name": name, "ts": started_s * 1e6, "dur": (ended_s - started_s) * 1e6, "tid": thread}
+        )
+
+    def extend_trace(self, events: list[dict[str, Any]]) -> None:
+        self._events.extend(events)
+
+    def add_ms(self, counter: str, milliseconds: float) -> None:
+        self.counters[counter] = self.counters.get(counter, 0.0) + milliseconds
+
+    def advance(self, stage: Stage) -> None:
+        """Enter ``stage``; entering an earlier one, or leaving an end, changes nothing."""
+        with self._changed:
+            if self.done() or _ORDER.get(stage, 9) <= _ORDER[self._stage]:
+                return
+            self._stage = stage
+            self.counters.setdefault(f"{stage}_s", time.perf_counter() - self._started_s)
+            self._finish()
+
+    def fail(self, error: CheckpointError) -> None:
+        """End with ``error`` unless already ended."""
+        with self._changed:
+            if self.done():
+                return
+            self._stage, self._error = "failed", error
+            self._finish()
+
+    def _reached(self, stage: str) -> bool:
+        return _ORDER.get(self._stage, -1) >= _ORDER[stage]
+
+    def _finish(self) -> None:
+        self._changed.notify_all()
+        if not self.done():
+            return
+        if self._progress is not None:
+            self.counters.update(self.progress)
+            self._progress = None
+        callbacks, self._callbacks = self._callbacks, []
+        for callback in callbacks:
+            try:
+                callback(self)
+            except Exception:
+                # As concurrent.futures does: the caller's callback must not turn a good save into a failed one.
+                log.exception("a done callback of the save of step %d raised", self.step)
+
+    def __repr__(self) -> str:
+        return f"<SaveHandle step={self.step} {self._stage}>"

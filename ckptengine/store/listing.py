@@ -1,0 +1,93 @@
+"""What lies beneath a root, step by step, for people: which checkpoints exist, which do not, and why."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ckptengine.errors import CheckpointError, UnreadableFormat
+from ckptengine.store import names
+from ckptengine.store.root import CommitRef, Root
+
+StepState = Literal["committed", "incomplete", "damaged", "abandoned"]
+
+
+@dataclass(frozen=True, slots=True)
+class StepEntry:
+    """One line of ``ls``.  ``nbytes`` counts the rank files; ``reason`` says why it is not simply committed."""
+
+    step: int
+    state: StepState
+    nbytes: int
+    attempt: int = 0
+    save: int = 0
+    world: int = 0
+    tensors: int = 0
+    created: str = ""
+    metrics: dict[str, Any] = field(default_factory=dict)
+    reason: str = ""
+
+
+def list_steps(root: Root) -> list[StepEntry]:
+    """Every step directory beneath ``root``, oldest step first.  Looks at manifests and file sizes, not at tensor bytes."""
+    line = root.line()
+    newest: dict[int, CommitRef] = {}
+    for ref in root.commits():
+        newest[ref.step] = ref
+    entries = []
+    for step in _steps(root):
+        ref = line.get(step)
+        if ref is not None:
+            entries.append(_entry(root, ref, "committed"))
+        elif step in newest:
+            reason = "belongs to a line of history that a restore to an older step or a newer attempt left behind"
+            entries.append(_entry(root, newest[step], "abandoned", reason))
+        else:
+            nbytes = _directory_bytes(root, step)
+            entries.append(StepEntry(step, "incomplete", nbytes, reason="no manifest: the save never committed"))
+    return entries
+
+
+def _steps(root: Root) -> list[int]:
+    try:
+        entries = os.listdir(root.path)
+    except FileNotFoundError:
+        return []
+    except NotADirectoryError:
+        raise UnreadableFormat(f"{root.path} is a file; name the directory of a run") from None
+    except OSError as error:
+        raise UnreadableFormat(f"cannot list {root.path}: {error.strerror}") from None
+    matches = (names.STEP_PATTERN.match(entry) for entry in entries)
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def _entry(root: Root, ref: CommitRef, state: StepState, reason: str = "") -> StepEntry:
+    try:
+        manifest = root.manifest(ref)
+        for rank, record in enumerate(manifest.files):
+            path = root.step_path(ref.step) / manifest.file_name(rank)
+            size = path.stat().st_size if path.exists() else None
+            if size != record.nbytes:
+                found = "is missing" if size is None else f"has {size} bytes"
+                raise UnreadableFormat(f"{path.name} {found}, {record.nbytes} were committed")
+    except CheckpointError as error:
+        size_bytes = _directory_bytes(root, ref.step)
+        return StepEntry(ref.step, "damaged", size_bytes, ref.attempt, ref.save, reason=str(error))
+    return StepEntry(
+        ref.step,
+        state,
+        manifest.nbytes,
+        ref.attempt,
+        ref.save,
+        manifest.world,
+        len(manifest.tensors),
+        manifest.created,
+        dict(manifest.metrics),
+        reason,
+    )
+
+
+def _directory_bytes(root: Root, step: int) -> int:
+    with os.scandir(root.step_path(step)) as entries:
+        return sum(entry.stat(follow_symlinks=False).st_size for entry in entries)

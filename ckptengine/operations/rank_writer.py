@@ -1,0 +1,110 @@
+"""Writing one rank file: place extents, let the engine fill the body, seal it with its tail."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ckptengine import native
+from ckptengine.layout.digest import raw_to_standard
+from ckptengine.snapshot.port import CaptureEngine, Extent, WriteJob
+from ckptengine.store import rankfile
+from ckptengine.store.files import FileOps, guarded, write_all
+
+
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """A rank file that is durable: what the manifest records of it, and its part of each tensor's raw CRC."""
+
+    nbytes: int
+    tail_crc: int
+    contributions: Mapping[int, int]
+
+
+class RankWriter:
+    """One rank file from creation to durability.  ``keys`` are (tensor, piece) ordinals of ``extents``."""
+
+    def __init__(
+        self, ops: FileOps, path: Path, identity: rankfile.FileIdentity, mode: int, keys: Sequence[tuple[int, int]]
+    ) -> None:
+        self._ops, self._path, self._identity = ops, path, identity
+        self._keys = keys
+        self._offsets: list[int] = []
+        self._sizes: list[int] = []
+        self._end = rankfile.HEADER_BYTES
+        self._job: WriteJob | None = None
+        self._fd: int | None = guarded("create", path, lambda: ops.create(path, mode))
+
+    def start(self, engine: CaptureEngine, extents: Sequence[Extent], addresses: Sequence[int]) -> WriteJob:
+        """Place ``extents`` (their offsets are set here) and start capturing them.
+
+        ``addresses``: where each lies in memory, 0 for what is not written straight from there.
+        """
+        self._sizes = [extent.nbytes for extent in extents]
+        placed = addresses if engine.direct else [0] * len(extents)
+        self._offsets, self._end = rankfile.place(self._sizes, placed)
+        fd = self._fd
+        assert fd is not None
+        if self._end > rankfile.HEADER_BYTES:
+            guarded("allocate", self._path, lambda: self._ops.preallocate(fd, self._end))
+        write_all(self._ops, fd, rankfile.encode_header(self._identity), 0, self._path)
+        located = [replace(extent, offset=offset) for extent, offset in zip(extents, self._offsets, strict=True)]
+        self._job = engine.start(fd, self._path, located, rankfile.HEADER_BYTES, self._end)
+        return self._job
+
+    def seal(self, values: object) -> Sealed:
+        """Wait for the body, append the tail, and make the file durable.  Raises the engine's or `StorageFailed`."""
+        assert self._job is not None and self._fd is not None
+        fd = self._fd
+        self._job.wait_written()
+        digests = self._job.digests()
+        index, granules = self._index(digests.granules, digests.extents)
+        tail = rankfile.encode_tail(self._end, index, granules, values)
+        write_all(self._ops, fd, tail, self._end, self._path)
+        guarded("flush", self._path, lambda: self._ops.fsync(fd))
+        self._close()
+        guarded("flush directory", self._path.parent, lambda: self._ops.fsync_dir(self._path.parent))
+        contributions: dict[int, int] = {}
+        for (tensor, _), raw in zip(self._keys, digests.contributions.tolist(), strict=True):
+            contributions[tensor] = contributions.get(tensor, 0) ^ raw
+        return Sealed(self._end + len(tail), native.crc64(tail), contributions)
+
+    def _index(
+        self, granules: npt.NDArray[np.uint64], raws: npt.NDArray[np.uint64]
+    ) -> tuple[rankfile.Index, npt.NDArray[np.uint64]]:
+        """Index records and granules in (tensor, piece) order; both come in file order."""
+        index = np.zeros(len(self._keys), rankfile.INDEX_DTYPE)
+        if not len(index):
+            return index, granules
+        index["tensor"], index["piece"] = np.array(self._keys, np.uint32).T
+        index["offset"], index["nbytes"] = self._offsets, self._sizes
+        index["crc"] = [raw_to_standard(raw, n) for raw, n in zip(raws.tolist(), self._sizes, strict=True)]
+        order = np.lexsort((index["piece"], index["tensor"]))
+        starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(rankfile.granule_counts(index["nbytes"]))])
+        parts = [granules[starts[i] : starts[i + 1]] for i in order.tolist()]
+        return index[order], np.concatenate(parts) if parts else granules
+
+    def abort(self) -> None:
+        """Stop and leave nothing behind; never raises (the error that led here is the one to report)."""
+        if self._job is not None:
+            self._job.cancel()
+        self._close()
+        try:
+            os.unlink(self._path)
+        except OSError:
+            # A full or failing disk may refuse even this; `prune` removes what has no manifest.
+            return
+
+    def _close(self) -> None:
+        if self._fd is not None:
+            fd, self._fd = self._fd, None
+            self._ops.close(fd)
+
+    def sections(self) -> dict[str, Any]:
+        return {"body_bytes": self._end, "extents": len(self._keys)}

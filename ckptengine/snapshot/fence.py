@@ -1,0 +1,60 @@
+"""The fence by itself: torch's global optimizer hooks, shared by every live checkpointer of the process.
+
+They fire for every optimizer's ``step`` (fused, foreach, capturable, compiled).  An update that no torch optimizer makes
+(a CUDA graph replay, an EMA, another library) needs `Checkpointer.fence()` by hand.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from typing import Any, Protocol
+
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+
+class Fenced(Protocol):
+    """Something that has captures in flight."""
+
+    def before_update(self, optimizer: Optimizer | None) -> None:
+        """Block until what ``optimizer`` (None: anybody) overwrites is captured."""
+
+    def after_update(self, optimizer: Optimizer) -> None:
+        """``optimizer`` has overwritten its parameters and states: one epoch has passed for them."""
+
+
+_live: weakref.WeakSet[Any] = weakref.WeakSet()
+_guard = threading.Lock()
+_handles: list[Any] = []
+_pid = os.getpid()
+
+
+def watch(target: Fenced) -> None:
+    """Fence ``target`` before every optimizer step from now on, for as long as it lives."""
+    global _pid
+    with _guard:
+        _live.add(target)
+        if not _handles or _pid != os.getpid():
+            _handles[:] = [register_optimizer_step_pre_hook(_before), register_optimizer_step_post_hook(_after)]
+            _pid = os.getpid()
+
+
+def unwatch(target: Fenced) -> None:
+    """Stop fencing ``target``; the hooks go with the last one."""
+    with _guard:
+        _live.discard(target)
+        if not _live:
+            for handle in _handles:
+                handle.remove()
+            _handles.clear()
+
+
+def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for target in list(_live):
+        target.before_update(optimizer)
+
+
+def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for target in list(_live):
+        target.after_update(optimizer)

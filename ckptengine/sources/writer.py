@@ -1,9 +1,9 @@
 """The port of every target format: a conversion is a set of independent units, each of which writes some files.
 
 A writer never sees a model.  It is given a `Job` (headers of all tensors, plain values, a budget of memory) and cuts it
-into `Unit`s; it writes one unit at a time, reading boxes of tensors through ``Job.read`` and appending bytes to files of
-the `Target`; and when every unit is done it writes what names them all (an index, a manifest, consolidated metadata).
-Units are what runs in parallel, on several machines, and what is not done again after a kill.
+into `Unit`s; it writes one unit at a time, reading boxes of tensors through ``Job.read`` and appending bytes to files
+of the `Target`; and when every unit is done it writes what names them all (an index, a manifest, consolidated
+metadata).  Units are what runs in parallel, on several machines, and what is not done again after a kill.
 
 What a writer must keep to:
 

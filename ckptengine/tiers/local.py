@@ -1,0 +1,396 @@
+"""A directory as a tier: a node's own disk or a mounted network file system.
+
+Publishing is: a temporary name, fsync, a hard link to the final name (which fails where that exists), fsync of the
+directory, and of its parent where the directory is new.  Names are resolved beneath the root, one component at a time,
+without following links.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import re
+import secrets
+import stat as stat_bits
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any, cast
+
+import aiofiles
+
+from ckptengine.errors import NotFound, StorageFailed, Truncated, UnusableRequest
+from ckptengine.tiers.mounts import is_volatile
+from ckptengine.tiers.port import PARTIAL, Abilities, Bytes, Entry, Receipt, check_name, check_range
+from ckptengine.tiers.refusals import refusals
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_UNPUBLISHED = re.compile(re.escape(PARTIAL) + r"[0-9a-f]{16}-(.+)|\.(.+)\.\d+\.tmp")
+"""Temporaries of this module and of the store."""
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
+
+
+class LocalTier:
+    """Objects as files under ``root``, which is created (with its parents) when the tier is opened for writing.
+
+    ``file_mode`` and ``directory_mode``: permissions of what is created; None leaves them to the umask.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        *,
+        file_mode: int | None = None,
+        directory_mode: int | None = None,
+        create: bool = True,
+    ) -> None:
+        self.root = Path(os.path.abspath(os.fspath(root)))
+        self._file_mode = file_mode
+        self._directory_mode = directory_mode
+        if create:
+            with refusals("create directory", str(self.root)):
+                _make_root(self.root, directory_mode)
+        lasting = not is_volatile(self.root)
+        self._abilities = Abilities(
+            atomic_rename=True,
+            conditional_put=create and _links_work(self.root),
+            append=True,
+            ranged_read=True,
+            resumable_parts=True,
+            survives_process=True,
+            survives_power_cut=lasting,
+        )
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.root)!r})"
+
+    @property
+    def label(self) -> str:
+        return str(self.root)
+
+    @property
+    def abilities(self) -> Abilities:
+        return self._abilities
+
+    def local_path(self, name: str) -> Path:
+        """Where an object lies as a file, for readers and writers that go to the file system directly."""
+        return self.root / check_name(name)
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    async def entries(self, prefix: str = "") -> list[Entry]:
+        return await asyncio.to_thread(self._list, prefix)
+
+    def _list(self, prefix: str) -> list[Entry]:
+        start = self.root / check_name(prefix.rpartition("/")[0]) if "/" in prefix else self.root
+        with refusals("list", str(start)):
+            found = sorted(_walk(start, self.root))
+        return [Entry(name, size) for name, size in found if name.startswith(prefix)]
+
+    async def stat(self, name: str) -> Entry | None:
+        return await asyncio.to_thread(self._stat, name)
+
+    def _stat(self, name: str) -> Entry | None:
+        try:
+            with refusals("look at", f"{self.root}/{name}"), self._directory_of(name) as (directory, base):
+                found = os.stat(base, dir_fd=directory, follow_symlinks=False)
+        except NotFound:
+            return None
+        return Entry(name, found.st_size) if stat_bits.S_ISREG(found.st_mode) else None
+
+    async def read(self, name: str, offset: int, size_bytes: int) -> bytes:
+        check_range(name, offset, size_bytes)
+        entry = await self.stat(name)
+        if entry is not None and entry.size_bytes < offset + size_bytes:
+            raise _too_short(self.label, name, offset, size_bytes)
+        data = bytearray(size_bytes)
+        await self.read_into(name, offset, memoryview(data))
+        return bytes(data)
+
+    async def read_into(self, name: str, offset: int, view: memoryview) -> None:
+        check_range(name, offset, 0)
+        rest = view.cast("B")
+        with refusals("read", f"{self.root}/{name}"):
+            async with aiofiles.open(str(self.root / name), "rb", buffering=0, opener=self._opener(name)) as file:
+                await file.seek(offset)
+                while len(rest):
+                    got = await file.readinto(rest)
+                    if not got:
+                        raise _too_short(self.label, name, offset, len(view))
+                    rest = rest[got:]
+
+    def _opener(self, name: str) -> Any:
+        def opener(_: str, flags: int) -> int:
+            with self._directory_of(name) as (directory, base):
+                fd = os.open(base, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=directory)
+            if not stat_bits.S_ISREG(os.fstat(fd).st_mode):
+                os.close(fd)
+                raise OSError(errno.ELOOP, "not a regular file")
+            return fd
+
+        return opener
+
+    # -- writing ------------------------------------------------------------------------------------------------------
+
+    async def create(self, name: str, data: Bytes) -> None:
+        await asyncio.to_thread(self._create, name, data)
+
+    def _create(self, name: str, data: Bytes) -> None:
+        with refusals("write", f"{self.root}/{name}"), self._directory_of(name, create=True) as (directory, base):
+            partial = f"{PARTIAL}{secrets.token_hex(8)}-{base}"
+            fd = self._open_new(partial, directory)
+            try:
+                with os.fdopen(fd, "wb", buffering=0) as file:
+                    _write_all(file, data, 0)
+                    self._sync(file.fileno())
+                self._publish(directory, partial, base)
+            finally:
+                with suppress(FileNotFoundError):
+                    os.unlink(partial, dir_fd=directory)
+            self._sync(directory)
+
+    async def upload(self, name: str, size_bytes: int, part_bytes: int, token: str | None = None) -> LocalUpload:
+        check_name(name)
+        return await asyncio.to_thread(self._upload, name, size_bytes, part_bytes, token)
+
+    def _upload(self, name: str, size_bytes: int, part_bytes: int, token: str | None) -> LocalUpload:
+        with refusals("write", f"{self.root}/{name}"), self._directory_of(name, create=True) as (directory, base):
+            if token is None:
+                token = f"{PARTIAL}{secrets.token_hex(8)}-{base}"
+                fd = self._open_new(token, directory)
+                try:
+                    _allocate(fd, size_bytes)
+                except OSError:
+                    os.close(fd)
+                    os.unlink(token, dir_fd=directory)
+                    raise
+            else:
+                if not token.startswith(PARTIAL) or not token.endswith(f"-{base}") or "/" in token:
+                    raise UnusableRequest(f"{token!r} does not name an unfinished upload of {name}")
+                fd = os.open(token, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+                if os.fstat(fd).st_size != size_bytes:
+                    os.close(fd)
+                    os.unlink(token, dir_fd=directory)
+                    raise NotFound(f"the unfinished upload of {name} has another size than the object; start anew")
+        return LocalUpload(self, name, token, fd, size_bytes, part_bytes)
+
+    def finish_upload(self, name: str, token: str, fd: int) -> None:
+        """Make the data safe, then give it its name.  After a failed flush the data counts as lost, for good."""
+        with refusals("write", f"{self.root}/{name}"), self._directory_of(name) as (directory, base):
+            try:
+                self._sync(fd)
+            except OSError:
+                os.unlink(token, dir_fd=directory)
+                raise
+            self._publish(directory, token, base)
+            with suppress(FileNotFoundError):
+                os.unlink(token, dir_fd=directory)
+            self._sync(directory)
+
+    def drop_upload(self, name: str, token: str) -> None:
+        with refusals("remove", f"{self.root}/{name}"), suppress(FileNotFoundError), self._directory_of(name) as found:
+            os.unlink(token, dir_fd=found[0])
+
+    async def delete(self, name: str) -> None:
+        await asyncio.to_thread(self._delete, name)
+
+    def _delete(self, name: str) -> None:
+        with refusals("remove", f"{self.root}/{name}"), suppress(FileNotFoundError):
+            with self._directory_of(name) as (directory, base):
+                os.unlink(base, dir_fd=directory)
+                self._sync(directory)
+            self._drop_if_empty(name)
+
+    async def sweep(self, prefix: str) -> list[str]:
+        return await asyncio.to_thread(self._sweep, prefix)
+
+    def _sweep(self, prefix: str) -> list[str]:
+        removed: list[str] = []
+        with refusals("sweep", str(self.root)):
+            for name, _ in list(_walk(self.root, self.root, hidden=True)):
+                folder, slash, base = name.rpartition("/")
+                target = _UNPUBLISHED.fullmatch(base)
+                if target and (folder + slash + (target[1] or target[2])).startswith(prefix):
+                    os.unlink(self.root / name)
+                    removed.append(name)
+            for folder, _, _ in os.walk(self.root, topdown=False):
+                relative = os.path.relpath(folder, self.root)
+                if relative != "." and (relative + "/").startswith(prefix or relative):
+                    self._drop_if_empty(f"{relative}/x")
+        return sorted(removed)
+
+    async def close(self) -> None:
+        return None
+
+    # -- file system --------------------------------------------------------------------------------------------------
+
+    def _sync(self, fd: int) -> None:
+        os.fsync(fd)
+
+    def _open_new(self, base: str, directory: int) -> int:
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        return os.open(base, flags, 0o666 if self._file_mode is None else self._file_mode, dir_fd=directory)
+
+    def _publish(self, directory: int, partial: str, base: str) -> None:
+        try:
+            os.link(partial, base, src_dir_fd=directory, dst_dir_fd=directory, follow_symlinks=False)
+        except OSError as refusal:
+            if refusal.errno not in _NO_LINKS:
+                raise
+            # No hard links here: look, then rename.  Two writers of one name could both pass, hence not conditional.
+            if _exists(base, directory):
+                raise FileExistsError(errno.EEXIST, "exists", base) from refusal
+            os.rename(partial, base, src_dir_fd=directory, dst_dir_fd=directory)
+
+    def _drop_if_empty(self, name: str) -> None:
+        folder = (self.root / name).parent
+        if folder == self.root:
+            return
+        try:
+            os.rmdir(folder)
+        except OSError as refusal:
+            if refusal.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+                raise
+
+    @contextmanager
+    def _directory_of(self, name: str, *, create: bool = False) -> Iterator[tuple[int, str]]:
+        """The open directory of ``name`` and its last component; parents are created durably where asked for."""
+        *folders, base = check_name(name).split("/")
+        current = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            for folder in folders:
+                if create:
+                    with suppress(FileExistsError):
+                        mode = 0o777 if self._directory_mode is None else self._directory_mode
+                        os.mkdir(folder, mode, dir_fd=current)
+                        self._sync(current)
+                below = os.open(folder, _DIRECTORY, dir_fd=current)
+                os.close(current)
+                current = below
+            yield current, base
+        finally:
+            os.close(current)
+
+
+class LocalUpload:
+    """A file under a temporary name, written part by part in any order."""
+
+    def __init__(self, tier: LocalTier, name: str, token: str, fd: int, size_bytes: int, part_bytes: int) -> None:
+        self.token = token
+        self._tier = tier
+        self._name = name
+        self._file: IO[bytes] | None = cast("IO[bytes]", os.fdopen(fd, "r+b", buffering=0))
+        self._size_bytes = size_bytes
+        self._part_bytes = part_bytes
+
+    async def put(self, part: int, data: Bytes) -> Receipt:
+        offset = part * self._part_bytes
+        if part < 0 or offset + len(data) > self._size_bytes:
+            raise UnusableRequest(f"part {part} of {self._name} lies outside its {self._size_bytes} bytes")
+        with refusals("write", f"{self._tier.label}/{self._name}"):
+            await asyncio.to_thread(_write_all, self._open_file(), data, offset)
+        return Receipt()
+
+    async def finish(self, receipts: Mapping[int, Receipt]) -> None:
+        file = self._open_file()
+        wanted = -(-self._size_bytes // self._part_bytes)
+        if sorted(receipts) != list(range(wanted)):
+            raise UnusableRequest(f"{self._name} has {len(receipts)} of its {wanted} parts; it cannot be finished")
+        try:
+            await asyncio.to_thread(self._tier.finish_upload, self._name, self.token, file.fileno())
+        finally:
+            await self.release()
+
+    async def release(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    async def abort(self) -> None:
+        await self.release()
+        await asyncio.to_thread(self._tier.drop_upload, self._name, self.token)
+
+    def _open_file(self) -> IO[bytes]:
+        if self._file is None:
+            raise StorageFailed(f"the upload of {self._name} has ended; begin another one")
+        return self._file
+
+
+def _too_short(label: str, name: str, offset: int, size_bytes: int) -> Truncated:
+    return Truncated(f"{label}/{name} ends before byte {offset + size_bytes}; take another copy or an older step")
+
+
+def _write_all(file: IO[bytes], data: Bytes, offset: int) -> None:
+    rest = memoryview(data).cast("B")
+    while len(rest):
+        written = os.pwrite(file.fileno(), rest, offset)
+        if written <= 0:
+            raise OSError(errno.EIO, "a write took no bytes")
+        rest, offset = rest[written:], offset + written
+
+
+def _allocate(fd: int, size_bytes: int) -> None:
+    """Claim the space now, so that a full disk shows before anything is sent; sparse where that is not supported."""
+    os.ftruncate(fd, size_bytes)
+    if size_bytes:
+        try:
+            os.posix_fallocate(fd, 0, size_bytes)
+        except OSError as refusal:
+            if refusal.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+
+
+def _exists(base: str, directory: int) -> bool:
+    try:
+        os.stat(base, dir_fd=directory, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _make_root(root: Path, mode: int | None) -> None:
+    if root.is_dir():
+        return
+    _make_root(root.parent, None) if root.parent != root else None
+    with suppress(FileExistsError):
+        os.mkdir(root, 0o777 if mode is None else mode)
+    above = os.open(root.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(above)
+    finally:
+        os.close(above)
+    if not root.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "not a directory", str(root))
+
+
+def _links_work(root: Path) -> bool:
+    probe = root / f"{PARTIAL}{secrets.token_hex(8)}-probe"
+    other = probe.with_name(probe.name + "-link")
+    with refusals("write to", str(root)):
+        os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+        try:
+            os.link(probe, other)
+        except OSError as refusal:
+            if refusal.errno not in _NO_LINKS:
+                raise
+            return False
+        else:
+            other.unlink()
+            return True
+        finally:
+            probe.unlink()
+
+
+def _walk(start: Path, root: Path, *, hidden: bool = False) -> Iterator[tuple[str, int]]:
+    """Regular files below ``start`` as (name relative to ``root``, bytes); links are not followed."""
+    try:
+        entries = list(os.scandir(start))
+    except FileNotFoundError:
+        return
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            yield from _walk(Path(entry.path), root, hidden=hidden)
+        elif entry.is_file(follow_symlinks=False) and (hidden or not entry.name.startswith(".")):
+            with suppress(FileNotFoundError):
+                yield os.path.relpath(entry.path, root), entry.stat(follow_symlinks=False).st_size

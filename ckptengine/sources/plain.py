@@ -1,0 +1,139 @@
+"""What a pickle held, as plain values: the form in which every source gives what is not a tensor.
+
+None, bool, int, float, complex, str, bytes, list, tuple, set, dict and numpy arrays.  A torch dtype becomes
+``"torch.float32"``, a size a tuple, a namespace a dict of its attributes, an object of any other class a dict with its
+class under ``"__class__"``.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from ckptengine.errors import CheckpointError, UnreadableFormat
+from ckptengine.sources.stored import Dtype, StoredArray, StoredTensor
+from ckptengine.sources.unpickle import NumpyArray, Placeholder
+
+MAX_DEPTH = 200
+NAMESPACES = {"argparse.Namespace", "types.SimpleNamespace"}
+DROPPED = object()
+"""What ``on_tensor`` returns for a tensor that is to leave no trace (None in its place inside a list)."""
+
+
+def plain(value: object, on_tensor: Callable[[StoredTensor], object] = lambda tensor: DROPPED) -> object:
+    """``value`` as plain values.  An object that occurs twice is converted once and shared.
+
+    A dict that loses all of its entries because they were dropped tensors is dropped too.
+    """
+    made = _Plain(on_tensor).convert(value, 0)
+    return None if made is DROPPED else made
+
+
+def array_of(value: object) -> StoredArray | None:
+    """The numpy array that a pickle holds by value; None for anything else and for arrays of objects."""
+    if not isinstance(value, NumpyArray):
+        return None
+    try:
+        return value.array()
+    except CheckpointError:
+        return None
+
+
+def walk_tensors(value: object, path: tuple[object, ...] = ()) -> Iterator[tuple[tuple[object, ...], StoredTensor]]:
+    """The tensors of nested dicts, lists and tuples with their paths (keys and positions), depth first.
+
+    Raises `UnreadableFormat` where the nesting is deeper than `MAX_DEPTH`.
+    """
+    if isinstance(value, StoredTensor):
+        yield path, value
+        return
+    if len(path) > MAX_DEPTH:
+        raise UnreadableFormat(f"values nested deeper than {MAX_DEPTH} levels")
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from walk_tensors(item, (*path, key))
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from walk_tensors(item, (*path, index))
+    elif isinstance(value, Placeholder) and value.class_name in NAMESPACES:
+        yield from walk_tensors(value.state, path)
+
+
+class _Plain:
+    def __init__(self, on_tensor: Callable[[StoredTensor], object]) -> None:
+        self._on_tensor = on_tensor
+        self._done: dict[int, object] = {}
+        self._keep: list[object] = []  # ids stay valid while their objects live
+
+    def convert(self, value: object, depth: int) -> object:
+        kind = type(value)
+        if value is None or kind in (bool, int, float, complex, str, bytes, np.ndarray):
+            return value
+        if kind is Dtype:
+            return f"torch.{value}"
+        if isinstance(value, np.generic):
+            return value.item()
+        if isinstance(value, StoredTensor):
+            return self._on_tensor(value)
+        if isinstance(value, pathlib.PurePath):
+            return str(value)
+        if depth > MAX_DEPTH:
+            raise UnreadableFormat(f"values nested deeper than {MAX_DEPTH} levels")
+        if id(value) not in self._done:
+            self._keep.append(value)
+            self._done[id(value)] = None  # a value that contains itself ends here
+            self._done[id(value)] = self._compound(value, depth + 1)
+        return self._done[id(value)]
+
+    def _compound(self, value: object, depth: int) -> object:
+        if isinstance(value, dict):
+            made = {}
+            for key, item in value.items():
+                new = self.convert(item, depth)
+                if new is not DROPPED:
+                    made[self._key(key, depth)] = new
+            return DROPPED if value and not made else made
+        if isinstance(value, list):
+            return self._items(value, depth)
+        if isinstance(value, tuple):
+            return tuple(self._items(value, depth))
+        if isinstance(value, set | frozenset):
+            return {self._key(item, depth) for item in value}
+        if isinstance(value, NumpyArray):
+            array = array_of(value)
+            return {"__class__": "numpy.ndarray of objects"} if array is None else array.to_numpy()
+        if isinstance(value, Placeholder):
+            return self._placeholder(value, depth)
+        return str(getattr(value, "class_name", None) or type(value).__name__)
+
+    def _items(self, value: list[object] | tuple[object, ...], depth: int) -> list[object]:
+        made = [self.convert(item, depth) for item in value]
+        return [None if item is DROPPED else item for item in made]
+
+    def _key(self, key: object, depth: int) -> object:
+        made = self.convert(key, depth)
+        try:
+            hash(made)
+        except TypeError:
+            return str(made)
+        return made
+
+    def _placeholder(self, value: Placeholder, depth: int) -> object:
+        if value.class_name in NAMESPACES and isinstance(value.state, dict):
+            return self.convert(value.state, depth)
+        made: dict[str, object] = {"__class__": value.class_name}
+        parts = {
+            "args": list(value.args),
+            "kwargs": value.kwargs,
+            "state": value.state,
+            "items": value.items,
+            "pairs": value.pairs,
+        }
+        for name, part in parts.items():
+            if part:
+                new = self.convert(part, depth)
+                if new is not DROPPED:
+                    made[name] = new
+        return made

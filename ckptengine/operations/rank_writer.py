@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -65,15 +64,15 @@ class RankWriter:
         self._job.wait_written()
         digests = self._job.digests()
         index, granules = self._index(digests.granules, digests.extents)
-        tail = rankfile.encode_tail(self._end, index, granules, values)
-        write_all(self._ops, fd, tail, self._end, self._path)
+        table, tail = rankfile.encode_tail(self._end, index, granules, values)
+        write_all(self._ops, fd, table + tail, self._end, self._path)
         guarded("flush", self._path, lambda: self._ops.fsync(fd))
         self._close()
         guarded("flush directory", self._path.parent, lambda: self._ops.fsync_dir(self._path.parent))
         contributions: dict[int, int] = {}
         for (tensor, _), raw in zip(self._keys, digests.contributions.tolist(), strict=True):
             contributions[tensor] = contributions.get(tensor, 0) ^ raw
-        return Sealed(self._end + len(tail), native.crc64(tail), contributions)
+        return Sealed(self._end + len(table) + len(tail), native.crc64(tail), contributions)
 
     def _index(
         self, granules: npt.NDArray[np.uint64], raws: npt.NDArray[np.uint64]
@@ -105,6 +104,3 @@ class RankWriter:
         if self._fd is not None:
             fd, self._fd = self._fd, None
             self._ops.close(fd)
-
-    def sections(self) -> dict[str, Any]:
-        return {"body_bytes": self._end, "extents": len(self._keys)}

@@ -37,7 +37,7 @@ class TensorRecord:
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """A rank file: its size and the standard CRC of its tail (from the granule table to the end)."""
+    """A rank file: its size and the standard CRC of its tail (index to end of file)."""
 
     nbytes: int
     tail_crc: int

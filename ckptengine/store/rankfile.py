@@ -1,4 +1,4 @@
-"""The rank file: header, extents, tail (granule table, index, values, footer).  Bytes only; no file is opened here.
+"""The rank file: header, extents, granule table, tail (index, values, footer).  Bytes only; no file is opened here.
 
 Normative text: ``docs/format/v1.md``.
 """
@@ -21,7 +21,7 @@ from ckptengine.store.envelope import canonical
 
 HEADER_BYTES = 4096
 BLOCK_BYTES = 4096
-"""Alignment of the tail: the body in front of it can be written in whole blocks."""
+"""Alignment of the end of the body, so that it can be written in whole blocks."""
 DIRECT_ALIGN_BYTES = 512
 DIRECT_MIN_BYTES = 1 << 20
 """Extents from this size on sit congruent to their memory address, so that they can be written without a copy."""
@@ -30,7 +30,7 @@ PACK_ALIGN_BYTES = 64
 _HEADER_MAGIC = b"CKPTRNK1"
 _FOOTER_MAGIC = b"CKPTEND1"
 _HEADER = struct.Struct("<8sIIQ")
-_FOOTER = struct.Struct("<8sIIQQQQQQ")
+_FOOTER = struct.Struct("<8sIIQQQQQ")
 FOOTER_BYTES = _FOOTER.size
 INDEX_DTYPE = np.dtype([("tensor", "<u4"), ("piece", "<u4"), ("offset", "<u8"), ("nbytes", "<u8"), ("crc", "<u8")])
 """One index record: tensor ordinal in the manifest, piece ordinal, byte range in this file, standard CRC-64/NVME."""
@@ -107,38 +107,40 @@ def granule_counts(nbytes: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
 
 @dataclass(frozen=True, slots=True)
 class Tail:
-    """What follows the body: the index in (tensor, piece) order, the granule table in index order, rank values."""
+    """What follows the granule table: the index in (tensor, piece) order and the rank's own values.
 
-    offset: int
+    ``table`` is the file offset of the granule table, which is also where the body ends.
+    """
+
+    table: int
     index: Index
     values: Any
-
-    @property
-    def granule_starts(self) -> npt.NDArray[np.int64]:
-        """For each extent the ordinal of its first granule in the table, and one more for the end."""
-        counts = granule_counts(self.index["nbytes"])
-        return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+    starts: npt.NDArray[np.int64]
+    """For each extent the ordinal of its first granule in the table, and one more for the end."""
 
 
-def encode_tail(offset: int, index: Index, granules: npt.NDArray[np.uint64], values: object) -> bytes:
-    """The tail of a rank file whose body ends at ``offset``; ``granules`` are raw CRCs in index order."""
-    table = granules.astype("<u8").tobytes()
+def encode_tail(
+    table: int, index: Index, granules: npt.NDArray[np.uint64], values: object
+) -> tuple[bytes, bytes]:
+    """The granule table and the tail of a rank file whose body ends at ``table``; granules are raw CRCs in index order."""
+    encoded_table = granules.astype("<u8").tobytes()
     records = np.ascontiguousarray(index, INDEX_DTYPE).tobytes()
     encoded = canonical(values)
-    body = table + records + encoded
-    sections = (offset, len(granules), offset + len(table), offset + len(table) + len(records), len(encoded))
-    return body + _FOOTER.pack(_FOOTER_MAGIC, 1, len(index), *sections, native.crc64(body))
+    start = table + len(encoded_table)
+    footer = _FOOTER.pack(
+        _FOOTER_MAGIC, 1, len(index), table, len(granules), start, len(encoded), native.crc64(records + encoded)
+    )
+    return encoded_table, records + encoded + footer
 
 
 @dataclass(frozen=True, slots=True)
 class Footer:
-    """Where the sections of a tail are, as file offsets; lengths of ``index`` and ``values`` in bytes."""
+    """Where the sections of a file's end are, as file offsets and counts."""
 
-    tail: int
+    table: int
     granules: int
     index: int
     extents: int
-    values: int
     values_bytes: int
     crc: int
 
@@ -147,47 +149,46 @@ def decode_footer(data: bytes, file_bytes: int, where: str) -> Footer:
     """Parse the last `FOOTER_BYTES` of a rank file of ``file_bytes``; every number is checked against the size."""
     if len(data) != FOOTER_BYTES:
         raise Truncated(f"{where}: ends before its footer")
-    magic, version, extents, tail, granules, index, values, values_bytes, crc = _FOOTER.unpack(data)
+    magic, version, extents, table, granules, index, values_bytes, crc = _FOOTER.unpack(data)
     if magic != _FOOTER_MAGIC:
         raise DigestMismatch(f"{where}: no footer where it must be; the file is truncated or damaged")
     if version > 1:
         raise UnreadableFormat(f"{where}: tail version {version} is newer than this ckptengine; upgrade it")
     consistent = (
-        HEADER_BYTES <= tail
-        and index == tail + granules * 8
-        and values == index + extents * INDEX_DTYPE.itemsize
-        and values + values_bytes + FOOTER_BYTES == file_bytes
+        HEADER_BYTES <= table
+        and index == table + granules * 8
+        and index + extents * INDEX_DTYPE.itemsize + values_bytes + FOOTER_BYTES == file_bytes
     )
     if not consistent:
         raise DigestMismatch(f"{where}: the footer does not fit the file's {file_bytes} bytes")
-    return Footer(tail, granules, index, extents, values, values_bytes, crc)
+    return Footer(table, granules, index, extents, values_bytes, crc)
 
 
-def decode_tail(data: bytes, file_bytes: int, where: str) -> tuple[Tail, npt.NDArray[np.uint64]]:
-    """Parse a whole tail; returns it and the granule table.  Raises `Damaged` for anything inconsistent."""
+def decode_tail(data: bytes, file_bytes: int, where: str) -> Tail:
+    """Parse a whole tail (index to end of file).  Raises `Damaged` for anything inconsistent."""
     footer = decode_footer(data[-FOOTER_BYTES:], file_bytes, where)
-    if len(data) != file_bytes - footer.tail:
-        raise Truncated(f"{where}: the tail has {len(data)} bytes instead of {file_bytes - footer.tail}")
+    if len(data) != file_bytes - footer.index:
+        raise Truncated(f"{where}: the tail has {len(data)} bytes instead of {file_bytes - footer.index}")
     body = data[:-FOOTER_BYTES]
     if native.crc64(body) != footer.crc:
         raise DigestMismatch(f"{where}: the index does not match its digest")
-    cut_index, cut_values = footer.index - footer.tail, footer.values - footer.tail
-    granules = np.frombuffer(body[:cut_index], "<u8").astype(np.uint64)
-    index = np.frombuffer(body[cut_index:cut_values], INDEX_DTYPE)
+    cut = footer.extents * INDEX_DTYPE.itemsize
+    index = np.frombuffer(body[:cut], INDEX_DTYPE)
     try:
-        values = json.loads(body[cut_values:])
+        values = json.loads(body[cut:])
     except (ValueError, RecursionError):
         raise UnreadableFormat(f"{where}: the rank's values are not JSON") from None
-    tail = Tail(footer.tail, index, values)
-    check_index(tail, len(granules), where)
-    return tail, granules
+    starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(granule_counts(index["nbytes"]))])
+    tail = Tail(footer.table, index, values, starts)
+    check_index(tail, footer.granules, where)
+    return tail
 
 
 def check_index(tail: Tail, granules: int, where: str) -> None:
     """Extents must lie inside the body, not overlap, be sorted by (tensor, piece), and own every granule."""
     index = tail.index
     offset, nbytes = index["offset"], index["nbytes"]
-    limit = np.uint64(tail.offset)
+    limit = np.uint64(tail.table)
     if np.any(offset > limit) or np.any(nbytes > limit - np.minimum(offset, limit)) or np.any(offset < HEADER_BYTES):
         raise DigestMismatch(f"{where}: the index names bytes outside the file")
     keys = index["tensor"].astype(np.uint64) << np.uint64(32) | index["piece"].astype(np.uint64)
@@ -196,7 +197,7 @@ def check_index(tail: Tail, granules: int, where: str) -> None:
     order = np.argsort(offset, kind="stable")
     if len(order) > 1 and np.any((offset + nbytes)[order][:-1] > offset[order][1:]):
         raise DigestMismatch(f"{where}: the index names overlapping byte ranges")
-    if int(granule_counts(nbytes).sum()) != granules:
+    if int(tail.starts[-1]) != granules:
         raise DigestMismatch(f"{where}: the granule table does not fit the index")
 
 

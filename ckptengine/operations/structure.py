@@ -1,0 +1,194 @@
+"""What all ranks together hold: local descriptions merged into one numbered list of logical tensors.
+
+Ranks describe themselves once; later saves only say that nothing changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ckptengine.coordination.port import Coordinator, gather, publish, receive
+from ckptengine.errors import CheckpointError, LayoutError, RanksDisagree
+from ckptengine.layout.cover import prove_cover
+from ckptengine.layout.irregular import Irregular
+from ckptengine.layout import layout_json
+from ckptengine.layout.piece import Piece
+from ckptengine.layout.sharding import Layout, replicated
+from ckptengine.plan.write import WriteItem, Writer, assign_writers, stored_pieces
+from ckptengine.state.leaves import FlatState, TensorLeaf
+from ckptengine.store.envelope import canonical
+
+
+@dataclass(frozen=True, slots=True)
+class GlobalTensor:
+    """One row of the agreed structure."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    layout: int
+    writer: Writer
+
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """The agreed list of tensors, sorted by name; a tensor's place in it is its ordinal."""
+
+    tensors: tuple[GlobalTensor, ...]
+    layouts: tuple[Layout, ...]
+    documents: tuple[Any, ...]
+
+    def stored(self, ordinal: int, rank: int) -> tuple[Piece, ...]:
+        """The pieces of a tensor that ``rank`` writes."""
+        tensor = self.tensors[ordinal]
+        return stored_pieces(self.layouts[tensor.layout], tensor.writer, tensor.shape, rank)
+
+    def prove(self, world: int) -> None:
+        """Prove that what all ranks write covers every tensor exactly; `LayoutError` names what does not."""
+        proven: set[tuple[int, Writer, tuple[int, ...]]] = set()
+        for ordinal, tensor in enumerate(self.tensors):
+            key = (tensor.layout, tensor.writer, tensor.shape)
+            if key in proven:
+                continue
+            holders = self.layouts[tensor.layout].holders()
+            boxes = [piece.box for rank in holders if rank < world for piece in self.stored(ordinal, rank)]
+            prove_cover(tensor.name, tensor.shape, boxes)
+            proven.add(key)
+
+
+def describe(flat: FlatState) -> list[Any]:
+    """The local description of a rank's tensors, as JSON."""
+    return [_describe_leaf(leaf) for leaf in flat.tensors]
+
+
+def _describe_leaf(leaf: TensorLeaf) -> list[Any]:
+    layout = None if leaf.sharding is None else layout_json.to_json(leaf.sharding)
+    return [leaf.name, leaf.dtype, list(leaf.global_shape), layout]
+
+
+def merge(descriptions: Sequence[Sequence[Any]]) -> Structure:
+    """One structure from the descriptions of ranks 0..n-1.
+
+    A tensor without a layout of its own is a replica on every rank that has it.  Raises `RanksDisagree` or `LayoutError`.
+    """
+    found: dict[str, dict[int, list[Any]]] = {}
+    for rank, description in enumerate(descriptions):
+        for name, dtype, shape, layout in description:
+            found.setdefault(name, {})[rank] = [dtype, shape, layout]
+    documents: list[Any] = []
+    layouts: list[Layout] = []
+    interned: dict[bytes, int] = {}
+    rows: list[tuple[str, str, tuple[int, ...], int]] = []
+    for name in sorted(found):
+        by_rank = found[name]
+        dtype, shape = _common(name, by_rank)
+        layout = _common_layout(name, by_rank)
+        document = layout_json.to_json(layout)
+        key = canonical(document)
+        if key not in interned:
+            interned[key] = len(layouts)
+            layouts.append(layout)
+            documents.append(document)
+        rows.append((name, dtype, shape, interned[key]))
+    items = [WriteItem(name, dtype, shape, layouts[layout]) for name, dtype, shape, layout in rows]
+    writers = assign_writers(items, len(descriptions))
+    tensors = tuple(GlobalTensor(*row, writer) for row, writer in zip(rows, writers, strict=True))
+    structure = Structure(tensors, tuple(layouts), tuple(documents))
+    structure.prove(len(descriptions))
+    return structure
+
+
+def _common(name: str, by_rank: Mapping[int, Sequence[Any]]) -> tuple[str, tuple[int, ...]]:
+    seen: dict[tuple[str, tuple[int, ...]], list[int]] = {}
+    for rank, (dtype, shape, _) in by_rank.items():
+        seen.setdefault((dtype, tuple(shape)), []).append(rank)
+    if len(seen) > 1:
+        told = "; ".join(f"{dtype}{list(shape)} on ranks {ranks[:8]}" for (dtype, shape), ranks in seen.items())
+        raise RanksDisagree(
+            f"tensor {name!r} differs between ranks: {told}. Wrap shards in ckptengine.Sharded (their place in the whole) "
+            "or what belongs to each rank alone in ckptengine.PerRank"
+        )
+    return next(iter(seen))
+
+
+def _common_layout(name: str, by_rank: Mapping[int, Sequence[Any]]) -> Layout:
+    documents = {rank: layout for rank, (_, _, layout) in by_rank.items()}
+    if all(document is None for document in documents.values()):
+        return replicated(sorted(documents))
+    if any(document is None for document in documents.values()):
+        plain = [rank for rank, document in documents.items() if document is None]
+        raise RanksDisagree(f"tensor {name!r} is sharded on some ranks and plain on ranks {plain[:8]}")
+    layouts = {rank: layout_json.from_json(document) for rank, document in documents.items()}
+    first = next(iter(layouts.values()))
+    if all(isinstance(layout, Irregular) for layout in layouts.values()):
+        held = sorted((r, p) for layout in layouts.values() for r, p in layout.held)  # type: ignore[union-attr]
+        return Irregular(tuple(held))
+    differing = [rank for rank, layout in layouts.items() if layout != first]
+    if differing:
+        raise RanksDisagree(f"tensor {name!r}: rank {differing[0]} says another sharding than rank {next(iter(layouts))}")
+    missing = [rank for rank in first.holders() if rank not in layouts]
+    if missing:
+        raise LayoutError(f"tensor {name!r}: its mesh names ranks {missing[:8]}, which do not have it")
+    return first
+
+
+class Agreement:
+    """The structure as last agreed.  One per checkpointer; used from one background thread."""
+
+    def __init__(self, port: Coordinator, timeout_s: float) -> None:
+        self._port, self._timeout_s = port, timeout_s
+        self._key: str | None = None
+        self._structure: Structure | None = None
+        self._descriptions: list[list[Any]] = []
+
+    def settle(self, number: int, step: int, flat: FlatState) -> Structure:
+        """Agree with all ranks on the structure for save ``number`` of ``step``."""
+        changed = flat.structure_key != self._key
+        note = {"step": step, "tensors": describe(flat) if changed else None}
+        key = f"structure/{number}"
+        gathered = gather(self._port, key, note, self._timeout_s)
+        if gathered is not None:
+            answer = self._decide(gathered)
+            publish(self._port, f"{key}/out", answer)
+        else:
+            answer = receive(self._port, f"{key}/out", self._timeout_s)
+        if "error" in answer:
+            raise RanksDisagree(answer["error"])
+        if self._port.rank != 0 and answer["structure"] is not None:
+            self._structure = structure_from_json(answer["structure"])
+        self._key = flat.structure_key
+        assert self._structure is not None
+        return self._structure
+
+    def _decide(self, notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        steps = {note["step"] for note in notes}
+        if len(steps) > 1:
+            told = ", ".join(f"rank {rank}: {note['step']}" for rank, note in enumerate(notes[:8]))
+            return {"error": f"ranks save different steps ({told}); every rank must make the same calls"}
+        if all(note["tensors"] is None for note in notes) and self._structure is not None:
+            return {"structure": None}
+        known = self._descriptions or [[] for _ in notes]
+        self._descriptions = [
+            note["tensors"] if note["tensors"] is not None else known[rank] for rank, note in enumerate(notes)
+        ]
+        try:
+            self._structure = merge(self._descriptions)
+        except CheckpointError as error:
+            self._structure = None
+            return {"error": str(error)}
+        return {"structure": structure_to_json(self._structure)}
+
+
+def structure_to_json(structure: Structure) -> dict[str, Any]:
+    return {
+        "layouts": list(structure.documents),
+        "tensors": [[t.name, t.dtype, list(t.shape), t.layout, t.writer] for t in structure.tensors],
+    }
+
+
+def structure_from_json(document: Mapping[str, Any]) -> Structure:
+    tensors = tuple(GlobalTensor(n, d, tuple(s), layout, w) for n, d, s, layout, w in document["tensors"])
+    layouts = tuple(layout_json.from_json(layout) for layout in document["layouts"])
+    return Structure(tensors, layouts, tuple(document["layouts"]))

@@ -1,0 +1,87 @@
+"""Host memory of a process and all its descendants: proportional set size, sampled from a process of its own.
+
+Run as a module with the process's id: it samples until its standard input closes, then prints a JSON list of
+[seconds on the monotonic clock, bytes].
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+
+def children(process: int) -> list[int]:
+    """Direct children of a process; none if it is gone."""
+    found: list[int] = []
+    try:
+        tasks = os.listdir(f"/proc/{process}/task")
+    except OSError:
+        return found
+    for task in tasks:
+        try:
+            found += map(int, Path(f"/proc/{process}/task/{task}/children").read_text().split())
+        except OSError:
+            continue  # the thread ended meanwhile
+    return found
+
+
+def tree(process: int) -> list[int]:
+    """A process and its descendants."""
+    found = [process]
+    for parent in found:
+        found += [child for child in children(parent) if child not in found]
+    return found
+
+
+def pss_bytes(process: int) -> int:
+    """Proportional set size of one process, swap included; 0 if it is gone."""
+    total = 0
+    try:
+        for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines():
+            if line.startswith(("Pss:", "SwapPss:")):
+                total += int(line.split()[1]) * 1024
+    except OSError:
+        return 0
+    return total
+
+
+def sample(process: int, interval_s: float) -> list[tuple[float, int]]:
+    """Sample the tree of `process` (without this process) until standard input closes."""
+    samples = []
+    while True:
+        members = [member for member in tree(process) if member != os.getpid()]
+        samples.append((time.monotonic(), sum(map(pss_bytes, members))))
+        if select.select([sys.stdin], [], [], interval_s)[0]:
+            return samples
+
+
+class Sampler:
+    """Watches this process's tree while the `with` block runs; then `samples` holds what it saw."""
+
+    def __init__(self, interval_s: float = 0.02) -> None:
+        self.interval_s = interval_s
+        self.samples: list[tuple[float, int]] = []
+        self._process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> Sampler:
+        command = [sys.executable, "-m", __name__, str(os.getpid()), str(self.interval_s)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process is not None
+        output, _ignored = self._process.communicate("")
+        self.samples = [(moment, size) for moment, size in json.loads(output)]
+
+    def peak_bytes(self, since: float = 0.0) -> int:
+        """The largest sample from `since` (monotonic seconds) on."""
+        return max((size for moment, size in self.samples if moment >= since), default=0)
+
+
+if __name__ == "__main__":
+    json.dump(sample(int(sys.argv[1]), float(sys.argv[2])), sys.stdout)

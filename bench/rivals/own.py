@@ -1,0 +1,43 @@
+"""ckptengine itself, by its public face only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ..engine import Engine, Wait, require
+from ..state import LiveState
+
+
+class CkptEngine(Engine):
+    """A `Checkpointer` with its defaults."""
+
+    distributions: ClassVar[tuple[str, ...]] = ("ckptengine",)
+    configuration: ClassVar[str] = 'Checkpointer with defaults (overlap="wait"); fence before the update'
+    durable_by_itself: ClassVar[bool] = True
+
+    def __init__(self, root: Path, state: LiveState) -> None:
+        super().__init__(root, state)
+        self._ce = require("ckptengine")
+        self._checkpointer: Any = None
+
+    def save(self, step: int) -> Wait:
+        if self._checkpointer is None:
+            self._checkpointer = self._ce.Checkpointer(self.state.live(), str(self.root), random=False)
+        handle = self._checkpointer.save(step)
+
+        def wait() -> None:
+            handle.wait("durable")
+
+        return wait
+
+    def before_update(self) -> None:
+        if self._checkpointer is not None:
+            self._checkpointer.fence()
+
+    def restore(self, step: int) -> None:
+        self._ce.load(self.state.live(), str(self.root), step)
+
+    def close(self) -> None:
+        if self._checkpointer is not None:
+            self._checkpointer.close()

@@ -82,6 +82,11 @@ class Sharding:
         part, low, high = self._flat_range(flat, local, coordinate)
         return (part if flat.padded else high - low,)
 
+    def largest_shard(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The largest shape that any rank's shard has before flat cuts."""
+        self._check(shape)
+        return tuple(length_of(spans) for spans in self._spans((0,) * len(self.mesh.shape), shape))
+
     def holders(self) -> list[int]:
         """Every rank of the mesh, ascending; some may hold nothing of a small tensor."""
         return sorted(self.mesh.all_ranks().tolist())

@@ -1,0 +1,1 @@
+"""Rules: the language that says what a foreign tensor's pieces mean.  See ``docs/rules.md``."""

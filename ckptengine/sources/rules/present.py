@@ -1,0 +1,311 @@
+"""A source shown under other names and shapes, as the view keys of rules say, without moving a byte."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from ckptengine.errors import NotFound, RuleError
+from ckptengine.layout.tensor import LogicalTensor
+from ckptengine.sources.port import Files, Source, Verifying
+from ckptengine.sources.rules.algebra import (
+    Placed,
+    Segment,
+    concatenate,
+    grouped,
+    index,
+    narrow,
+    remap,
+    stack,
+    transpose,
+)
+from ckptengine.sources.rules.captures import Captures
+from ckptengine.sources.rules.language import Rule, Rules, View
+from ckptengine.sources.rules.names import Canonical, Names
+
+
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    """One tensor of the base source, and what of it is shown."""
+
+    base: str
+    name: Canonical
+    rule: Rule | None = None
+    at: int | None = None
+    part: int | None = None
+
+    @property
+    def view(self) -> View | None:
+        return self.rule.view if self.rule is not None else None
+
+    @property
+    def part_count(self) -> int:
+        """How many tensors are joined into the one that this is a part of."""
+        return len(self.view.join.widths) if self.view is not None and self.view.join is not None else 1
+
+
+@dataclass(slots=True)
+class _Recipe:
+    """What one shown tensor is made of: by stack index (0 when not stacked) and part (0 when not joined)."""
+
+    pieces: dict[tuple[int, int], _Shown] = field(default_factory=dict)
+    gathered: bool = False
+
+
+def present(source: Source, rules: Rules) -> Source:
+    """``source`` as the view keys of ``rules`` show it.
+
+    Raises `RuleError` for a rule that matches nothing, two rules that claim one tensor, two tensors that get one name,
+    and parts or layers that are missing.
+    """
+    return _VerifyingView(source, rules) if isinstance(source, Verifying) else _View(source, rules)
+
+
+class _View:
+    def __init__(self, base: Source, rules: Rules) -> None:
+        self._base = base
+        self._rules = rules
+        names = list(base.names())
+        self._names = Names(names)
+        self._values = base.values()
+        taken = {name: self._names.take_apart(name) for name in names}
+        parameters = list(dict.fromkeys(canonical.parameter for canonical in taken.values()))
+        rules.check(parameters)
+        claims = {parameter: rules.view_rule(parameter) for parameter in parameters}
+        self._recipes: dict[str, _Recipe] = {}
+        self._renamed: dict[str, list[str]] = {}
+        self._aliases: dict[str, str] = {}
+        for name in names:
+            claim = claims[taken[name].parameter]
+            if claim is None:
+                self._add(name, _Shown(name, taken[name]))
+            else:
+                self._show(name, taken[name], claim[0], Captures(claim[1]))
+        for recipe_name, recipe in self._recipes.items():
+            if recipe.gathered:
+                self._complete(recipe_name, recipe)
+
+    # the port
+
+    @property
+    def format(self) -> str:
+        return self._base.format
+
+    @property
+    def step(self) -> int | None:
+        return self._base.step
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        return self._base.metrics
+
+    @property
+    def files(self) -> Files:
+        return self._base.files
+
+    def names(self) -> Sequence[str]:
+        return [*self._recipes, *(alias for alias in self._aliases if alias not in self._recipes)]
+
+    def aliases(self) -> Mapping[str, str]:
+        shown = dict(self._aliases)
+        for alias, owner in self._base.aliases().items():
+            new, target = self._only_name(alias), self._only_name(owner)
+            if new in self._recipes and target in self._recipes and new != target:
+                shown.setdefault(new, target)
+        return shown
+
+    def values(self) -> object:
+        return _with_groups(self._values, self._renamed)
+
+    def tensor(self, name: str) -> LogicalTensor:
+        recipe = self._recipes.get(name)
+        if recipe is None and name in self._aliases:
+            return replace(self.tensor(self._aliases[name]), name=name)
+        if recipe is None:
+            raise NotFound(f"{self._base.files.root} has no tensor {name!r} under the rules {self._rules.name}")
+        if not recipe.gathered:
+            (shown,) = recipe.pieces.values()
+            return self._one(name, shown)
+        placed = self._gather(name, recipe)
+        return LogicalTensor(name, placed.dtype, placed.shape, placed.fragments)
+
+    # names
+
+    def _show(self, name: str, canonical: Canonical, rule: Rule, captures: Captures) -> None:
+        view = rule.view
+        assert view is not None
+        if view.drop:
+            self._renamed.setdefault(canonical.parameter, [])
+            return
+        if view.tied is not None:
+            if not canonical.state:
+                self._aliases[name] = canonical.renamed(captures.fill(view.tied, rule))
+            return
+        for at in self._indices(name, canonical, rule, view):
+            for part, template in enumerate(_templates(view)):
+                parameter = captures.fill(template, rule, at)
+                shown = _Shown(name, canonical, rule, at, part if view.split else None)
+                if canonical.state == "":
+                    self._renamed.setdefault(canonical.parameter, []).append(parameter)
+                if view.stack is None and view.join is None:
+                    self._add(canonical.renamed(parameter), shown)
+                else:
+                    layer = captures.number(view.stack, rule) if view.stack is not None else 0
+                    self._add(canonical.renamed(parameter), shown, (layer, view.join.part if view.join else 0))
+
+    def _indices(self, name: str, canonical: Canonical, rule: Rule, view: View) -> Sequence[int | None]:
+        if view.unstack is None:
+            return (None,)
+        source = name
+        if not self._base.tensor(name).shape and canonical.state:  # a counter that all layers share
+            source = f"model.{canonical.parameter}"
+        shape = self._base.tensor(source).shape
+        if view.unstack >= len(shape):
+            raise RuleError(f"{rule.where}: {source} has shape {list(shape)}, no dimension {view.unstack} to unstack")
+        return range(shape[view.unstack])
+
+    def _add(self, target: str, shown: _Shown, piece: tuple[int, int] | None = None) -> None:
+        recipe = self._recipes.setdefault(target, _Recipe())
+        if recipe.pieces and (piece is None or not recipe.gathered or piece in recipe.pieces):
+            other = next(iter(recipe.pieces.values())).base
+            raise RuleError(f"under the rules {self._rules.name} both {other!r} and {shown.base!r} become {target!r}")
+        recipe.gathered = piece is not None
+        recipe.pieces[piece or (0, 0)] = shown
+
+    def _complete(self, name: str, recipe: _Recipe) -> None:
+        layers = sorted({layer for layer, _ in recipe.pieces})
+        parts = max(shown.part_count for shown in recipe.pieces.values())
+        wanted = {(layer, part) for layer in range(layers[-1] + 1) for part in range(parts)}
+        missing = sorted(wanted - recipe.pieces.keys())
+        if missing:
+            raise RuleError(
+                f"{name} cannot be put together under the rules {self._rules.name}: layer {missing[0][0]}, part "
+                f"{missing[0][1]} is missing (layers count from 0, {layers[-1] + 1} of them; {parts} part(s) each)"
+            )
+
+    def _only_name(self, name: str) -> str | None:
+        canonical = self._names.take_apart(name)
+        renamed = self._renamed.get(canonical.parameter, [canonical.parameter])
+        return canonical.renamed(renamed[0]) if len(renamed) == 1 else None
+
+    # tensors
+
+    def _one(self, name: str, shown: _Shown) -> LogicalTensor:
+        tensor = self._base.tensor(shown.base)
+        placed = self._placed(tensor, shown)
+        if placed is None:
+            return replace(tensor, name=name)
+        return LogicalTensor(name, placed.dtype, placed.shape, placed.fragments, None, dict(tensor.meta))
+
+    def _placed(self, tensor: LogicalTensor, shown: _Shown) -> Placed | None:
+        """The shown part of a tensor, or None when it is shown as it is."""
+        view = shown.view
+        if view is None or shown.rule is None or not tensor.shape:
+            return None
+        if view.unstack is None and view.unpadded is None and view.split is None and view.transpose is None:
+            return None
+        where = f"{shown.rule.where}, {shown.base} of shape {list(tensor.shape)}"
+        placed = Placed(tensor.dtype, tensor.shape, tuple(tensor.fragments))
+        if view.unstack is not None and shown.at is not None:
+            placed = index(placed, _dim(placed, view.unstack, where), shown.at)
+        if view.unpadded is not None:
+            placed = self._unpadded(placed, view, where)
+        if view.split is not None and shown.part is not None:
+            dim = _dim(placed, view.split.dim, where)
+            widths = [self._rules.value(part.width, self._values, where) for part in view.split.parts]
+            groups = self._rules.value(view.split.groups, self._values, where)
+            try:
+                segments = grouped(placed.shape[dim], widths, groups)[shown.part]
+            except RuleError as error:
+                raise RuleError(f"{where}: {error}") from None
+            placed = remap(placed, dim, sum(segment.length for segment in segments), segments)
+        if view.transpose is not None and len(placed.shape) > 1:
+            if len(view.transpose) != len(placed.shape):
+                raise RuleError(f"{where}: transpose = {list(view.transpose)} does not fit its dimensions")
+            placed = transpose(placed, view.transpose)
+        return placed
+
+    def _unpadded(self, placed: Placed, view: View, where: str) -> Placed:
+        assert view.unpadded is not None
+        extent = self._rules.value(view.unpadded.extent, self._values, where)
+        dim = _dim(placed, view.unpadded.dim, where)
+        if extent > placed.shape[dim]:
+            raise RuleError(f"{where}: dimension {dim} has only {placed.shape[dim]} indices, not {extent} or more")
+        return narrow(placed, dim, 0, extent) if extent else placed
+
+    def _gather(self, name: str, recipe: _Recipe) -> Placed:
+        layers: dict[int, list[tuple[int, Placed]]] = {}
+        for (layer, part), shown in sorted(recipe.pieces.items()):
+            tensor = self._base.tensor(shown.base)
+            placed = self._placed(tensor, shown) or Placed(tensor.dtype, tensor.shape, tuple(tensor.fragments))
+            if not tensor.shape:
+                return placed  # counters are kept once
+            layers.setdefault(layer, []).append((part, placed))
+        first = recipe.pieces[0, 0]
+        made = [self._joined(name, first, [placed for _, placed in layers[layer]]) for layer in layers]
+        if first.view is None or first.view.stack is None:
+            return made[0]
+        if len({(placed.dtype, placed.shape) for placed in made}) > 1:
+            raise RuleError(f"{name} cannot be stacked: its layers have shapes {sorted({p.shape for p in made})}")
+        return stack(made)
+
+    def _joined(self, name: str, shown: _Shown, parts: list[Placed]) -> Placed:
+        join = shown.view.join if shown.view is not None else None
+        if join is None or shown.rule is None:
+            return parts[0]
+        where = f"{shown.rule.where}, {name}"
+        dim = _dim(parts[0], join.dim, where)
+        if len({(p.dtype, *p.shape[:dim], -1, *p.shape[dim + 1 :]) for p in parts}) > 1:
+            raise RuleError(f"{where}: parts of shapes {[list(p.shape) for p in parts]} do not join on dimension {dim}")
+        whole = concatenate(parts, dim)
+        widths = [self._rules.value(width, self._values, where) for width in join.widths]
+        groups = self._rules.value(join.groups, self._values, where)
+        tables = grouped(whole.shape[dim], widths, groups)
+        if [sum(segment.length for segment in table) for table in tables] != [part.shape[dim] for part in parts]:
+            raise RuleError(f"{where}: parts of shapes {[list(p.shape) for p in parts]} do not have widths {widths}")
+        segments = []
+        start = 0
+        for part, table in zip(parts, tables, strict=True):
+            segments += [Segment(start + segment.target, segment.source, segment.length) for segment in table]
+            start += part.shape[dim]
+        return remap(whole, dim, start, segments)
+
+
+class _VerifyingView(_View):
+    def read_verified(self, path: str, offset: int, view: memoryview) -> None:
+        """See `ckptengine.sources.port.Verifying`."""
+        assert isinstance(self._base, Verifying)
+        self._base.read_verified(path, offset, view)
+
+
+def _templates(view: View) -> list[str]:
+    if view.split is not None:
+        return [part.rename for part in view.split.parts]
+    return [view.rename if view.rename is not None else "{name}"]
+
+
+def _dim(placed: Placed, dim: int, where: str) -> int:
+    if dim >= len(placed.shape):
+        raise RuleError(f"{where}: there is no dimension {dim}")
+    return dim
+
+
+def _with_groups(values: object, renamed: Mapping[str, list[str]]) -> object:
+    """Values whose optimizers' parameter groups name the parameters as shown."""
+    if not isinstance(values, dict) or not renamed:
+        return values
+    made = dict(values)
+    for key, value in values.items():
+        groups = value.get("param_groups") if isinstance(value, dict) else None
+        if isinstance(groups, list):
+            made[key] = {**value, "param_groups": [_renamed_group(group, renamed) for group in groups]}
+    return made
+
+
+def _renamed_group(group: object, renamed: Mapping[str, list[str]]) -> object:
+    if not isinstance(group, dict) or not isinstance(group.get("params"), list):
+        return group
+    names: list[object] = []
+    for name in group["params"]:
+        names += renamed.get(name, [name]) if isinstance(name, str) else [name]
+    return {**group, "params": list(dict.fromkeys(names))}

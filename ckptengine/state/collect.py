@@ -1,0 +1,284 @@
+"""One walk over a nested live state: every tensor by name, and the encoding of the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from ckptengine.errors import CheckpointError, UnsupportedValue
+from ckptengine.state import modules, names, objects, optimizers
+from ckptengine.state.encoding import Encoder, Json, where
+from ckptengine.state.leaves import Role
+from ckptengine.state.optimizers import ParameterEntry
+from ckptengine.state.scalars import array_dtype
+from ckptengine.state.sharded import PerRank, Sharded
+from ckptengine.state.tensors import Described, describe, global_rank
+
+TensorLike = torch.Tensor | Sharded
+
+
+@dataclass(slots=True)
+class Found:
+    """A tensor of the state while it is being walked.  ``live`` is what restoring fills; None for a copy."""
+
+    name: str
+    described: Described
+    live: TensorLike | None
+    role: Role
+    eager: bool
+    owners: tuple[int, ...] = ()
+
+
+@dataclass(slots=True)
+class Walk:
+    """Everything that one walk over a state found; `FlatState` and restoring are both made from it."""
+
+    found: dict[str, Found] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+    modules: dict[str, modules.ModuleView] = field(default_factory=dict)
+    optimizers: dict[str, optimizers.OptimizerView] = field(default_factory=dict)
+    optimizer_at: dict[int, str] = field(default_factory=dict)
+    parameters: dict[int, ParameterEntry] = field(default_factory=dict)
+    types: dict[str, type] = field(default_factory=dict)
+    values: Json = None
+    per_rank: dict[str, Json] = field(default_factory=dict)
+    keep: list[object] = field(default_factory=list)
+
+
+class Collector:
+    """Walks a state once."""
+
+    def __init__(self) -> None:
+        self.walk = Walk()
+        self.encoder = Encoder(self._leaf)
+        self._rank: int | None = None
+        self._in_object = 0
+        self._parameter: Described | None = None
+        self._owned: tuple[int, ...] = ()
+        self._eager = False
+        self._pending: list[tuple[Optimizer, str, dict[str, Json]]] = []
+        self._tied: dict[tuple[Any, ...], Found] = {}
+
+    def run(self, state: object) -> Walk:
+        walk = self.walk
+        walk.values = self.encoder.encode(state)
+        for optimizer, name, node in self._pending:  # after all modules, whose names they use
+            self._optimizer(optimizer, name, node)
+        self._own_by_storage()
+        walk.types = self.encoder.types
+        return walk
+
+    def _leaf(self, value: object, name: str) -> Any:
+        if isinstance(value, torch.Tensor | Sharded):
+            return {"$": "tensor", "name": self._tensor(value, name)}
+        if isinstance(value, nn.Module):
+            return self._module(value, name)
+        if isinstance(value, Optimizer):
+            if name in self.walk.optimizers:
+                raise UnsupportedValue(f"{where(name)}: two optimizers have this name")
+            node: dict[str, Json] = {"$": "optimizer", "type": objects.class_name(value)}
+            self._pending.append((value, name, node))
+            return node
+        if isinstance(value, PerRank):
+            return self._per_rank(value, name)
+        if isinstance(value, np.ndarray):
+            return self._array(value, name)
+        stateful = objects.as_stateful(value)
+        return NotImplemented if stateful is None else self._object(stateful, name)
+
+    def _tensor(self, value: TensorLike, name: str) -> str:
+        if self._parameter is not None and isinstance(value, torch.Tensor):
+            described = optimizers.describe_state(value, name, self._parameter)
+            return self._add(name, described, value, "optimizer", False)
+        described = describe(value, name)
+        if self._in_object:
+            return self._add(name, described, None, "other", True)
+        tensor = value.tensor if isinstance(value, Sharded) else value
+        role: Role = "parameter" if isinstance(tensor, nn.Parameter) else "other"
+        stored = self._add(name, described, value, role, self._eager)
+        head, _, tail = _split_head(name)
+        entry = ParameterEntry(tensor, name, head if tail else "", tail or head, described)
+        self.walk.parameters.setdefault(id(tensor), entry)
+        return stored
+
+    def _add(self, name: str, described: Described, live: TensorLike | None, role: Role, eager: bool) -> str:
+        """Record a tensor; the name it is stored under."""
+        if self._rank is not None:
+            name = names.join(name, names.escape(names.RankMark(self._rank)))
+        walk, tensor = self.walk, described.tensor
+        if name in walk.found or name in walk.aliases:
+            raise UnsupportedValue(f"{where(name)}: two tensors of the state have this name; rename one of the keys")
+        eager = eager or (not described.global_shape and tensor.device.type == "cpu")
+        found = Found(name, described, live, role, eager, self._owned)
+        if live is not None and tensor.numel():
+            key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, described.global_shape, self._rank)
+            owner = self._tied.setdefault(key, found)
+            if owner is not found and owner.described.pieces == described.pieces:
+                owner.eager = owner.eager or eager
+                if role == "parameter":
+                    owner.role = role
+                walk.aliases[name] = owner.name
+                walk.keep.append(tensor)
+                return name
+        walk.found[name] = found
+        return name
+
+    def _module(self, module: nn.Module, name: str) -> Json:
+        view = modules.view(module)
+        self.walk.modules[name] = view
+        prefix = f"{name}." if name else ""
+        by_id: dict[int, Described] = {}
+        for entry in view.tensors:
+            described = describe(entry.value, prefix + entry.key)
+            live = entry.value if entry.in_place else None
+            self._add(prefix + entry.key, described, live, entry.role, entry.role != "parameter")  # type: ignore[arg-type]
+            tensor = entry.value.tensor if isinstance(entry.value, Sharded) else entry.value
+            by_id[id(tensor)] = described
+        for parameter in view.live:
+            key = view.parameters[id(parameter)]
+            known = by_id.get(id(parameter)) or describe(parameter, prefix + key)
+            item = ParameterEntry(parameter, prefix + key, name, key, known)
+            self.walk.parameters.setdefault(id(parameter), item)
+        node: dict[str, Json] = {"$": "module"}
+        if view.extras:
+            with self._object_scope():
+                node["extra"] = {key: self.encoder.encode(part, prefix + key) for key, part in view.extras.items()}
+        return node
+
+    def _optimizer(self, optimizer: Optimizer, name: str, node: dict[str, Json]) -> None:
+        view = optimizers.view(optimizer, name, self.walk.parameters)
+        self.walk.optimizers[name] = view
+        self.walk.optimizer_at[id(optimizer)] = name
+        groups: list[Json] = []
+        self._eager, self._owned = True, view.ids  # schedulers change hyper-parameters at any time
+        for index, group in enumerate(view.groups):
+            prefix = f"{name}.param_groups.{index}" if name else f"param_groups.{index}"
+            values = {key: part for key, part in group.live.items() if key not in optimizers.NOT_VALUES}
+            groups.append({"params": list(group.params), "values": self.encoder.encode(values, prefix)})
+        node["groups"] = groups
+        self._eager = False
+        keys = {id(entry.parameter): key for key, entry in view.entries.items()}
+        state: dict[str, Json] = {}
+        shared: dict[object, object] = {}
+        for parameter, parts in optimizer.state.items():
+            key = keys.get(id(parameter))
+            if key is None:
+                shared[parameter] = parts
+            elif isinstance(parts, dict):
+                plain = self._state_of(view.entries[key], names.join(name, key), parts)
+                if plain:
+                    state[key] = plain
+        node["state"] = state
+        if shared:
+            node["shared"] = self._shared(shared, name)
+        for entry in view.entries.values():
+            stored = self.walk.found.get(self.walk.aliases.get(entry.name, entry.name))
+            if stored is not None:
+                stored.owners = _union(stored.owners, view.ids)
+        self._owned = ()
+
+    def _state_of(self, entry: ParameterEntry, prefix: str, parts: dict[Any, Any]) -> Json:
+        """Record the state tensors of one parameter; the encoding of the rest."""
+        self._parameter = entry.described
+        try:
+            plain: dict[Any, Any] = {}
+            for key, part in parts.items():
+                if isinstance(part, torch.Tensor):
+                    self._tensor(part, names.join(prefix, self.encoder.key_component(key, prefix)))
+                else:
+                    plain[key] = part
+            return self.encoder.encode(plain, prefix) if plain else None
+        finally:
+            self._parameter = None
+
+    def _shared(self, shared: dict[object, object], name: str) -> Json:
+        for key in shared:
+            if isinstance(key, torch.Tensor):
+                raise UnsupportedValue(
+                    f"{where(name)} keeps state for a tensor of shape {tuple(key.shape)} that is in none of its "
+                    f"groups; delete that entry of optimizer.state, or add the parameter to a group"
+                )
+        return self.encoder.encode(shared, names.join(name, "state"))
+
+    def _object(self, value: objects.Stateful, name: str) -> Json:
+        try:
+            state = value.state_dict()
+        except CheckpointError:
+            raise
+        except Exception as error:
+            raise UnsupportedValue(f"{where(name)}: its state_dict() failed: {error!r}") from error
+        with self._object_scope():
+            return {"$": "object", "type": objects.class_name(value), "state": self.encoder.encode(state, name)}
+
+    @contextmanager
+    def _object_scope(self) -> Iterator[None]:
+        self._in_object += 1
+        try:
+            yield
+        finally:
+            self._in_object -= 1
+
+    def _per_rank(self, value: PerRank, name: str) -> Json:
+        if self._rank is not None:
+            raise UnsupportedValue(f"{where(name)}: a PerRank inside a PerRank; the outer one already says it")
+        self._rank = global_rank()
+        pending, self._pending = self._pending, []
+        try:
+            self.walk.per_rank[name] = self.encoder.encode(value.value, name)
+            if self._pending:
+                raise UnsupportedValue(f"{where(name)}: an optimizer cannot be PerRank; its parameters have layouts")
+        finally:
+            self._rank, self._pending = None, pending
+        return {"$": "per_rank"}
+
+    def _array(self, value: np.ndarray[Any, Any], name: str) -> Json:
+        dtype = array_dtype(value, name)
+        usable = value.flags.c_contiguous and value.flags.writeable
+        array = value if usable else np.array(value, order="C")
+        native = array.dtype.isnative and array.dtype.kind in "biufc" and array.dtype.itemsize <= 16
+        try:
+            tensor = torch.from_numpy(array if native else array.reshape(-1).view(np.uint8))
+        except TypeError:  # a numeric dtype that torch lacks (long double)
+            tensor = torch.from_numpy(array.reshape(-1).view(np.uint8))
+        stored = self._add(name, describe(tensor, name), None, "other", True)
+        self.walk.keep.append(array)
+        return {"$": "ndarray", "dtype": dtype, "shape": list(value.shape), "tensor": stored}
+
+    def _own_by_storage(self) -> None:
+        """Give leaves that share memory with an optimizer's parameters that optimizer as an owner."""
+        owners: dict[int, tuple[int, ...]] = {}
+        for view in self.walk.optimizers.values():
+            for entry in view.entries.values():
+                pointer = entry.described.tensor.untyped_storage().data_ptr()
+                owners[pointer] = _union(owners.get(pointer, ()), view.ids)
+        if not owners:
+            return
+        for found in self.walk.found.values():
+            if not found.owners and found.described.tensor.numel():
+                if found.role == "optimizer":
+                    continue
+                found.owners = owners.get(found.described.tensor.untyped_storage().data_ptr(), ())
+
+
+def _union(first: tuple[int, ...], second: tuple[int, ...]) -> tuple[int, ...]:
+    return first if set(second) <= set(first) else (*first, *(one for one in second if one not in first))
+
+
+def _split_head(name: str) -> tuple[str, str, str]:
+    """The first component of a name, and the rest."""
+    position = 0
+    while position < len(name):
+        if name[position] == "\\":
+            position += 2
+        elif name[position] == ".":
+            return name[:position], ".", name[position + 1 :]
+        else:
+            position += 1
+    return name, "", ""

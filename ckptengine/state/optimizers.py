@@ -1,0 +1,104 @@
+"""An optimizer by parameter name: its groups, and the state of each of its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from ckptengine.errors import UnsupportedValue
+from ckptengine.state.encoding import where
+from ckptengine.state.tensors import Described, describe
+
+NOT_VALUES = frozenset({"params", "param_names"})
+"""Keys of a parameter group that are not hyper-parameters."""
+
+HOW_NOT_WHAT = frozenset({"foreach", "fused", "capturable"})
+"""Hyper-parameters that say how this process computes, not what: the live ones are kept on restore."""
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterEntry:
+    """A parameter of the state: its full name, the name of the module (or top-level key) it is in, and its name there.
+
+    ``described`` is its layout, which its optimizer state follows.
+    """
+
+    parameter: torch.Tensor
+    name: str
+    root: str
+    key: str
+    described: Described
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One parameter group: the ordered names of its parameters and the live group."""
+
+    params: tuple[str, ...]
+    live: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerView:
+    """An optimizer by name.  ``entries`` maps each parameter's name below the optimizer to the parameter."""
+
+    optimizer: Optimizer
+    name: str
+    groups: tuple[Group, ...]
+    entries: Mapping[str, ParameterEntry]
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """``id`` of the optimizer, and of the one it wraps (Accelerate's wrapper keeps it in ``optimizer``)."""
+        inner = getattr(self.optimizer, "optimizer", None)
+        return (id(self.optimizer), id(inner)) if isinstance(inner, Optimizer) else (id(self.optimizer),)
+
+
+def view(optimizer: Optimizer, name: str, parameters: Mapping[int, ParameterEntry]) -> OptimizerView:
+    """Name every parameter of ``optimizer`` by where it sits in the state.
+
+    All from one module: by its name in the module (``layers.0.weight``).  From several: by its full name in the state.
+    A parameter that is nowhere in the state goes by the name that ``Optimizer(named_parameters)`` recorded; without
+    one it is an `UnsupportedValue`, because a position is no name.
+    """
+    rows: list[list[ParameterEntry]] = []
+    for index, group in enumerate(optimizer.param_groups):
+        recorded = group.get("param_names")
+        row: list[ParameterEntry] = []
+        for position, parameter in enumerate(group["params"]):
+            entry = parameters.get(id(parameter))
+            if entry is None and recorded is not None:
+                key = str(recorded[position])
+                entry = ParameterEntry(parameter, key, "", key, describe(parameter, f"{name}.{key}"))
+            if entry is None:
+                raise UnsupportedValue(
+                    f"{where(name)}: parameter {position} of group {index} (shape {tuple(parameter.shape)}) is in no "
+                    f"module or tensor of the state, so it has no name; put its module into the state too, or build "
+                    f"the optimizer from model.named_parameters()"
+                )
+            row.append(entry)
+        rows.append(row)
+    one_root = len({entry.root for row in rows for entry in row}) <= 1
+    groups: list[Group] = []
+    entries: dict[str, ParameterEntry] = {}
+    for row, live in zip(rows, optimizer.param_groups, strict=True):
+        for entry in row:
+            key = entry.key if one_root else entry.name
+            if entries.setdefault(key, entry) is not entry:
+                raise UnsupportedValue(f"{where(name)}: two parameters are called {key!r}; give their modules names")
+        groups.append(Group(tuple(entry.key if one_root else entry.name for entry in row), live))
+    return OptimizerView(optimizer, name, tuple(groups), entries)
+
+
+def describe_state(value: torch.Tensor, name: str, parameter: Described) -> Described:
+    """An optimizer's state tensor: of its parameter's layout where it has the shape of the parameter's local part."""
+    found = describe(value, name)
+    if found.sharding is not None or parameter.sharding is None or not found.global_shape:
+        return found
+    if found.global_shape != tuple(parameter.tensor.shape):
+        return found
+    return Described(found.tensor, found.dtype, parameter.global_shape, parameter.sharding, parameter.pieces)

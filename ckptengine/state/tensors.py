@@ -1,0 +1,164 @@
+"""A live tensor as bytes, layout and logical shape."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Partial as TorchPartial
+from torch.distributed.tensor import Replicate as TorchReplicate
+from torch.distributed.tensor import Shard as TorchShard
+from torch.distributed.tensor.placement_types import Placement as TorchPlacement
+from torch.distributed.tensor.placement_types import _StridedShard as TorchStridedShard
+
+from ckptengine.errors import UnsupportedValue
+from ckptengine.layout.box import Box
+from ckptengine.layout.mesh import Mesh
+from ckptengine.layout.piece import Piece
+from ckptengine.layout.placement import Placement, Replicate, Shard, StridedShard
+from ckptengine.layout.sharding import Irregular, Layout, Sharding
+from ckptengine.state.dtypes import TORCH_DTYPES
+from ckptengine.state.encoding import where
+from ckptengine.state.sharded import Sharded
+
+_DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+_PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}
+_DISABLED = torch.Tensor.__torch_dispatch__
+_UNINITIALIZED = (torch.nn.UninitializedParameter, torch.nn.UninitializedBuffer)
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """A tensor's local part (detached) and what it is of."""
+
+    tensor: torch.Tensor
+    dtype: str
+    global_shape: tuple[int, ...]
+    sharding: Layout | None
+    pieces: tuple[Piece, ...]
+
+
+def global_rank() -> int:
+    """This process's rank in the default process group; 0 without one."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank()
+    return 0
+
+
+def describe(value: torch.Tensor | Sharded, name: str) -> Described:
+    """What ``value`` holds.  `UnsupportedValue`, naming the leaf, for a tensor that has no bytes to store."""
+    if isinstance(value, Sharded):
+        local = _local(value.tensor, name)
+        layout = value.layout or Irregular(((global_rank(), value.pieces),))
+        return Described(local, _dtype(local, name), value.global_shape, layout, value.pieces)
+    if isinstance(value, DTensor):
+        sharding = sharding_of(value, name)
+        with torch.no_grad():
+            local = _local(value.to_local(), name)
+        shape = tuple(value.shape)
+        pieces = _pieces(sharding, global_rank(), shape)
+        if sum(piece.size for piece in pieces) != local.numel():
+            raise UnsupportedValue(
+                f"{where(name)}: the local part of this DTensor has shape {tuple(local.shape)}, which its placements "
+                f"{tuple(value.placements)} of {shape} do not give; uneven hand-made shards belong in Sharded"
+            )
+        return Described(local, _dtype(local, name), shape, sharding, pieces)
+    local = _local(value, name)
+    shape = tuple(local.shape)
+    return Described(local, _dtype(local, name), shape, None, whole(shape))
+
+
+@lru_cache(maxsize=4096)
+def whole(shape: tuple[int, ...]) -> tuple[Piece, ...]:
+    """The one piece of a tensor that is held entirely; none of an empty one."""
+    return (Piece.packed(Box.whole(shape)),) if 0 not in shape else ()
+
+
+@lru_cache(maxsize=65536)
+def _pieces(sharding: Sharding, rank: int, shape: tuple[int, ...]) -> tuple[Piece, ...]:
+    return tuple(piece for piece in sharding.pieces(rank, shape) if piece.size)
+
+
+def _dtype(tensor: torch.Tensor, name: str) -> str:
+    found = _DTYPE_NAMES.get(tensor.dtype)
+    if found is None:
+        raise UnsupportedValue(
+            f"{where(name)} is a tensor of {tensor.dtype}, which cannot be stored; convert it to one of "
+            f"{', '.join(_DTYPE_NAMES.values())} or save its parts (int_repr, scales)"
+        )
+    return found
+
+
+def _local(tensor: torch.Tensor, name: str) -> torch.Tensor:
+    """A detached alias of a plain strided tensor; a resolved copy of a lazily conjugated or negated one."""
+    kind = type(tensor)
+    if kind not in _PLAIN_TYPES and not _is_plain_subclass(tensor):
+        if isinstance(tensor, _UNINITIALIZED):
+            raise UnsupportedValue(f"{where(name)} is not initialised yet; run one forward pass before checkpointing")
+        raise UnsupportedValue(
+            f"{where(name)} is a {kind.__module__}.{kind.__qualname__}, a tensor subclass without bytes of its own; "
+            f"save the tensors it is made of, or wrap its local part in Sharded"
+        )
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
+        what = "nested" if tensor.is_nested else "quantized" if tensor.is_quantized else str(tensor.layout)
+        raise UnsupportedValue(f"{where(name)} is a {what} tensor; save its parts (indices and values, offsets)")
+    if tensor.is_meta:
+        raise UnsupportedValue(
+            f"{where(name)} is on the meta device and has no memory; materialise it first, for instance with "
+            f"module.to_empty(device=...)"
+        )
+    local = tensor.detach()
+    if local.is_conj() or local.is_neg():
+        return local.resolve_conj().resolve_neg()
+    return local
+
+
+def _is_plain_subclass(tensor: torch.Tensor) -> bool:
+    kind: Any = type(tensor)
+    if isinstance(tensor, _UNINITIALIZED):
+        return False
+    return kind.__torch_dispatch__ is _DISABLED
+
+
+def sharding_of(tensor: DTensor, name: str) -> Sharding:
+    """The layout of a DTensor; `UnsupportedValue` for placements that do not say which elements a rank holds."""
+    return _sharding(tensor.device_mesh, tuple(tensor.placements), tensor.ndim, name)
+
+
+_SHARDINGS: dict[tuple[DeviceMesh, tuple[TorchPlacement, ...], int], Sharding] = {}
+
+
+def _sharding(mesh: DeviceMesh, placements: tuple[TorchPlacement, ...], ndim: int, name: str) -> Sharding:
+    key = mesh, placements, ndim
+    found = _SHARDINGS.get(key)
+    if found is None:
+        found = Sharding(_mesh(mesh), tuple(_placement(placement, ndim, name) for placement in placements))
+        if len(_SHARDINGS) > 4096:
+            _SHARDINGS.clear()
+        _SHARDINGS[key] = found
+    return found
+
+
+def _mesh(mesh: DeviceMesh) -> Mesh:
+    shape = tuple(mesh.mesh.shape)
+    names = mesh.mesh_dim_names or tuple(f"axis{index}" for index in range(len(shape)))
+    return Mesh(shape, names, tuple(int(rank) for rank in mesh.mesh.flatten().tolist()))
+
+
+def _placement(placement: TorchPlacement, ndim: int, name: str) -> Placement:
+    if isinstance(placement, TorchStridedShard):  # before Shard, of which it may be a subclass
+        return StridedShard(placement.dim % ndim, int(placement.split_factor))
+    if type(placement) is TorchShard:
+        return Shard(placement.dim % ndim)
+    if isinstance(placement, TorchReplicate):
+        return Replicate()
+    if isinstance(placement, TorchPartial):
+        raise UnsupportedValue(
+            f"{where(name)} is a DTensor with a pending {placement} reduction, so no rank holds its elements; "
+            f"redistribute it to Replicate or Shard first"
+        )
+    raise UnsupportedValue(f"{where(name)} is a DTensor with placement {placement}, whose layout is unknown")

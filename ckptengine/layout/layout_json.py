@@ -19,6 +19,8 @@ from ckptengine.layout.piece import Piece
 from ckptengine.layout.placement import Flat, Partial, Placement, Replicate, Shard, StridedShard
 from ckptengine.layout.sharding import Layout, Sharding
 
+_FLAT = ("offset", "part", "padded", "aligned", "in_place")
+
 
 class MeshTable:
     """Meshes numbered in the order in which they were first met, so that each is stored once."""
@@ -74,9 +76,8 @@ def _placement_to_json(placement: Placement) -> object:
             return ["S", dim]
         case StridedShard(dim, split_factor):
             return ["SS", dim, split_factor]
-        case Flat(offset, part, padded, aligned):
-            fields = {"offset": offset or None, "part": part, "padded": padded or None, "aligned": aligned or None}
-            return ["F", {key: value for key, value in fields.items() if value is not None}]
+        case Flat():
+            return ["F", {key: getattr(placement, key) for key in _FLAT if getattr(placement, key) not in (0, None)}]
 
 
 def _placement_from_json(document: object) -> Placement:
@@ -89,13 +90,14 @@ def _placement_from_json(document: object) -> Placement:
             return Shard(integer(dim, "shard dimension", most=63))
         case ["SS", dim, factor]:
             return StridedShard(integer(dim, "shard dimension", most=63), integer(factor, "split factor", least=1))
-        case ["F", dict() as fields] if fields.keys() <= {"offset", "part", "padded", "aligned"}:
+        case ["F", dict() as fields] if fields.keys() <= set(_FLAT):
             part = fields.get("part")
             return Flat(
                 integer(fields.get("offset", 0), "flat offset"),
                 None if part is None else integer(part, "flat part", least=1),
                 _flag(fields.get("padded", False), "flat padded"),
                 _flag(fields.get("aligned", False), "flat aligned"),
+                _flag(fields.get("in_place", False), "flat in_place"),
             )
     raise LayoutError(f"not a placement: {document!r:.80}")
 

@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ckptengine.errors import LayoutError
 
 Span = tuple[int, int]
@@ -66,8 +69,11 @@ class Flat:
     part: int | None = None
     padded: bool = False
     aligned: bool = False
+    in_place: bool = False
 
     def __post_init__(self) -> None:
+        if self.padded and self.in_place:
+            raise LayoutError(f"a flat cut is either padded or in place: {self}")
         if self.offset < 0 or (self.part is not None and self.part < 1):
             raise LayoutError(f"a flat cut needs an offset from 0 and a part from 1 on: {self}")
         if self.aligned and (self.offset or self.part is not None):
@@ -132,6 +138,24 @@ def _chunks(total: int, cut: Shard | StridedShard, count: int, index: int) -> It
         high = min(end, low + inner)
         if low < high:
             yield low, high
+
+
+def sizes_along(n: int, dim: int, placements: Sequence[Placement], mesh_shape: Sequence[int]) -> NDArray[np.int64]:
+    """The indices of dimension ``dim``, of ``n`` indices, that each rank gets; broadcastable to ``mesh_shape``."""
+    sizes = np.full((1,) * len(mesh_shape), n, np.int64)
+    for axis, (cut, count) in enumerate(zip(placements, mesh_shape, strict=True)):
+        if not isinstance(cut, (Shard, StridedShard)) or cut.dim != dim:
+            continue
+        index = np.arange(count).reshape([-1 if a == axis else 1 for a in range(len(mesh_shape))])
+        factor = cut.split_factor if isinstance(cut, StridedShard) else 1
+        outer = -(-sizes // factor)
+        parts = np.zeros(1, np.int64)
+        for j in range(min(factor, n)):
+            chunk = np.clip(sizes - outer * j, 0, outer)
+            inner = -(-chunk // count)
+            parts = parts + np.clip(chunk - inner * index, 0, inner)
+        sizes = parts
+    return sizes
 
 
 def length_of(spans: Spans) -> int:

@@ -12,6 +12,9 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ckptengine.errors import LayoutError
 from ckptengine.layout.box import Box, row_major_strides
 from ckptengine.layout.flat import flat_boxes
@@ -28,6 +31,7 @@ from ckptengine.layout.placement import (
     StridedShard,
     length_of,
     positions_of,
+    sizes_along,
     split,
     touching,
 )
@@ -80,7 +84,28 @@ class Sharding:
         if flat is None:
             return local
         part, low, high = self._flat_range(flat, local, coordinate)
-        return (part if flat.padded else high - low,)
+        return local if flat.in_place else (part if flat.padded else high - low,)
+
+    def local_sizes(self, shape: Sequence[int]) -> NDArray[np.int64]:
+        """int64[mesh shape]: the elements that the rank at every coordinate holds.
+
+        Padding does not count; an aligned flat cut counts as an even one.
+        """
+        self._check(shape)
+        sizes = np.ones((1,) * len(self.mesh.shape), np.int64)
+        for dim, n in enumerate(shape):
+            sizes = sizes * sizes_along(n, dim, self.placements, self.mesh.shape)
+        flat = self._flat()
+        if flat is not None:
+            count, index = 1, np.zeros((1,) * len(self.mesh.shape), np.int64)
+            for axis in self._axes(Flat):
+                n = self.mesh.shape[axis]
+                along = np.arange(n).reshape([-1 if a == axis else 1 for a in range(len(self.mesh.shape))])
+                count, index = count * n, index * n + along
+            part = np.maximum(-(-(flat.offset + sizes) // count), 1) if flat.part is None else np.int64(flat.part)
+            start = index * part - flat.offset
+            sizes = np.clip(start + part, 0, sizes) - np.clip(start, 0, sizes)
+        return np.broadcast_to(sizes, self.mesh.shape)
 
     def largest_shard(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The largest shape that any rank's shard has before flat cuts."""
@@ -129,10 +154,10 @@ class Sharding:
                         yield rank, ordinal, piece
 
     def splitting_replicas(self) -> Sharding:
-        """The same sharding with every replica group holding aligned flat parts of what each member held whole."""
+        """The same sharding, but each member of a replica group answers for an aligned flat part of what it holds."""
         if self._flat() is not None:
             raise LayoutError("a flat sharding cannot be cut flat once more")
-        flat = Flat(aligned=True)
+        flat = Flat(aligned=True, in_place=True)
         return Sharding(self.mesh, tuple(flat if isinstance(p, Replicate) else p for p in self.placements))
 
     def _check(self, shape: Sequence[int]) -> None:
@@ -185,7 +210,7 @@ class Sharding:
         if flat is None:
             return tuple(_cut_at_spans(Box.whole(local), spans, local, 0))
         part, low, high = self._flat_range(flat, local, coordinate)
-        begin = low
+        begin = 0 if flat.in_place else low
         if flat.padded:  # positions count from the first element of the rank's part of the buffer
             begin = self._ravel(coordinate, self._axes(Flat)) * part - flat.offset
         boxes = flat_boxes(local, low, high)

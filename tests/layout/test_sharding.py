@@ -59,6 +59,8 @@ def local_by_chunking(array: Array, sharding: Sharding, coordinate: tuple[int, .
     buffer = np.concatenate([np.full(flat.offset, -1), array.reshape(-1)])
     buffer = np.concatenate([buffer, np.full(max(0, part * count - buffer.size), -1)])
     held = buffer[index * part : (index + 1) * part]
+    if flat.in_place:
+        return np.where(np.isin(array, held), array, -1)
     return held if flat.padded else held[held >= 0]
 
 
@@ -81,7 +83,7 @@ def shardings(draw: st.DrawFn) -> tuple[Sharding, tuple[int, ...]]:
     mesh_shape = tuple(draw(st.lists(st.integers(1, 4), min_size=1, max_size=3)))
     flat = Flat(draw(st.integers(0, 5)), padded=draw(st.booleans()))
     if draw(st.booleans()):
-        flat = Flat(aligned=True, padded=flat.padded)
+        flat = Flat(aligned=True, in_place=not flat.padded, padded=flat.padded)
     choices: list[st.SearchStrategy[Placement]] = [st.just(Replicate()), st.just(flat)]
     if shape:
         dims = st.integers(0, len(shape) - 1)
@@ -103,6 +105,17 @@ def test_pieces_are_what_chunking_gives(case: tuple[Sharding, tuple[int, ...]]) 
         assert sharding.local_shape(rank, shape) == expected.shape
         local = filled(sharding.pieces(rank, shape), shape, expected.size)
         assert local.tolist() == expected.reshape(-1).tolist()
+
+
+@given(case=shardings())
+def test_local_sizes_are_those_of_the_pieces(case: tuple[Sharding, tuple[int, ...]]) -> None:
+    sharding, shape = case
+    sizes = sharding.local_sizes(shape)
+    assert sizes.shape == sharding.mesh.shape
+    even = all(not (isinstance(p, Flat) and p.aligned) for p in sharding.placements)
+    for coordinate in np.ndindex(*sharding.mesh.shape):
+        held = sum(piece.size for piece in sharding.pieces(sharding.mesh.rank_at(coordinate), shape))
+        assert not even or sizes[coordinate] == held
 
 
 @settings(max_examples=300)

@@ -16,13 +16,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 from ckptengine.errors import LayoutError, UnusableRequest
 from ckptengine.layout.box import Box, row_major_strides
+from ckptengine.layout.cover import prove_cover
 from ckptengine.layout.dtypes import itemsize
 from ckptengine.layout.tensor import Fragment, LogicalTensor
 from ckptengine.sources.port import Files, Verifying
@@ -61,6 +62,15 @@ class HasFiles(Protocol):
     def files(self) -> Files: ...
 
 
+@runtime_checkable
+class FindsFragments(Protocol):
+    """Fragments that can be found by box without listing all of them."""
+
+    def overlapping(self, box: Box) -> Iterable[Fragment]:
+        """The fragments that share an element with ``box``."""
+        ...
+
+
 def read_box(
     source: HasFiles,
     tensor: LogicalTensor,
@@ -92,14 +102,21 @@ class BoxReader:
         self.tensor = tensor
         self.item_bytes = itemsize(tensor.dtype)
         self._read_into = source.read_verified if isinstance(source, Verifying) else source.files.read_into
-        self._fragments = tensor.fragments
-        count, ndim = len(self._fragments), len(tensor.shape)
-        self._starts = np.fromiter(
-            (o for f in self._fragments for o in f.box.offsets), dtype=np.int64, count=count * ndim
-        ).reshape(count, ndim)
-        self._ends = np.fromiter(
-            (e for f in self._fragments for e in f.box.ends), dtype=np.int64, count=count * ndim
-        ).reshape(count, ndim)
+        self._corners: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]] | None = None
+
+    def _overlapping(self, box: Box) -> Iterable[Fragment]:
+        """The fragments that may share elements with ``box``: by the source's own index where it has one."""
+        fragments = self.tensor.fragments
+        if isinstance(fragments, FindsFragments):
+            return fragments.overlapping(box)
+        if self._corners is None:
+            count, ndim = len(fragments), len(self.tensor.shape)
+            starts = np.fromiter((o for f in fragments for o in f.box.offsets), np.int64, count * ndim)
+            ends = np.fromiter((e for f in fragments for e in f.box.ends), np.int64, count * ndim)
+            self._corners = starts.reshape(count, ndim), ends.reshape(count, ndim)
+        starts, ends = self._corners
+        hit = ((starts < np.array(box.ends)) & (ends > np.array(box.offsets))).all(axis=1)
+        return (fragments[position] for position in np.flatnonzero(hit).tolist())
 
     def parts(self, box: Box) -> list[Fragment]:
         """The fragments cut to ``box``, in no particular order.
@@ -111,10 +128,8 @@ class BoxReader:
             raise UnusableRequest(f"box {box} is not inside tensor {name!r} of shape {shape}; ask for a smaller box")
         if box.size == 0:
             return []
-        hit = ((self._starts < np.array(box.ends)) & (self._ends > np.array(box.offsets))).all(axis=1)
         found: list[Fragment] = []
-        for position in np.flatnonzero(hit).tolist():
-            fragment = self._fragments[position]
+        for fragment in self._overlapping(box):
             common = fragment.box.intersect(box)
             if common is not None:
                 found.append(fragment if common == fragment.box else fragment.part(common, self.item_bytes))
@@ -125,6 +140,8 @@ class BoxReader:
                 f"tensor {name!r} of shape {shape}: its {len(found)} fragments in box {box} hold {held} elements where "
                 f"{box.size} are wanted: they {what}; is a file of the checkpoint missing or from another run?"
             )
+        if len(found) > 1:
+            prove_cover(name, box.shape, [part.box.relative_to(box) for part in found])
         return found
 
     def read(self, box: Box, out: Array | memoryview | bytearray, *, workers: int | None = None) -> None:

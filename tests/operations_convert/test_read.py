@@ -150,6 +150,29 @@ def test_fragments_that_do_not_cover_are_refused(boxes: list[Box], word: str) ->
         read_tensor(MemorySource({"f": bytes(9)}, [tensor]), tensor)
 
 
+def test_gap_and_overlap_that_cancel_out_are_refused() -> None:
+    boxes = [Box((0,), (2,)), Box((1,), (2,)), Box((4,), (1,))]
+    tensor = LogicalTensor("t", "uint8", (5,), [Fragment(box, "f", 0) for box in boxes])
+    with pytest.raises(LayoutError, match="'t'"):
+        read_tensor(MemorySource({"f": bytes(9)}, [tensor]), tensor)
+
+
+def test_fragments_with_an_index_of_their_own_are_asked_by_box() -> None:
+    class Indexed(list[Fragment]):
+        asked: list[Box] = []  # noqa: RUF012
+
+        def overlapping(self, box: Box) -> list[Fragment]:
+            self.asked.append(box)
+            return [f for f in self if f.box.intersect(box)]
+
+    fragments = Indexed(Fragment(Box((i,), (1,)), "f", i) for i in range(9))
+    tensor = LogicalTensor("t", "uint8", (9,), fragments)
+    out = bytearray(3)
+    read_box(MemorySource({"f": bytes(range(9))}, [tensor]), tensor, Box((4,), (3,)), out)
+    assert out == bytes([4, 5, 6])
+    assert fragments.asked == [Box((4,), (3,))]
+
+
 def test_a_source_that_verifies_is_asked_to() -> None:
     class Verified(MemorySource):
         def read_verified(self, path: str, offset: int, view: memoryview) -> None:

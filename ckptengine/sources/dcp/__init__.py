@@ -1,0 +1,1 @@
+"""torch.distributed.checkpoint (DCP): read without torch.distributed, and written."""

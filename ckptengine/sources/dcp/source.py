@@ -1,0 +1,186 @@
+"""A checkpoint of torch.distributed.checkpoint as a source."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from ckptengine.errors import CheckpointError, Damaged, NotFound
+from ckptengine.layout.box import Box
+from ckptengine.layout.tensor import Fragment, LogicalTensor
+from ckptengine.sources.dcp.metadata import Chunk, DcpMetadata, Item, TensorRecord, metadata_files, read_metadata
+from ckptengine.sources.plain import DROPPED, plain
+from ckptengine.sources.port import Files, Format, Opening, Source
+from ckptengine.sources.safetensors.header import Header, read_header
+from ckptengine.sources.stored import StoredTensor
+from ckptengine.sources.torchzip import TorchZip
+
+GROUPS = ".param_groups."
+STATE = ".state."
+
+
+class DcpItems:
+    """The tensors that items hold: files of torch.save, or entries of safetensors data, inside of larger files."""
+
+    def __init__(self, files: Files) -> None:
+        self._files = files
+        self._headers: dict[tuple[str, int], Header] = {}
+
+    def fragment(self, key: str, record: TensorRecord, chunk: Chunk) -> Fragment:
+        """The bytes of one chunk; `Damaged` when the item does not hold what the metadata says."""
+        item = chunk.item
+        box = Box(chunk.offsets, chunk.shape)
+        if item is None:
+            return Fragment(box, "", 0)
+        if self._is_zip(item):
+            stored = TorchZip(self._files, item.path, item.offset, item.nbytes).load()
+            if not isinstance(stored, StoredTensor):
+                raise Damaged(f"{self._shown(item)} holds no tensor, but should hold a chunk of {key!r}")
+            self._check(key, record, chunk, item, stored.dtype, stored.shape)
+            return stored.fragment(chunk.offsets)
+        if (item.path, item.offset) not in self._headers:
+            self._headers[item.path, item.offset] = read_header(self._files, item.path, item.offset)
+        entry = self._headers[item.path, item.offset].entries.get(key)
+        if entry is None:
+            raise Damaged(f"{self._shown(item)} holds no {key!r}, but should")
+        self._check(key, record, chunk, item, entry.dtype, entry.shape)
+        return Fragment(box, item.path, entry.offset)
+
+    def value(self, item: Item) -> object:
+        """The plain value of an object's item; `DROPPED` when it is a tensor."""
+        return plain(TorchZip(self._files, item.path, item.offset, item.nbytes).load())
+
+    def _is_zip(self, item: Item) -> bool:
+        head = self._files.read(item.path, item.offset, min(9, item.nbytes))
+        return head[:4] == b"PK\x03\x04" and head[8:9] != b"{"
+
+    def _shown(self, item: Item) -> str:
+        return f"{self._files.root.rstrip('/')}/{item.path} at byte {item.offset}"
+
+    def _check(
+        self, key: str, record: TensorRecord, chunk: Chunk, item: Item, dtype: str, shape: tuple[int, ...]
+    ) -> None:
+        if (dtype, shape) != (record.dtype, chunk.shape):
+            raise Damaged(
+                f"{self._shown(item)} holds {dtype} {list(shape)}, but the metadata says that {key!r} at "
+                f"{list(chunk.offsets)} is {record.dtype} {list(chunk.shape)}; a file was replaced by another"
+            )
+
+
+class DcpSource:
+    """Tensors under the user's own keys, ``<key>.state.<parameter>.<state>`` of optimizers without their ``state``."""
+
+    format = "dcp"
+
+    def __init__(self, files: Files, metadata: DcpMetadata, step: int | None = None) -> None:
+        self.files = files
+        self.step = step
+        self.metrics: Mapping[str, float] = {}
+        self._metadata = metadata
+        self._items = DcpItems(files)
+        self._keys = canonical_names(metadata.tensors, metadata.objects)
+
+    def names(self) -> Sequence[str]:
+        """Canonical names, in the metadata's order."""
+        return list(self._keys)
+
+    def tensor(self, name: str) -> LogicalTensor:
+        """The tensor under a canonical name.  Reads the few bytes around each chunk that say where its data begins."""
+        key = self._keys.get(name)
+        if key is None:
+            raise NotFound(f"{self.files.root} has no tensor {name!r}")
+        record = self._metadata.tensors[key]
+        solid = [chunk for chunk in record.chunks if 0 not in chunk.shape]
+        try:
+            fragments = [self._items.fragment(key, record, chunk) for chunk in solid]
+        except NotFound as error:
+            raise NotFound(f"{error}; it holds a part of {name!r}: fetch the missing file") from error
+        return LogicalTensor(name, record.dtype, record.shape, fragments, meta={"key": key})
+
+    def aliases(self) -> Mapping[str, str]:
+        """None: the format does not record what is tied."""
+        return {}
+
+    def values(self) -> object:
+        """Every object, nested as it was saved."""
+        root: dict[object, object] = {}
+        for key, item in self._metadata.objects.items():
+            if item is None:
+                raise Damaged(f"{self.files.root}: no file is recorded for the value {key!r}")
+            try:
+                value = self._items.value(item)
+            except CheckpointError as error:
+                raise type(error)(f"value {key!r}: {error}") from error
+            if value is not DROPPED:
+                put(root, self._metadata.paths.get(key) or (key,), value)
+        return with_lists(root)
+
+
+def canonical_names(tensors: Iterable[str], objects: Iterable[str]) -> dict[str, str]:
+    """Canonical name -> key.  An optimizer is a prefix with both ``.param_groups.`` and ``.state.`` beneath it."""
+    tensors = list(tensors)
+    optimizers = {key.partition(GROUPS)[0] for keys in (objects, tensors) for key in keys if GROUPS in key}
+    names: dict[str, str] = {}
+    moved: list[tuple[str, str]] = []
+    for key in tensors:
+        at = key.find(STATE)
+        while at >= 0 and key[:at] not in optimizers:
+            at = key.find(STATE, at + 1)
+        if at < 0:
+            names[key] = key
+        else:
+            moved.append((key[:at] + "." + key[at + len(STATE) :], key))
+    taken = {name for name, _ in moved} & names.keys()
+    order = {key: name for name, key in names.items()} | {key: key if name in taken else name for name, key in moved}
+    return {order[key]: key for key in tensors}
+
+
+def put(root: dict[object, object], path: tuple[object, ...], value: object) -> None:
+    """Set a leaf of nested dicts; list positions become integer keys until `with_lists`."""
+    inner = root
+    for part in path[:-1]:
+        inner = inner.setdefault(_Index(part) if type(part) is int else part, {})  # type: ignore[assignment]
+        if not isinstance(inner, dict):
+            raise Damaged(f"the path {path!r} of a value leads through another value")
+    inner[_Index(path[-1]) if type(path[-1]) is int else path[-1]] = value
+
+
+def with_lists(value: object) -> object:
+    """The same values with each dict that has list positions for keys as a list."""
+    if not isinstance(value, dict):
+        return value
+    if value and all(type(key) is _Index for key in value):
+        size = max(key.position for key in value) + 1
+        if size <= 1 << 24:
+            items: list[object] = [None] * size
+            for key, item in value.items():
+                items[key.position] = with_lists(item)
+            return items
+    return {key.position if type(key) is _Index else key: with_lists(item) for key, item in value.items()}
+
+
+class _Index:
+    """A position in a list, as a key."""
+
+    __slots__ = ("position",)
+
+    def __init__(self, position: int) -> None:
+        self.position = position
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is _Index and other.position == self.position
+
+    def __hash__(self) -> int:
+        return hash(("_Index", self.position))
+
+
+def _probe(opening: Opening) -> bool:
+    if opening.entry is not None:
+        return opening.entry.endswith(".metadata")
+    return bool(metadata_files(opening.files))
+
+
+def _open(opening: Opening) -> Source:
+    return DcpSource(opening.files, read_metadata(opening.files, opening.entry), opening.step)
+
+
+FORMAT = Format("dcp", _probe, _open)

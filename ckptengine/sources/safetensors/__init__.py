@@ -1,0 +1,1 @@
+"""Hugging Face safetensors: one file, shards with an index, and torch DCP's sharded variant."""

@@ -1,0 +1,202 @@
+"""Safetensors as a source: which files belong together, and the names and boxes of what is in them.
+
+Weights are presented as ``model.<name as stored>``.  A file of ours whose metadata has ``ckptengine`` holds canonical
+names already, and a ``ckptengine.json`` beside it what is no tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ckptengine.errors import Damaged, NotFound, UnreadableFormat
+from ckptengine.layout.box import Box
+from ckptengine.layout.tensor import Fragment, LogicalTensor
+from ckptengine.sources.port import Files, Format, Opening, Source
+from ckptengine.sources.safetensors.header import Entry, Header, read_header
+
+SUFFIX = ".safetensors"
+INDEX_SUFFIX = ".safetensors.index.json"
+SHARDING_KEY = "DCP_SHARDING_INFO"
+OWN_KEY = "ckptengine"
+MAX_INDEX_BYTES = 1 << 30
+MAX_VALUES_BYTES = 64 << 20
+_NUMBERED = re.compile(r"(.*)-(\d{5,})-of-(\d{5,})\.safetensors")
+_SHARD = re.compile(r"shard-(\d+)-")
+_VALUES = ("config.json", "generation_config.json", "adapter_config.json")
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a canonical name lies: its pieces, each a file, an entry and the offsets of its box."""
+
+    pieces: tuple[tuple[str, Entry, tuple[int, ...]], ...]
+
+
+class SafetensorsSource:
+    """All tensors of a set of safetensors files."""
+
+    format = "safetensors"
+
+    def __init__(self, files: Files, headers: Mapping[str, Header], step: int | None = None) -> None:
+        self.files = files
+        self.step = step
+        self.metrics: Mapping[str, float] = {}
+        self._places = _collect(files, headers)
+
+    def names(self) -> Sequence[str]:
+        """Canonical names, in the order of the files."""
+        return list(self._places)
+
+    def tensor(self, name: str) -> LogicalTensor:
+        """The tensor under a canonical name; `Damaged` when its pieces cannot be one tensor."""
+        place = self._places.get(name)
+        if place is None:
+            raise NotFound(f"{self.files.root} has no tensor {name!r}")
+        first = place.pieces[0][1]
+        shape = [0] * len(first.shape)
+        fragments = []
+        for path, entry, offsets in place.pieces:
+            if entry.dtype != first.dtype or len(entry.shape) != len(shape):
+                raise Damaged(f"the pieces of {name!r} in {self.files.root} have different element types or ranks")
+            shape = [max(n, o + m) for n, o, m in zip(shape, offsets, entry.shape, strict=True)]
+            fragments.append(Fragment(Box(offsets, entry.shape), path, entry.offset))
+        whole = tuple(shape)
+        if len(fragments) > 1:
+            fragments = [fragment for fragment in fragments if fragment.box.size]
+        return LogicalTensor(name, first.dtype, whole, fragments)
+
+    def aliases(self) -> Mapping[str, str]:
+        """None: the format keeps every name's bytes apart."""
+        return {}
+
+    def values(self) -> object:
+        """The model's configuration files, by name without ``.json``; of our own files, the values saved with them."""
+        own = _json(self.files, "ckptengine.json")
+        if isinstance(own, dict) and "values" in own:
+            return own["values"]
+        found = ((name.removesuffix(".json"), _json(self.files, name)) for name in _VALUES)
+        return {name: value for name, value in found if value is not None}
+
+
+def _json(files: Files, path: str) -> object:
+    """A small JSON file beside the tensors; None when it is not there."""
+    try:
+        return json.loads(files.read(path, 0, min(files.size(path), MAX_VALUES_BYTES)))
+    except NotFound:
+        return None
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{files.root.rstrip('/')}/{path} is not the JSON that it should be: {error}") from None
+
+
+def _collect(files: Files, headers: Mapping[str, Header]) -> dict[str, _Place]:
+    whole: dict[str, _Place] = {}
+    pieces: dict[str, list[tuple[str, Entry, tuple[int, ...]]]] = {}
+    for path, header in headers.items():
+        prefix = "" if OWN_KEY in header.metadata else "model."
+        offsets = _offsets(header.metadata.get(SHARDING_KEY), f"{files.root.rstrip('/')}/{path}")
+        for stored, entry in header.entries.items():
+            name = prefix + stored
+            if offsets is None:
+                if name in whole:
+                    other = whole[name].pieces[0][0]
+                    raise Damaged(f"tensor {stored!r} is in both {other} and {path} of {files.root}")
+                whole[name] = _Place(((path, entry, (0,) * len(entry.shape)),))
+            else:
+                corner = offsets.get(stored)
+                if corner is None or len(corner) != len(entry.shape):
+                    raise Damaged(f"{files.root}/{path}: {SHARDING_KEY} does not say where {stored!r} belongs")
+                pieces.setdefault(name, []).append((path, entry, corner))
+    both = whole.keys() & pieces.keys()
+    if both:
+        raise Damaged(f"tensor {min(both)!r} of {files.root} is stored both whole and in pieces")
+    return whole | {name: _Place(tuple(parts)) for name, parts in pieces.items()}
+
+
+def _offsets(text: str | None, shown: str) -> dict[str, tuple[int, ...]] | None:
+    """Where each tensor of a torch DCP shard belongs; None for an ordinary file."""
+    if text is None:
+        return None
+    try:
+        made = {name: tuple(fields["saved_offsets"]) for name, fields in json.loads(text).items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise Damaged(f"{shown}: {SHARDING_KEY} in its metadata is not what torch writes") from None
+    if any(type(number) is not int or number < 0 for corner in made.values() for number in corner):
+        raise Damaged(f"{shown}: {SHARDING_KEY} in its metadata has offsets that are no numbers")
+    return made
+
+
+def _members(files: Files, entry: str | None) -> dict[str, Header]:
+    """The headers of the files that make one checkpoint; `UnreadableFormat` where that cannot be told."""
+    if entry is not None:
+        return _of_index(files, entry) if entry.endswith(INDEX_SUFFIX) else {entry: read_header(files, entry)}
+    present = files.entries()
+    indexes = [name for name in present if name.endswith(INDEX_SUFFIX)]
+    if len(indexes) > 1 and "model" + INDEX_SUFFIX in indexes:
+        indexes = ["model" + INDEX_SUFFIX]
+    if len(indexes) > 1:
+        raise UnreadableFormat(f"{files.root} has several indexes ({', '.join(indexes)}); open one of them by name")
+    if indexes:
+        return _of_index(files, indexes[0])
+    found = [name for name in present if name.endswith(SUFFIX)]
+    if "model" + SUFFIX in found:
+        found = ["model" + SUFFIX]
+    headers = {name: read_header(files, name) for name in found}
+    sharded = [SHARDING_KEY in header.metadata for header in headers.values()]
+    if len(found) > 1 and not (all(sharded) or _is_complete_set(files, found)):
+        raise UnreadableFormat(f"{files.root} has {len(found)} safetensors files, no index; open one of them by name")
+    if all(sharded):
+        _check_numbers(files, {int(match[1]) for name in found if (match := _SHARD.match(name))})
+    return headers
+
+
+def _is_complete_set(files: Files, found: Sequence[str]) -> bool:
+    """Whether the files are model-00001-of-0000N and so on; `Damaged` when one of such a row is missing."""
+    numbered = [match for match in map(_NUMBERED.fullmatch, found) if match]
+    groups = {(match[1], match[3]) for match in numbered}
+    if len(numbered) != len(found) or len(groups) != 1:
+        return False
+    count = int(numbered[0][3])
+    if len(found) != count:
+        _check_numbers(files, {int(match[2]) for match in numbered} | {count + 1})
+    return True
+
+
+def _check_numbers(files: Files, numbers: set[int]) -> None:
+    missing = set(range(1, max(numbers, default=0))) - numbers
+    if missing:
+        raise Damaged(f"{files.root} lacks shard number {min(missing)}; fetch the missing file")
+
+
+def _of_index(files: Files, path: str) -> dict[str, Header]:
+    shown = f"{files.root.rstrip('/')}/{path}"
+    if files.size(path) > MAX_INDEX_BYTES:
+        raise UnreadableFormat(f"{shown} has {files.size(path)} bytes, too many for an index")
+    document = _json(files, path)
+    index = document.get("weight_map") if isinstance(document, dict) else None
+    if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
+        raise Damaged(f"{shown} has no weight_map of names to files")
+    headers: dict[str, Header] = {}
+    for member in sorted(set(index.values())):
+        if not files.exists(member):
+            raise NotFound(f"{shown} names {member!r}, which does not exist; fetch the missing shard")
+        headers[member] = read_header(files, member)
+    for name, file in index.items():
+        if name not in headers[file].entries:
+            raise Damaged(f"{shown} says that {name!r} is in {file!r}, which does not hold it")
+    return headers
+
+
+def _probe(opening: Opening) -> bool:
+    if opening.entry is not None:
+        return opening.entry.endswith((SUFFIX, INDEX_SUFFIX))
+    return any(name.endswith((SUFFIX, INDEX_SUFFIX)) for name in opening.files.entries())
+
+
+def _open(opening: Opening) -> Source:
+    return SafetensorsSource(opening.files, _members(opening.files, opening.entry), opening.step)
+
+
+FORMAT = Format("safetensors", _probe, _open)

@@ -1,0 +1,1 @@
+"""Files of torch.save (``.pt``, ``.pth``, ``.bin``) as checkpoints of their own."""

@@ -1,0 +1,153 @@
+"""Files of torch.save as checkpoints: nested state, a state dict, or Hugging Face's ``pytorch_model.bin`` shards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ckptengine.errors import Damaged, NotFound, UnreadableFormat
+from ckptengine.layout.tensor import LogicalTensor
+from ckptengine.sources.plain import plain, walk_tensors
+from ckptengine.sources.port import Files, Format, Opening, Source
+from ckptengine.sources.stored import StoredTensor
+from ckptengine.sources.torchzip import is_torch_file, load_torch
+
+SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+INDEX = "pytorch_model.bin.index.json"
+MAX_INDEX_BYTES = 1 << 28
+OWN_RECORD = "ckptengine"
+
+
+class TorchSource:
+    """The tensors of one or more torch.save files.
+
+    Names are paths joined with dots; a file whose tensors all lie at its top is a state dict and is presented under
+    ``model.``.  An optimizer's ``<key>.state.<parameter>.<state>`` beside ``<key>.param_groups`` is presented as
+    ``<key>.<parameter>.<state>``, where the parameter is its name if the optimizer was given names, else its number.
+    """
+
+    format = "torch"
+
+    def __init__(self, files: Files, paths: Sequence[str], step: int | None = None) -> None:
+        self.files = files
+        self.step = step
+        self.metrics: Mapping[str, float] = {}
+        self._roots = [load_torch(files, path) for path in paths]
+        self._tensors: dict[str, StoredTensor] = {}
+        self._aliases: dict[str, str] = {}
+        first: dict[tuple[object, ...], str] = {}
+        for root in self._roots:
+            for name, tensor in _named(root):
+                if name in self._tensors:
+                    raise Damaged(f"tensor {name!r} occurs twice in {files.root}")
+                self._tensors[name] = tensor
+                if tensor.size and first.setdefault(tensor.identity, name) != name:
+                    self._aliases[name] = first[tensor.identity]
+
+    def names(self) -> Sequence[str]:
+        """Canonical names, in the order of the file."""
+        return list(self._tensors)
+
+    def tensor(self, name: str) -> LogicalTensor:
+        """The tensor under a canonical name: one fragment, strided where it was saved so."""
+        stored = self._tensors.get(name)
+        if stored is None:
+            raise NotFound(f"{self.files.root} has no tensor {name!r}")
+        return LogicalTensor(name, stored.dtype, stored.shape, [stored.fragment()] if stored.size else [])
+
+    def aliases(self) -> Mapping[str, str]:
+        """Names of the same elements of the same storage."""
+        return self._aliases
+
+    def values(self) -> object:
+        """What is no tensor, nested as it was; of several files, the dicts merged."""
+        made = [plain(root) for root in self._roots]
+        if len(made) == 1:
+            return {} if made[0] is None else made[0]
+        return {key: value for part in made if isinstance(part, dict) for key, value in part.items()}
+
+
+def _named(root: object) -> list[tuple[str, StoredTensor]]:
+    found = list(walk_tensors(root))
+    if all(len(path) == 1 for path, _ in found):
+        return [(f"model.{path[0]}", tensor) for path, tensor in found]
+    groups: dict[tuple[Any, ...], Mapping[object, str]] = {}
+    named = []
+    for path, tensor in found:
+        at = next((i for i, part in enumerate(path) if part == "state" and len(path) > i + 2), None)
+        if at is not None:
+            key = path[:at]
+            if key not in groups:
+                groups[key] = _parameter_names(root, key)
+            if groups[key]:
+                path = (*key, groups[key].get(path[at + 1], path[at + 1]), *path[at + 2 :])
+        named.append((path, tensor))
+    names = [".".join(map(str, path)) for path, _ in named]
+    if len(set(names)) != len(names):  # {"a.b": x, "a": {"b": y}}
+        names = [".".join(str(part).replace("\\", "\\\\").replace(".", "\\.") for part in path) for path, _ in named]
+    return list(zip(names, (tensor for _, tensor in named), strict=True))
+
+
+def _parameter_names(root: Any, key: tuple[Any, ...]) -> Mapping[object, str]:
+    """Number -> name of an optimizer's parameters, from its param_groups; empty where there is no optimizer."""
+    inner = root
+    for part in key:
+        if not isinstance(inner, dict | list | tuple):
+            return {}
+        inner = inner[part]
+    groups = inner.get("param_groups") if isinstance(inner, dict) else None
+    if not isinstance(groups, list):
+        return {}
+    names: dict[object, str] = {}
+    for group in groups:
+        numbers = group.get("params") if isinstance(group, dict) else None
+        if not isinstance(numbers, list) or not all(isinstance(number, int | str) for number in numbers):
+            return {}
+        given = group.get("param_names")
+        known = isinstance(given, list) and len(given) == len(numbers)
+        names |= {number: str(name) for number, name in zip(numbers, given if known else numbers, strict=True)}
+    return names
+
+
+def _members(files: Files, entry: str | None) -> list[str]:
+    if entry == INDEX or (entry is None and files.exists(INDEX)):
+        return _of_index(files)
+    if entry is not None:
+        return [entry]
+    found = _candidates(files)
+    if "pytorch_model.bin" in found:
+        return ["pytorch_model.bin"]
+    if len(found) != 1:
+        raise UnreadableFormat(f"{files.root} has {len(found)} files of torch.save; open one of them by name")
+    return found
+
+
+def _of_index(files: Files) -> list[str]:
+    shown = f"{files.root.rstrip('/')}/{INDEX}"
+    try:
+        index = json.loads(files.read(INDEX, 0, min(files.size(INDEX), MAX_INDEX_BYTES)))["weight_map"]
+        members = sorted(set(index.values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise Damaged(f"{shown} has no weight_map of names to files") from None
+    for member in members:
+        if not isinstance(member, str) or not files.exists(member):
+            raise NotFound(f"{shown} names {member!r}, which does not exist; fetch the missing shard")
+    return members
+
+
+def _candidates(files: Files) -> list[str]:
+    return [name for name in files.entries() if name.endswith(SUFFIXES) and is_torch_file(files, name)]
+
+
+def _probe(opening: Opening) -> bool:
+    if opening.entry is not None:
+        return opening.entry == INDEX or is_torch_file(opening.files, opening.entry)
+    return INDEX in opening.files.entries() or bool(_candidates(opening.files))
+
+
+def _open(opening: Opening) -> Source:
+    return TorchSource(opening.files, _members(opening.files, opening.entry), opening.step)
+
+
+FORMAT = Format("torch", _probe, _open)

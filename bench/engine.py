@@ -62,16 +62,16 @@ class Engine(abc.ABC):
     def restore(self, step: int) -> None:
         """Fill the live state with the checkpoint of `step`."""
 
-    def poll(self) -> None:
+    def poll(self) -> None:  # noqa: B027 (most engines need none)
         """Called before every step, for engines that finish their saves there."""
 
-    def before_update(self) -> None:
+    def before_update(self) -> None:  # noqa: B027 (most engines need none)
         """Called before the optimizer's step, for engines that must have copied what it overwrites."""
 
-    def after_update(self) -> None:
+    def after_update(self) -> None:  # noqa: B027 (most engines need none)
         """Called after the optimizer's step."""
 
-    def drain(self) -> None:
+    def drain(self) -> None:  # noqa: B027 (most engines need none)
         """Called after the last step, for engines that finish their saves on the training thread."""
 
     def discard(self, step: int) -> None:
@@ -82,7 +82,7 @@ class Engine(abc.ABC):
         else:
             path.unlink(missing_ok=True)
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 (most engines need none)
         """Everything that a user does once, after the training loop."""
 
     @classmethod

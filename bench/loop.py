@@ -147,7 +147,10 @@ class Trainer:
         return Step(start, clock(), blocked), blocked
 
     def run(self, steps: int, engine: Engine | None, every: int, first_save: int, timeout_s: float) -> Trace:
-        """Train for `steps` steps; save after every `every`-th under the numbers from `first_save` on, and drain."""
+        """Train for `steps` steps; save after the first and then every `every`-th, and drain.
+
+        The save after step `n` of the block is numbered `first_save + n`.
+        """
         trace = Trace(clock())
         watches = []
         for number in range(steps):
@@ -155,7 +158,7 @@ class Trainer:
             trace.steps.append(step)
             if trace.saves:
                 trace.saves[-1].fence_s += blocked
-            if engine is not None and (number + 1) % every == 0:
+            if engine is not None and number % every == 0:
                 start = clock()
                 wait = engine.save(first_save + number)
                 save = Save(first_save + number, start, clock())

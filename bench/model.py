@@ -72,7 +72,8 @@ class Block(nn.Module):
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         attended = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.proj(attended.transpose(1, 2).reshape(batch, context, width))
-        return x + self.down(functional.gelu(self.up(self.norm_2(x))))
+        out: torch.Tensor = x + self.down(functional.gelu(self.up(self.norm_2(x))))
+        return out
 
 
 class GPT(nn.Module):
@@ -91,7 +92,8 @@ class GPT(nn.Module):
         for block in self.blocks:
             x = block(x)
         logits = functional.linear(self.norm(x), self.embedding.weight)
-        return functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        loss: torch.Tensor = functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return loss
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:

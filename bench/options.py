@@ -42,11 +42,11 @@ class SizePreset:
 
 PRESETS: dict[Size, SizePreset] = {
     "tiny": SizePreset(
-        layers=1, width=64, vocabulary=256, context=16, batch=1, steps=4, every=(2,), repetitions=1, saves=1,
+        layers=1, width=64, vocabulary=256, context=16, batch=1, steps=5, every=(2,), repetitions=1, saves=1,
         tensors=200, simulated=(4, 8), disk_bytes=2 << 20, timeout_s=120.0,
     ),
     "small": SizePreset(
-        layers=6, width=384, vocabulary=256, context=128, batch=4, steps=12, every=(1, 2, 10), repetitions=3, saves=3,
+        layers=6, width=384, vocabulary=256, context=128, batch=2, steps=8, every=(1, 2, 10), repetitions=2, saves=3,
         tensors=10_000, simulated=(64, 1_000), disk_bytes=256 << 20, timeout_s=300.0,
     ),
     "real": SizePreset(
@@ -125,6 +125,9 @@ class Job:
     phase: str = ""
     """A workload may take several processes one after the other ("prepare", "restore")."""
     ranks: int = 1
+    """Processes that save (reshard) ..."""
+    target_ranks: int = 1
+    """... and that restore."""
     seed: int = 1234
 
     def to_json(self) -> dict[str, Any]:

@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+from torch._C._distributed_c10d import HashStore
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse, async_save, save
 
 from ..engine import Engine, Wait, finished
 from ..state import LiveState, TrainingState
@@ -22,7 +23,7 @@ def single_process_group() -> None:
     """A gloo group of this one process, where no launcher made one: some engines cannot do without."""
     if not dist.is_initialized():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
 
 
 class DcpSave(Engine):
@@ -39,12 +40,12 @@ class DcpSave(Engine):
         return self.state.nested()
 
     def save(self, step: int) -> Wait:
-        dcp.save(self.state_dict(), checkpoint_id=self.path(step))
+        save(self.state_dict(), checkpoint_id=self.path(step))
         return finished
 
     def restore(self, step: int) -> None:
         loaded = self.state_dict()
-        dcp.load(loaded, checkpoint_id=self.path(step))
+        load(loaded, checkpoint_id=self.path(step))
         if isinstance(self.state, TrainingState):
             set_state_dict(
                 self.state.model,
@@ -73,7 +74,7 @@ class DcpAsync(DcpSave):
     def save(self, step: int) -> Wait:
         if self._written is not None:
             self._written.result()
-        started = dcp.async_save(
+        started = async_save(
             self.state_dict(),
             checkpoint_id=self.path(step),
             async_checkpointer_type=self.executor,

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load
 
-from ..engine import Engine, Unavailable, Wait, require
+from ..engine import Engine, Wait, require
 from ..state import LiveState
 from .dcp import single_process_group
 
@@ -34,7 +36,7 @@ class Nvrx(Engine):
         self._filesystem = require(f"{prefix}.filesystem_async", "nvidia-resiliency-ext")
         self._saver = require(f"{prefix}.state_dict_saver", "nvidia-resiliency-ext")
         if not torch.cuda.is_available():
-            torch.cuda.synchronize = _nothing
+            torch.cuda.synchronize = _nothing  # type: ignore[assignment]
             torch.cuda.current_device = _cpu  # type: ignore[assignment]
         single_process_group()
         self._queue = self._core.AsyncCallsQueue(persistent=torch.cuda.is_available())
@@ -46,7 +48,7 @@ class Nvrx(Engine):
         writer = self._filesystem.FileSystemWriterAsync(str(self.path(step)), thread_count=WRITERS)
         self.path(step).mkdir(parents=True, exist_ok=True)
         planned = self._saver.save_state_dict_async_plan(
-            self.state.nested(), writer, None, 0, planner=dcp.DefaultSavePlanner(), enable_cache=True
+            self.state.nested(), writer, None, 0, planner=DefaultSavePlanner(), enable_cache=True
         )
         save_function, preload_function, arguments = writer.get_save_function_and_args()
         finished = threading.Event()
@@ -72,7 +74,7 @@ class Nvrx(Engine):
 
     def restore(self, step: int) -> None:
         nested = self.state.nested()
-        dcp.load(nested, storage_reader=dcp.FileSystemReader(str(self.path(step))))
+        load(nested, storage_reader=FileSystemReader(str(self.path(step))))
         self.state.fill(nested)
 
     def close(self) -> None:
@@ -86,6 +88,3 @@ def _nothing(*_: Any) -> None:
 
 def _cpu() -> str:
     return "cpu"
-
-
-__all__ = ["Nvrx", "Unavailable"]

@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..engine import Engine, Wait, require
+from ..engine import Engine, Unavailable, Wait, require
 from ..state import LiveState
+
+
+def digest_function() -> Callable[[memoryview], object] | None:
+    """ckptengine's native digest, or none where it is not built."""
+    try:
+        native = require("ckptengine.native")
+    except Unavailable:
+        return None
+    if not native.available():
+        return None
+
+    def digest(data: memoryview) -> object:
+        return native.raw_crc64(data)
+
+    return digest
 
 
 class CkptEngine(Engine):

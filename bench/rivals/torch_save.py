@@ -31,7 +31,7 @@ class TorchSave(Engine):
 class TorchSaveFsync(TorchSave):
     """`torch.save` as a careful script does it: temporary name, fsync, rename, fsync of the directory."""
 
-    configuration: ClassVar[str] = "torch.save to a temporary name, fsync, rename, fsync of the directory, all in the loop"
+    configuration: ClassVar[str] = "torch.save to a temporary name, fsync, rename, fsync of the directory"
     durable_by_itself: ClassVar[bool] = True
 
     def save(self, step: int) -> Wait:

@@ -24,8 +24,8 @@ WARM_UP_STEPS = 2
 
 
 def block_steps(job: Job, every: int) -> int:
-    """Steps of a block: as asked, and enough for two saves and what follows them."""
-    return max(job.steps, 2 * every + 1) if every > 1 else job.steps
+    """Steps of a block: as asked, and enough for two saves and two steps that follow them."""
+    return max(job.steps, every + 3)
 
 
 def measure(job: Job) -> dict[str, Any]:
@@ -106,40 +106,3 @@ def measured_block(
         checks.append(verdict)
         engine.discard(save.step)
     return {"every": every, "trace": trace.to_json(), "checks": checks[::-1], "repeatable": repeatable}
-
-
-def stolen(plain_step_s: float, block: dict[str, Any]) -> list[dict[str, float]]:
-    """Per save of a block: blocked, slow-down of the steps that ran while it was in flight, and durable after.
-
-    With several saves in flight at once a step is charged to the newest.  The last save counts only where a step
-    follows it.
-    """
-    trace = block["trace"]
-    steps = [Step(*step) for step in trace["steps"]]
-    samples = []
-    saves = trace["saves"]
-    for number, save in enumerate(saves):
-        durable = save["durable_s"]
-        until = saves[number + 1]["start_s"] if number + 1 < len(saves) else float("inf")
-        during = [step for step in steps if save["start_s"] <= step.start_s < min(until, durable)]
-        followed = any(save["start_s"] <= step.start_s for step in steps)
-        if not followed:
-            continue
-        blocked = save["returned_s"] - save["start_s"] + save["fence_s"]
-        slower = sum(step.compute_s - plain_step_s for step in during)
-        samples.append(
-            {
-                "blocked_s": blocked,
-                "slower_s": slower,
-                "stolen_s": blocked + slower,
-                "durable_s": durable - save["start_s"],
-            }
-        )
-    return samples
-
-
-def end_to_end(plain_step_s: float, block: dict[str, Any]) -> float:
-    """The block until its last save was durable, over the same number of plain steps."""
-    trace = block["trace"]
-    ratio: float = trace["drained_s"] / (len(trace["steps"]) * plain_step_s)
-    return ratio

@@ -1,0 +1,272 @@
+"""One table for every workload, from a result document.  Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from .document import Document, configurations, figures_by_engine, samples_of, troubles
+from .names import BASELINE, LIMIT, REFERENCE
+from .statistics import Summary, noise_warnings, ratio, summarise
+from .table import Table, percent, size, spread, times, verdict
+from .workloads.stall_figures import end_to_end, stolen
+
+Figures = Mapping[str, list[dict[str, Any]]]
+
+
+def tables(document: Document) -> list[Table]:
+    """Every table of the document, in the order of its workloads."""
+    found: list[Table] = []
+    for workload in document["options"]["workloads"]:
+        samples = samples_of(document, workload)
+        made = SUMMARIES[workload](document, samples)
+        for table in made:
+            notes = [*table.notes, *troubles(samples)]
+            found.append(Table(title=table.title, columns=table.columns, rows=table.rows, notes=notes))
+    return found
+
+
+def _by_median(rows: Mapping[str, Summary | None]) -> list[str]:
+    return sorted(rows, key=lambda name: float("inf") if (found := rows[name]) is None else found.median)
+
+
+def _durability(document: Document, engine: str) -> str:
+    known = configurations(document).get(engine)
+    if engine == BASELINE or known is None:
+        return "-"
+    return "own" if known["durable_by_itself"] else "fsync added"
+
+
+def stall_samples(figures: Figures, every: int) -> dict[str, dict[str, list[float]]]:
+    """Per engine: the samples of each figure at one interval, and the end-to-end ratios of its blocks."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for engine, runs in figures.items():
+        mine: dict[str, list[float]] = {"blocked_s": [], "slower_s": [], "stolen_s": [], "durable_s": [], "ratio": []}
+        for run in runs:
+            for block in run["blocks"]:
+                if block["every"] != every:
+                    continue
+                for save in stolen(run["plain_step_s"], block):
+                    for name, value in save.items():
+                        mine[name].append(value)
+                mine["ratio"].append(end_to_end(run["plain_step_s"], block))
+        found[engine] = mine
+    return found
+
+
+def stall(document: Document, samples: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """A table for each number of compute threads and each interval."""
+    made = []
+    for threads in sorted({sample["job"]["threads"] for sample in samples}):
+        figures = figures_by_engine(sample for sample in samples if sample["job"]["threads"] == threads)
+        intervals = sorted({block["every"] for runs in figures.values() for run in runs for block in run["blocks"]})
+        made += [_stall_table(document, figures, threads, every) for every in intervals]
+    return made
+
+
+def _stall_table(document: Document, figures: Figures, threads: int, every: int) -> Table:
+    per_engine = stall_samples(figures, every)
+    summaries = {name: {key: summarise(values) for key, values in mine.items()} for name, mine in per_engine.items()}
+    reference = summaries.get(REFERENCE, {})
+    limit = summaries.get(LIMIT, {})
+    rows = []
+    for engine in _by_median({name: mine["stolen_s"] for name, mine in summaries.items()}):
+        mine = summaries[engine]
+        checks = [check for run in figures[engine] for block in run["blocks"] if block["every"] == every
+                  for check in block["checks"]]  # fmt: skip
+        rows.append(
+            (
+                engine,
+                spread(mine["blocked_s"], 1e3),
+                spread(mine["slower_s"], 1e3),
+                spread(mine["stolen_s"], 1e3),
+                times(ratio(mine["stolen_s"], reference.get("stolen_s"))),
+                times(ratio(mine["blocked_s"], reference.get("blocked_s"))),
+                spread(mine["durable_s"]),
+                times(ratio(mine["durable_s"], limit.get("durable_s"))),
+                times(_median(mine["ratio"])),
+                _durability(document, engine),
+                verdict(checks),
+            )
+        )
+    some = next(iter(figures.values()))[0] if figures else {"state_bytes": 0, "tensors": 0}
+    plain = [step for runs in figures.values() for run in runs for step in run["plain_steps_s"]]
+    baseline = per_engine.get(BASELINE, {}).get("stolen_s", [])
+    noise = max(map(abs, baseline), default=0.0)
+    stolen_samples = {name: mine["stolen_s"] for name, mine in per_engine.items() if name not in (BASELINE, LIMIT)}
+    step = summarise(plain)
+    return Table(
+        title=(
+            f"stall: {size(some['state_bytes'])} in {some['tensors']} tensors, a save every {every} step(s), "
+            f"{threads} compute thread(s), plain step {spread(step, 1e3)} ms"
+        ),
+        columns=(
+            "engine", "blocked ms", "slower ms", "stolen ms", f"stolen / {REFERENCE}", f"blocked / {REFERENCE}",
+            "durable after s", "durable / limit", "end to end / none", "durability", "bits",
+        ),
+        rows=rows,
+        notes=noise_warnings("stolen", stolen_samples, noise),
+    )  # fmt: skip
+
+
+def _median(summary: Summary | None) -> float | None:
+    return None if summary is None else summary.median
+
+
+def durable(document: Document, samples: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """Time and rate to durable, with the limit of the same process beside it."""
+    figures = figures_by_engine(samples)
+    summaries: dict[str, Summary | None] = {}
+    rows: dict[str, tuple[str, ...]] = {}
+    reference = summarise(save["durable_s"] for run in figures.get(REFERENCE, ()) for save in run["saves"])
+    for engine, runs in figures.items():
+        if engine == BASELINE:
+            continue
+        saves = [save for run in runs for save in run["saves"]]
+        state_bytes = runs[0]["state_bytes"]
+        mine = summaries[engine] = summarise(save["durable_s"] for save in saves)
+        limit = summarise(save["limit_s"] for save in saves)
+        rows[engine] = (
+            engine,
+            spread(summarise(save["call_s"] for save in saves), 1e3),
+            spread(mine),
+            spread(summarise(state_bytes / save["durable_s"] / 1e9 for save in saves)),
+            percent(ratio(limit, mine)),
+            times(ratio(mine, reference)),
+            spread(summarise(run["first_save"]["durable_s"] for run in runs)),
+            size(saves[0]["bytes_on_disk"]),
+            str(saves[0]["files"]),
+            _durability(document, engine),
+            verdict([save["check"] for save in saves]),
+        )
+    state_bytes = next(iter(figures.values()))[0]["state_bytes"] if figures else 0
+    return [
+        Table(
+            title=f"durable: {size(state_bytes)}, nothing else running",
+            columns=("engine", "call ms", "durable after s", "GB/s", "of raw pwrite", f"/ {REFERENCE}", "first save s",
+                     "on disk", "files", "durability", "bits"),
+            rows=[rows[engine] for engine in _by_median(summaries)],
+        )
+    ]  # fmt: skip
+
+
+def many_small(document: Document, samples: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """Cost per tensor."""
+    figures = figures_by_engine(samples)
+    summaries: dict[str, Summary | None] = {}
+    rows: dict[str, tuple[str, ...]] = {}
+    for engine, runs in figures.items():
+        if engine in (BASELINE, LIMIT):
+            continue
+        saves = [save for run in runs for save in run["saves"]]
+        summaries[engine] = summarise(save["call_s"] for save in saves)
+        rows[engine] = (
+            engine,
+            spread(summarise(run["first_save"]["call_s"] for run in runs), 1e3),
+            spread(summaries[engine], 1e3),
+            spread(summarise(save["durable_s"] for save in saves)),
+            spread(summarise(run["restore_s"] for run in runs)),
+            size(saves[0]["bytes_on_disk"]),
+            str(saves[0]["files"]),
+            verdict([save["check"] for save in saves]),
+        )
+    tensors = next(iter(figures.values()))[0]["tensors"] if figures else 0
+    return [
+        Table(
+            title=f"many-small: {tensors} tensors of 256 bytes",
+            columns=("engine", "first call ms", "later calls ms", "durable after s", "restore s", "on disk", "files",
+                     "bits"),
+            rows=[rows[engine] for engine in _by_median(summaries)],
+        )
+    ]  # fmt: skip
+
+
+def memory(document: Document, samples: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """Extra host memory."""
+    figures = figures_by_engine(samples)
+    extra = {name: summarise(run["extra_bytes"] for run in runs) for name, runs in figures.items()}
+    reference = extra.get(REFERENCE)
+    rows = []
+    for engine in _by_median(extra):
+        runs, mine = figures[engine], extra[engine]
+        assert mine is not None
+        rows.append(
+            (
+                engine,
+                size(mine.median),
+                times(mine.median / runs[0]["state_bytes"]),
+                times(ratio(mine, reference)),
+                size(runs[0]["baseline_bytes"]),
+            )
+        )
+    state_bytes = next(iter(figures.values()))[0]["state_bytes"] if figures else 0
+    return [
+        Table(
+            title=f"memory: {size(state_bytes)} of state, proportional set size of all processes",
+            columns=("engine", "extra at peak", "extra / state", f"extra / {REFERENCE}", "training alone"),
+            rows=rows,
+            notes=["extra includes what importing the engine takes"],
+        )
+    ]
+
+
+def restore(document: Document, samples: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """Cold and warm restores."""
+    figures = figures_by_engine(samples)
+    colds: dict[str, Summary | None] = {}
+    rows: dict[str, tuple[str, ...]] = {}
+    reference = summarise(one["cold"]["seconds"] for run in figures.get(REFERENCE, ()) for one in run["restores"])
+    for engine, runs in figures.items():
+        if engine == BASELINE:
+            continue
+        restores = [one for run in runs for one in run["restores"]]
+        state_bytes = runs[0]["state_bytes"]
+        colds[engine] = summarise(one["cold"]["seconds"] for one in restores)
+        limit = summarise(one["limit_s"] for one in restores)
+        rows[engine] = (
+            engine,
+            spread(colds[engine]),
+            spread(summarise(state_bytes / one["cold"]["seconds"] / 1e9 for one in restores)),
+            percent(ratio(limit, colds[engine])),
+            times(ratio(colds[engine], reference)),
+            spread(summarise(one["warm"]["seconds"] for one in restores)),
+            verdict([one[kind]["check"] for one in restores for kind in ("cold", "warm")]),
+        )
+    state_bytes = next(iter(figures.values()))[0]["state_bytes"] if figures else 0
+    return [
+        Table(
+            title=f"restore: {size(state_bytes)} into touched tensors",
+            columns=("engine", "cold s", "cold GB/s", "of raw direct read", f"/ {REFERENCE}", "warm s", "bits"),
+            rows=[rows[engine] for engine in _by_median(colds)],
+        )
+    ]
+
+
+def disk(document: Document, samples: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """The machine's limits."""
+    rates: dict[str, list[tuple[float, float]]] = {}
+    size_bytes = 0
+    for sample in samples:
+        if sample["result"]["status"] != "ok":
+            continue
+        figures = sample["result"]["figures"]
+        size_bytes = figures["size_bytes"]
+        for measured in figures["rounds"]:
+            for name, bytes_per_s, seconds in measured:
+                rates.setdefault(name, []).append((bytes_per_s, seconds))
+    rows = [
+        (name, spread(summarise(v[0] / 1e9 for v in values)), spread(summarise(v[1] for v in values), 1e3))
+        for name, values in rates.items()
+    ]
+    return [Table(title=f"disk: limits with {size(size_bytes)}", columns=("what", "GB/s", "ms"), rows=rows)]
+
+
+SUMMARIES: dict[str, Callable[[Document, Sequence[Mapping[str, Any]]], list[Table]]] = {
+    "disk": disk,
+    "stall": stall,
+    "durable": durable,
+    "memory": memory,
+    "restore": restore,
+    "many-small": many_small,
+}
+"""The table of each workload."""

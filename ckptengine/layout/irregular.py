@@ -61,6 +61,10 @@ class Irregular:
             return ()
         return self._groups[tuple(piece.box for piece in self.held[place][1])]
 
+    def replica_count(self, rank: int) -> int:
+        """How many ranks list the same boxes as ``rank``."""
+        return len(self.replica_group(rank))
+
     def replica_index(self, rank: int) -> int | None:
         """The place of ``rank`` in its `replica_group`; None for a rank that is not listed."""
         group = self.replica_group(rank)

@@ -116,8 +116,8 @@ class Sharding:
         """Every rank of the mesh, ascending; some may hold nothing of a small tensor."""
         return sorted(self.mesh.all_ranks().tolist())
 
-    def replica_count(self) -> int:
-        """How many ranks hold the same elements."""
+    def replica_count(self, rank: int | None = None) -> int:
+        """How many ranks hold the same elements; the same for every rank of the mesh."""
         return math.prod(self.mesh.shape[axis] for axis in self._replica_axes())
 
     def replica_index(self, rank: int) -> int | None:

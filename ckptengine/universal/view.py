@@ -11,7 +11,7 @@ import math
 import threading
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -33,21 +33,10 @@ from ckptengine.universal.direct import DirectPipeline
 from ckptengine.universal.grid import Grid, chunk_box, chunk_counts, view_grid
 from ckptengine.universal.metadata import ATTRIBUTE, VERSION, array_document, group_document
 from ckptengine.universal.names import NameTree
+from ckptengine.universal.readers import MakesReader, ReadsBoxes
 
 CACHED_TENSORS = 256
 """Tensors whose grids and fragment indexes are kept."""
-
-
-class ReadsBoxes(Protocol):
-    """What fills boxes of one tensor (`ckptengine.operations.read.BoxReader`)."""
-
-    def read(self, box: Box, out: npt.NDArray[Any] | memoryview, *, workers: int | None = None) -> None: ...
-
-
-class MakesReader(Protocol):
-    """Makes the reader of one tensor of a source."""
-
-    def __call__(self, source: Source, tensor: LogicalTensor) -> ReadsBoxes: ...
 
 
 def open_view(source: Source, reader: MakesReader, *, registered: bool = True) -> zarr.Group:

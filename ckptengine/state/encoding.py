@@ -1,8 +1,8 @@
 """Typed encoding of plain values as JSON data: exact, closed, and never executed when read.
 
 A value that JSON has is itself: None, bool, int below 2**63, finite float, string, list, and a dict whose keys are
-strings not starting with ``$``.  Everything else is an object ``{"$": <tag>, ...}``; the tags are listed in
-``docs/design/0005-state.md``.  Order of keys is meaning: writers must not sort.
+strings not starting with ``$``.  Everything else is an object ``{"$": <tag>, ...}``; the tags are the keys of
+`ckptengine.state.decoding.DECODERS`.  Order of keys is meaning: writers must not sort.
 
 Values that are not plain (tensors, modules, optimizers, objects with a state) are given to a *leaf hook*, which
 returns their encoding, and come back through the decoder's leaf hook.

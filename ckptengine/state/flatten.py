@@ -65,3 +65,19 @@ def structure_key(leaves: tuple[TensorLeaf, ...], aliases: dict[str, str]) -> st
     lines = [f"{leaf.name}\0{leaf.dtype}\0{leaf.global_shape}\0{text(leaf.sharding)}" for leaf in leaves]
     lines += [f"{alias}\0{owner}" for alias, owner in aliases.items()]
     return hashlib.blake2b("\n".join(lines).encode("utf-8", "backslashreplace"), digest_size=16).hexdigest()
+
+
+class Walker:
+    """Flattens one state again and again.
+
+    A second `flatten` reuses the first one's leaves as long as the state is structurally the same (the same tensors at
+    the same addresses under the same names), and always reads plain values, hooks and objects anew.
+    """
+
+    def __init__(self, state: object, *, random: bool = True) -> None:
+        self.state = state
+        self.random = random
+
+    def flatten(self) -> FlatState:
+        """As `flatten(state, random=random)`."""
+        return flatten(self.state, random=self.random)

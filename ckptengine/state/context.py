@@ -1,0 +1,209 @@
+"""What the parts of a restore share: the two sides, what was found wrong, what will be filled, what runs at commit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from ckptengine.layout.dtypes import itemsize
+from ckptengine.layout.piece import Piece
+from ckptengine.state import names
+from ckptengine.state.collect import Walk
+from ckptengine.state.decoding import Decoder, checked, malformed
+from ckptengine.state.dtypes import torch_dtype
+from ckptengine.state.encoding import Json
+from ckptengine.state.objects import PHASES
+from ckptengine.state.optimizers import ParameterEntry
+from ckptengine.state.scalars import read_dtype, read_shape
+from ckptengine.state.selection import Selection
+from ckptengine.state.sharded import Sharded
+from ckptengine.state.tensors import Described, whole
+
+
+@dataclass(frozen=True, slots=True)
+class SavedState:
+    """What a checkpoint holds, as `FlatState` gives it.
+
+    ``tensors`` maps each name to dtype and global shape.  ``values`` is None for a source that records none: then
+    plain values stay as they are.  ``rank_values`` is this rank's own, None where there are none for it.
+    """
+
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    values: Json = None
+    rank_values: Json = None
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Local memory to fill: the ``pieces`` of stored tensor ``name``, into ``tensor`` (any strides, writable).
+
+    The elements of a piece are counted as if ``tensor`` were contiguous, as in `TensorLeaf`.
+    """
+
+    name: str
+    tensor: torch.Tensor
+    pieces: tuple[Piece, ...]
+
+
+class Absent:
+    """The saved side says nothing about this place (a source without values)."""
+
+
+ABSENT = Absent()
+Build = Callable[[], Any]
+"""Makes, at commit, the value that belongs in a live place; mutable live objects return themselves."""
+
+OnMissing = Literal["problem", "keep"]
+
+
+class Context:
+    """One restore in the making.  Nothing live is touched until `Filling.commit` runs the actions."""
+
+    def __init__(self, walk: Walk, saved: SavedState, selection: Selection, on_missing_rank: OnMissing) -> None:
+        self.walk = walk
+        self.saved = saved
+        self.selection = selection
+        self.on_missing_rank = on_missing_rank
+        self.problems: list[str] = []
+        self.extra: list[str] = []
+        self.targets: list[Target] = []
+        self.used: set[str] = set()
+        self.actions: dict[str, list[Callable[[], object]]] = {phase: [] for phase in PHASES}
+        self.staged: list[Callable[[], object]] = []
+        self.device: torch.device | None = None
+        self.rank_mark = ""
+        self._by_name: dict[str, ParameterEntry] | None = None
+        self.decoder = Decoder(types=walk.types, leaf=self._decode_leaf)
+
+    # names
+
+    def stored(self, name: str) -> str | None:
+        """The stored tensor that ``name`` reads, an alias followed; None where there is none."""
+        if self.rank_mark:
+            name = name if name.endswith(self.rank_mark) else name + self.rank_mark
+        if name in self.saved.tensors:
+            return name
+        owner = self.saved.aliases.get(name)
+        return owner if owner in self.saved.tensors else None
+
+    def parameter_named(self, name: str) -> ParameterEntry | None:
+        """The live parameter whose full name is ``name``."""
+        if self._by_name is None:
+            self._by_name = {entry.name: entry for entry in self.walk.parameters.values()}
+        return self._by_name.get(name)
+
+    def missing(self, name: str) -> None:
+        self.problems.append(f"{name}: in the live state, not in the checkpoint")
+
+    # tensors
+
+    def fill(self, name: str, described: Described, live: torch.Tensor | Sharded | None, source: str | None) -> bool:
+        """Fill a live tensor in place from stored tensor ``source``; False where that was reported as a problem."""
+        if source is None:
+            self.missing(name)
+            return False
+        self.used |= {name, source}
+        dtype, shape = self.saved.tensors[source]
+        if shape != described.global_shape:
+            self.problems.append(f"{name}: shape {shape} in the checkpoint, {described.global_shape} live")
+            return False
+        if dtype != described.dtype:
+            if shape == () and live is not None and not isinstance(live, Sharded):
+                return self._fill_scalar(described.tensor, dtype, source)
+            self.problems.append(f"{name}: dtype {dtype} in the checkpoint, {described.dtype} live")
+            return False
+        destination = described.tensor
+        if isinstance(live, torch.Tensor) and (live.is_conj() or live.is_neg()):
+            self.staged.append(lambda: live.detach().copy_(destination))
+        self.targets.append(Target(source, destination, described.pieces))
+        return True
+
+    def _fill_scalar(self, live: torch.Tensor, dtype: str, source: str) -> bool:
+        """A counter stored in another dtype is converted."""
+        copy = torch.empty((), dtype=torch_dtype(dtype))
+        self.targets.append(Target(source, copy, whole(())))
+        self.staged.append(lambda: live.copy_(copy))
+        return True
+
+    def fresh(self, source: str, device: torch.device | None = None) -> torch.Tensor:
+        """A new tensor for all of stored tensor ``source``."""
+        dtype, shape = self.saved.tensors[source]
+        self.used.add(source)
+        tensor = torch.empty(shape, dtype=torch_dtype(dtype), device=device or "cpu")
+        self.targets.append(Target(source, tensor, whole(shape)))
+        return tensor
+
+    # values
+
+    def decode(self, data: Json) -> Any:
+        """The value of encoded ``data``; tensors in it are new, and filled before commit."""
+        return self.decoder.decode(data)
+
+    def _decode_leaf(self, node: dict[str, Json], decoder: Decoder) -> object:
+        tag = node.get("$")
+        if tag == "tensor" or (tag == "ndarray" and "tensor" in node):
+            name = checked(node["tensor" if tag == "ndarray" else "name"], str)
+            source = self.stored(name)
+            if source is None:
+                self.problems.append(f"{name}: the checkpoint's values name this tensor, its tensors do not have it")
+                return None
+            self.used |= {name, source}
+            if tag == "ndarray":
+                return self._array(node, source)
+            known = self.walk.found.get(name)
+            return self.fresh(source, known.described.tensor.device if known is not None else self.device)
+        if tag in ("module", "optimizer", "object", "per_rank"):
+            self.problems.append(f"a saved {tag} has no live counterpart to take its state; put one into the state")
+            return None
+        self.problems.append(f"a saved value has the unknown tag {tag!r}; it was written by a newer version")
+        return None
+
+    def _array(self, node: dict[str, Json], source: str) -> object:
+        dtype, shape = read_dtype(node["dtype"]), read_shape(node["shape"])
+        stored_dtype, stored_shape = self.saved.tensors[source]
+        if math.prod(shape) * dtype.itemsize != math.prod(stored_shape) * itemsize(stored_dtype):
+            raise malformed(f"an array of {shape} {dtype} stored as a tensor of {stored_shape} {stored_dtype}")
+        array = np.empty(shape, dtype)
+        flat = torch.from_numpy(array.reshape(-1).view(np.uint8))
+        tensor = flat.view(torch_dtype(stored_dtype)).reshape(stored_shape)
+        self.targets.append(Target(source, tensor, whole(stored_shape)))
+        return array
+
+
+def is_node(data: object, tag: str) -> bool:
+    return isinstance(data, dict) and data.get("$") == tag
+
+
+def mapping_items(context: Context, data: object) -> dict[Any, Json] | None:
+    """The entries of an encoded mapping of any type, their values still encoded; None for anything else."""
+    if not isinstance(data, dict):
+        return None
+    if "$" not in data:
+        return dict(data)
+    if data["$"] not in ("dict", "OrderedDict", "defaultdict", "Counter"):
+        return None
+    items = data.get("items")
+    if isinstance(items, dict):
+        return dict(items)
+    pairs = [checked(pair, list) for pair in checked(items, list)]
+    return {context.decode(key): part for key, part in pairs}
+
+
+def sequence_parts(data: object) -> list[Json] | None:
+    """The parts of an encoded list, tuple or deque, still encoded; None for anything else."""
+    if isinstance(data, list):
+        return data
+    if isinstance(data, dict) and data.get("$") in ("tuple", "deque") and isinstance(data.get("v"), list):
+        return checked(data["v"], list)  # type: ignore[no-any-return]
+    return None
+
+
+def below(prefix: str, key: str) -> str:
+    """The name of ``key`` (escaped) below ``prefix``."""
+    return names.join(prefix, key)

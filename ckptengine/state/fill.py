@@ -1,0 +1,146 @@
+"""`prepare`: match a live state with a checkpoint, report every difference, and say which memory to fill.
+
+The order of a restore: `prepare` (nothing live changes), fill the bytes of every `Target`, `Filling.commit`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ckptengine.errors import NotFound, RestoreIncomplete, StateMismatch
+from ckptengine.state import random as streams
+from ckptengine.state.context import ABSENT, Absent, Build, Context, OnMissing, SavedState, Target
+from ckptengine.state.encoding import Json
+from ckptengine.state.flatten import collect
+from ckptengine.state.names import RankMark, split
+from ckptengine.state.restore_values import Matcher
+from ckptengine.state.selection import Selection
+
+__all__ = ["Filling", "SavedState", "Target", "prepare"]
+
+_SHOWN = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Filling:
+    """A restore that is ready: where bytes go, and what follows once they are there.
+
+    ``unused``: what the checkpoint has beyond this live state (tensors and plain values, by name).  With several ranks
+    a name counts as extra only if it is unused on all of them.
+    """
+
+    targets: tuple[Target, ...]
+    unused: tuple[str, ...]
+    _context: Context
+    _root: Build
+    _streams: dict[str, Json] | None
+    _policy: streams.Policy
+
+    def commit(self) -> None:
+        """Make the live state the restored one; every target must have been filled.
+
+        In order: converted counters, modules, optimizers, plain values in their containers, schedulers, other objects,
+        loaders, random streams.  An object that refuses its state raises `RestoreIncomplete`: the live state is then
+        partly restored and must not be used.
+        """
+        actions = self._context.actions
+        try:
+            with torch.no_grad():
+                for stage in self._context.staged:
+                    stage()
+            for phase in ("modules", "optimizers"):
+                for action in actions[phase]:
+                    action()
+            self._root()
+            for phase in ("schedulers", "others", "loaders"):
+                for action in actions[phase]:
+                    action()
+            if self._streams is not None:
+                streams.restore(self._streams, self._policy)
+        except RestoreIncomplete:
+            raise
+        except Exception as error:
+            raise RestoreIncomplete(
+                f"an object of the state refused what was saved for it ({error!r}); the live state is partly "
+                f"restored and must not be used; build it anew and restore again"
+            ) from error
+
+
+def prepare(
+    state: object,
+    saved: SavedState,
+    *,
+    names: Sequence[str] | None = None,
+    strict: bool = True,
+    random: bool = True,
+    alone: bool = True,
+    on_missing_rank: OnMissing = "problem",
+    random_policy: streams.Policy = "exact",
+) -> Filling:
+    """Match ``state`` with ``saved`` and plan its restore; nothing live is changed.
+
+    ``names`` restricts the restore to those names, prefixes or globs.  ``strict`` makes a live leaf that the checkpoint
+    lacks, and (if ``alone``) a saved one that is not live, a problem; shapes, dtypes and kinds always are.  ``alone``
+    is False where other ranks may use what this one does not: then read `Filling.unused`.  ``random``: restore the
+    random streams in ``saved.rank_values``.  ``on_missing_rank`` says what a `PerRank` value does whose rank was not
+    saved.  Raises `StateMismatch` with every problem, `NotFound` for ``names`` that select nothing, and
+    `UnsupportedValue` for a live state that cannot be walked.
+    """
+    selection = Selection.of(names)
+    walk = collect(state)
+    context = Context(walk, saved, selection, on_missing_rank)
+    data: Json | Absent = ABSENT if saved.values is None else saved.values
+    root = Matcher(context).match(state, data, "")
+    chosen = _streams(context, saved, random and selection.everything, random_policy)
+    unused = _unused(context)
+    if not selection.everything and not context.targets and not any(selection.covers(name) for name in saved.tensors):
+        raise NotFound(f"names={list(selection.patterns or ())} selects nothing of the checkpoint")
+    problems = list(dict.fromkeys(context.problems))
+    if not strict:
+        problems = [one for one in problems if not one.endswith(_MISSING)]
+    elif alone and selection.everything:
+        problems += [f"{name}: in the checkpoint, not in the live state" for name in unused]
+    if problems:
+        raise StateMismatch(_report(problems, strict), tuple(problems))
+    return Filling(tuple(context.targets), unused, context, root, chosen, random_policy)
+
+
+_MISSING = "in the live state, not in the checkpoint"
+
+
+def _report(problems: list[str], strict: bool) -> str:
+    shown = "\n  ".join(problems[:_SHOWN])
+    more = f"\n  ... and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+    hint = "pass strict=False to leave out what is missing or extra, or names= to restore a part" if strict else ""
+    head = f"the live state does not fit the checkpoint ({len(problems)} differences)"
+    return f"{head}:\n  {shown}{more}\n{hint}".rstrip()
+
+
+def _streams(context: Context, saved: SavedState, wanted: bool, policy: streams.Policy) -> dict[str, Json] | None:
+    found: Any = saved.rank_values.get("random") if wanted and isinstance(saved.rank_values, dict) else None
+    if found is None:
+        return None
+    context.problems += streams.problems(found, policy)
+    return found if isinstance(found, dict) else None
+
+
+def _unused(context: Context) -> tuple[str, ...]:
+    """Saved names that nothing live asked for; another rank's own leaves do not count."""
+    used = context.used | set(context.walk.aliases)
+    left = [
+        name
+        for name in context.saved.tensors
+        if name not in used
+        and context.selection.covers(name)
+        and not ("\\@" in name and isinstance(split(name)[-1], RankMark))
+    ]
+    told = set(left)
+    for name in left:  # an extra container is told by its tensors
+        while (name := name.rpartition(".")[0]) and name not in told:
+            told.add(name)
+    extra = (name for name in dict.fromkeys(context.extra) if name not in told and context.selection.covers(name))
+    return (*left, *extra)

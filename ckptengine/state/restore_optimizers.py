@@ -1,0 +1,262 @@
+"""Restoring an optimizer by parameter name: state in place, missing state made, groups matched by their parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from ckptengine.state import names
+from ckptengine.state.context import Absent, Build, Context, Target, below, is_node, mapping_items
+from ckptengine.state.decoding import Decoder, loads
+from ckptengine.state.dtypes import torch_dtype
+from ckptengine.state.encoding import Encoder, Json
+from ckptengine.state.optimizers import HOW_NOT_WHAT, NOT_VALUES, OptimizerView, ParameterEntry, describe_state
+
+Match = Callable[[Any, Json | Absent, str], Build]
+
+
+@dataclass(frozen=True, slots=True)
+class SavedOptimizer:
+    """What a checkpoint says of one optimizer.
+
+    ``groups``: (parameter names, hyper-parameters still encoded).  ``state``: the plain state values by parameter.
+    ``native``: written by this package, so that what it does not list was not there.
+    """
+
+    groups: tuple[tuple[tuple[str, ...], dict[str, Json]], ...]
+    state: dict[str, Json]
+    shared: dict[Any, Json]
+    native: bool
+
+
+def match_optimizer(context: Context, view: OptimizerView, data: Json | Absent, match: Match) -> None:
+    """Plan the restore of one optimizer."""
+    saved = _read(context, view.name, data)
+    if saved is None:
+        context.problems.append(f"{view.name}: an optimizer live, a plain value in the checkpoint")
+        return
+    tensors = _tensors_by_parameter(context, view)
+    if not saved.native and not saved.groups and not any(tensors.values()):
+        if context.selection.covers(view.name):
+            context.problems.append(f"{view.name}: the checkpoint has no state for this optimizer")
+        return
+    _match_groups(context, view, saved, match)
+    group_of = {key: group.live for group in view.groups for key in group.params}
+    for key, entry in view.entries.items():
+        _ParameterState(context, view, saved, entry, below(view.name, key), match, group_of[key]).plan(
+            tensors.get(key, {}), mapping_items(context, saved.state.get(key, {})) or {}
+        )
+    for shared_key, part in saved.shared.items():
+        live = view.optimizer.state.get(shared_key)
+        _set_later(context, view.optimizer.state, shared_key, match(live, part, below(view.name, "state")))
+
+
+def _read(context: Context, name: str, data: Json | Absent) -> SavedOptimizer | None:
+    """The node of an optimizer, or the ``param_groups`` and ``state`` of another framework's."""
+    if isinstance(data, Absent):
+        return SavedOptimizer((), {}, {}, False)
+    native = is_node(data, "optimizer")
+    items = data if native and isinstance(data, dict) else mapping_items(context, data)
+    if items is None:
+        return None
+    groups: list[tuple[tuple[str, ...], dict[str, Json]]] = []
+    listed = items.get("groups" if native else "param_groups") or []
+    for group in listed if isinstance(listed, list) else []:
+        parts = group if isinstance(group, dict) else {}
+        params = parts.get("params")
+        values = parts.get("values") if native else {k: v for k, v in parts.items() if k not in NOT_VALUES and k != "$"}
+        named = [one for one in params if isinstance(one, str)] if isinstance(params, list) else []
+        if named != params or not isinstance(values, dict):
+            context.problems.append(f"{name}: the checkpoint does not name the parameters of its groups")
+            return SavedOptimizer((), {}, {}, False)
+        groups.append((tuple(named), values))
+    state = items.get("state") if native else None
+    shared = mapping_items(context, items.get("shared", {})) if native else None
+    return SavedOptimizer(tuple(groups), state if isinstance(state, dict) else {}, shared or {}, native)
+
+
+def _tensors_by_parameter(context: Context, view: OptimizerView) -> dict[str, dict[str, str]]:
+    """For each parameter the stored state tensors: state key (escaped) -> the name to read."""
+    prefix = f"{view.name}." if view.name else ""
+    found: dict[str, dict[str, str]] = {key: {} for key in view.entries}
+    for name in (*context.saved.tensors, *context.saved.aliases):
+        if name.startswith(prefix):
+            head, tail = _split_last(name[len(prefix) :])
+            if head in found:
+                found[head][tail] = name
+    return found
+
+
+def _split_last(name: str) -> tuple[str, str]:
+    """A name without its last component, and that component."""
+    head, _, tail = name.rpartition(".")
+    while head and (len(head) - len(head.rstrip("\\"))) % 2:  # the dot was escaped
+        head, _, more = head.rpartition(".")
+        tail = f"{more}.{tail}"
+    return head, tail
+
+
+def _match_groups(context: Context, view: OptimizerView, saved: SavedOptimizer, match: Match) -> None:
+    group_of = {key: index for index, (params, _) in enumerate(saved.groups) for key in params}
+    for index, group in enumerate(view.groups):
+        prefix = f"{view.name}.param_groups.{index}" if view.name else f"param_groups.{index}"
+        if not saved.groups or not context.selection.covers(prefix):
+            continue
+        unknown = [key for key in group.params if key not in group_of]
+        for key in unknown:
+            context.problems.append(f"{below(view.name, key)}: this parameter was not in the saved optimizer")
+        sources = sorted({group_of[key] for key in group.params if key in group_of})
+        if not group.params and index < len(saved.groups) and not saved.groups[index][0]:
+            sources = [index]
+        if not sources:
+            continue
+        values = saved.groups[sources[0]][1]
+        if any(saved.groups[other][1] != values for other in sources[1:]):
+            context.problems.append(
+                f"{prefix}: its parameters come from saved groups {sources}, whose hyper-parameters differ; "
+                f"group the parameters as they were"
+            )
+            continue
+        for key, part in values.items():
+            if key in NOT_VALUES or (key in HOW_NOT_WHAT and key in group.live):
+                continue
+            build = match(group.live.get(key), part, below(prefix, names.escape(key)))
+            context.actions["optimizers"].append(_setter(group.live, key, build))
+    live = set(view.entries)
+    context.extra += [below(view.name, key) for key in group_of if key not in live]
+
+
+class _ParameterState:
+    """The state of one parameter: what is live, what is saved, and how the one becomes the other."""
+
+    def __init__(
+        self,
+        context: Context,
+        view: OptimizerView,
+        saved: SavedOptimizer,
+        entry: ParameterEntry,
+        name: str,
+        match: Match,
+        group: dict[str, Any],
+    ) -> None:
+        self.context, self.view, self.saved = context, view, saved
+        self.entry, self.name, self.match, self.group = entry, name, match, group
+        self.live: dict[Any, Any] = view.optimizer.state.get(entry.parameter) or {}
+        encoder = Encoder()
+        self.live_keys = {encoder.key_component(key, name): key for key in self.live}
+
+    def plan(self, tensors: dict[str, str], plain: dict[Any, Json]) -> None:
+        context = self.context
+        selected = {key: name for key, name in tensors.items() if context.selection.covers(below(self.name, key))}
+        if context.selection.covers(self.name) and self.saved.native and not tensors and not plain:
+            if self.live:  # saved before the first step
+                context.actions["optimizers"].append(self._forget)
+            return
+        for key, name in selected.items():
+            self._tensor(key, name)
+        encoder = Encoder()
+        for plain_key, part in plain.items():
+            escaped = encoder.key_component(plain_key, self.name)
+            if context.selection.covers(below(self.name, escaped)):
+                self._plain(plain_key, part, below(self.name, escaped))
+                tensors = {**tensors, escaped: ""}
+        for key, live_key in self.live_keys.items():
+            if key in tensors or not context.selection.covers(below(self.name, key)):
+                continue
+            if isinstance(self.live[live_key], torch.Tensor):
+                context.missing(below(self.name, key))
+            elif self.saved.native:
+                context.actions["optimizers"].append(_remover(self.live, live_key))
+
+    def _forget(self) -> None:
+        self.view.optimizer.state.pop(self.entry.parameter, None)
+
+    def _tensor(self, key: str, stored_name: str) -> None:
+        context = self.context
+        source = context.stored(stored_name)
+        if source is None:
+            return
+        name = below(self.name, key)
+        live_key = self.live_keys.get(key)
+        live = self.live.get(live_key) if live_key is not None else None
+        if isinstance(live, torch.Tensor):
+            context.fill(name, describe_state(live, name, self.entry.described), live, source)
+        elif key == "master" and not self.saved.native:
+            context.used |= {stored_name, source}  # the parameter itself was filled from it where it is fp32
+        else:
+            context.used |= {stored_name, source}
+            self._attach_later(_key_of(key), self._create(key, source))
+
+    def _plain(self, key: Any, part: Json, name: str) -> None:
+        self.context.device = self.entry.described.tensor.device
+        try:
+            self._attach_later(key, self.match(self.live.get(key), part, name))
+        finally:
+            self.context.device = None
+
+    def _attach_later(self, key: Any, build: Build) -> None:
+        optimizer, parameter = self.view.optimizer, self.entry.parameter
+        self.context.actions["optimizers"].append(lambda: _attach(optimizer, parameter, key, build()))
+
+    def _create(self, key: str, source: str) -> Build:
+        """Missing state: device, layout and memory format of the parameter; dtype and shape as stored."""
+        context, described = self.context, self.entry.described
+        dtype, shape = context.saved.tensors[source]
+        if shape == ():
+            return self._create_scalar(key, source, dtype)
+        if shape != described.global_shape:
+            tensor = context.fresh(source, described.tensor.device)
+            return lambda: tensor
+        local = torch.zeros_like(described.tensor, dtype=torch_dtype(dtype))
+        context.targets.append(Target(source, local, described.pieces))
+        parameter = self.entry.parameter
+        if isinstance(parameter, DTensor):
+            mesh, placements, stride = parameter.device_mesh, parameter.placements, parameter.stride()
+            return lambda: DTensor.from_local(
+                local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
+            )
+        return lambda: local
+
+    def _create_scalar(self, key: str, source: str, dtype: str) -> Build:
+        """A counter: on the CPU unless this group counts on the device; torch's own optimizers count in floats."""
+        on_device = bool(self.group.get("capturable") or self.group.get("fused"))
+        device = self.entry.described.tensor.device if key != "step" or on_device else torch.device("cpu")
+        tensor = self.context.fresh(source, device)
+        torch_own = type(self.view.optimizer).__module__.startswith("torch.optim")
+        if key == "step" and torch_own and not tensor.is_floating_point():
+            return lambda: tensor.to(torch.float32)
+        return lambda: tensor
+
+
+def _key_of(component: str) -> Any:
+    """The state key of an escaped component."""
+    (found,) = names.split(component)
+    return Decoder().decode(loads(found.text)) if isinstance(found, names.TypedKey) else found
+
+
+def _attach(optimizer: Optimizer, parameter: torch.Tensor, key: Any, value: Any) -> None:
+    state = optimizer.state.setdefault(parameter, {})
+    if state.get(key) is not value or key not in state:
+        state[key] = value
+
+
+def _setter(holder: dict[Any, Any], key: Any, build: Build) -> Callable[[], object]:
+    def put() -> None:
+        holder[key] = build()
+
+    return put
+
+
+def _remover(holder: dict[Any, Any], key: Any) -> Callable[[], object]:
+    return lambda: holder.pop(key, None)
+
+
+def _set_later(context: Context, holder: Any, key: Any, build: Build) -> None:
+    context.actions["optimizers"].append(_setter(holder, key, build))
+
+

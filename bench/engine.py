@@ -45,6 +45,9 @@ class Engine(abc.ABC):
     checked: ClassVar[bool] = True
     """It writes a checkpoint that can be read back and compared (the baselines do not)."""
 
+    reshards: ClassVar[bool] = False
+    """It restores DTensors onto another number of ranks."""
+
     def __init__(self, root: Path, state: LiveState) -> None:
         """Everything that a user does once, before the training loop.  Raises `Unavailable` where it cannot run."""
         self.root = root

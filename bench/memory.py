@@ -1,7 +1,10 @@
 """Host memory of a process and all its descendants: proportional set size, sampled from a process of its own.
 
+Memory is anonymous and shared pages; pages of files, which the kernel takes back at will and whose share changes with
+every other process that maps the same library, are counted apart.
+
 Run as a module with the process's id: it samples until its standard input closes, then prints a JSON list of
-[seconds on the monotonic clock, bytes].
+[seconds on the monotonic clock, bytes of memory, bytes of file pages].
 """
 
 from __future__ import annotations
@@ -38,24 +41,27 @@ def tree(process: int) -> list[int]:
     return found
 
 
-def pss_bytes(process: int) -> int:
-    """Proportional set size of one process, swap included; 0 if it is gone."""
-    total = 0
+def pss_bytes(process: int) -> tuple[int, int]:
+    """Proportional set size of one process: memory (swap included), and file pages; zeros if it is gone."""
+    memory = files = 0
     try:
         for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines():
-            if line.startswith(("Pss:", "SwapPss:")):
-                total += int(line.split()[1]) * 1024
+            if line.startswith(("Pss_Anon:", "Pss_Shmem:", "SwapPss:")):
+                memory += int(line.split()[1]) * 1024
+            elif line.startswith("Pss_File:"):
+                files += int(line.split()[1]) * 1024
     except OSError:
-        return 0
-    return total
+        return 0, 0
+    return memory, files
 
 
-def sample(process: int, interval_s: float) -> list[tuple[float, int]]:
+def sample(process: int, interval_s: float) -> list[tuple[float, int, int]]:
     """Sample the tree of `process` (without this process) until standard input closes."""
     samples = []
     while True:
         members = [member for member in tree(process) if member != os.getpid()]
-        samples.append((time.monotonic(), sum(map(pss_bytes, members))))
+        sizes = [pss_bytes(member) for member in members]
+        samples.append((time.monotonic(), sum(size[0] for size in sizes), sum(size[1] for size in sizes)))
         if select.select([sys.stdin], [], [], interval_s)[0]:
             return samples
 
@@ -65,7 +71,7 @@ class Sampler:
 
     def __init__(self, interval_s: float = 0.02) -> None:
         self.interval_s = interval_s
-        self.samples: list[tuple[float, int]] = []
+        self.samples: list[tuple[float, int, int]] = []
         self._process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Sampler:
@@ -76,11 +82,11 @@ class Sampler:
     def __exit__(self, *_: object) -> None:
         assert self._process is not None
         output, _ignored = self._process.communicate("")
-        self.samples = [(moment, size) for moment, size in json.loads(output)]
+        self.samples = [(moment, memory, files) for moment, memory, files in json.loads(output)]
 
     def peak_bytes(self, since: float = 0.0) -> int:
         """The largest sample from `since` (monotonic seconds) on."""
-        return max((size for moment, size in self.samples if moment >= since), default=0)
+        return max((memory for moment, memory, _ in self.samples if moment >= since), default=0)
 
 
 if __name__ == "__main__":

@@ -202,10 +202,10 @@ def memory(document: Document, samples: Sequence[Mapping[str, Any]]) -> list[Tab
     state_bytes = next(iter(figures.values()))[0]["state_bytes"] if figures else 0
     return [
         Table(
-            title=f"memory: {size(state_bytes)} of state, proportional set size of all processes",
+            title=f"memory: {size(state_bytes)} of state; anonymous and shared memory of all processes (PSS)",
             columns=("engine", "extra at peak", "extra / state", f"extra / {REFERENCE}", "training alone"),
             rows=rows,
-            notes=["extra includes what importing the engine takes"],
+            notes=["extra includes setting the engine up and its own processes; file pages are in the raw samples"],
         )
     ]
 
@@ -261,6 +261,36 @@ def disk(document: Document, samples: Sequence[Mapping[str, Any]]) -> list[Table
     return [Table(title=f"disk: limits with {size(size_bytes)}", columns=("what", "GB/s", "ms"), rows=rows)]
 
 
+def reshard(document: Document, samples: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """Saved on some ranks, restored on others."""
+    figures = figures_by_engine(samples)
+    summaries: dict[str, Summary | None] = {}
+    rows: dict[str, tuple[str, ...]] = {}
+    reference = summarise(seconds for run in figures.get("dcp-save", ()) for seconds in run["restores_s"])
+    for engine, runs in figures.items():
+        mine = summaries[engine] = summarise(seconds for run in runs for seconds in run["restores_s"])
+        rows[engine] = (
+            engine,
+            spread(mine),
+            times(ratio(mine, reference)),
+            spread(summarise(run["save_s"] for run in runs)),
+            times(runs[0]["read_bytes"] / runs[0]["state_bytes"]),
+            size(runs[0]["bytes_on_disk"]),
+            str(runs[0]["files"]),
+            verdict([run["check"] for run in runs]),
+        )
+    some: dict[str, Any] = next(iter(figures.values()))[0] if figures else {"state_bytes": 0, "ranks": [0, 0]}
+    ranks = some["ranks"]
+    return [
+        Table(
+            title=f"reshard: {size(some['state_bytes'])} saved on {ranks[0]} ranks, restored on {ranks[1]}, cold",
+            columns=("engine", "restore s", "/ dcp-save", "save s", "read / needed", "on disk", "files", "bits"),
+            rows=[rows[engine] for engine in _by_median(summaries)],
+            notes=["read / needed counts read calls; what is read through a memory map is not seen"],
+        )
+    ]
+
+
 SUMMARIES: dict[str, Callable[[Document, Sequence[Mapping[str, Any]]], list[Table]]] = {
     "disk": disk,
     "stall": stall,
@@ -268,5 +298,6 @@ SUMMARIES: dict[str, Callable[[Document, Sequence[Mapping[str, Any]]], list[Tabl
     "memory": memory,
     "restore": restore,
     "many-small": many_small,
+    "reshard": reshard,
 }
 """The table of each workload."""

@@ -31,6 +31,7 @@ class DcpSave(Engine):
 
     distributions: ClassVar[tuple[str, ...]] = ("torch",)
     configuration: ClassVar[str] = "dcp.save of get_state_dict(model, optimizer)"
+    reshards: ClassVar[bool] = True
 
     def state_dict(self) -> dict[str, Any]:
         """The state as DCP's tutorial makes it: optimizer state by parameter name."""

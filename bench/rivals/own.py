@@ -31,6 +31,7 @@ class CkptEngine(Engine):
     distributions: ClassVar[tuple[str, ...]] = ("ckptengine",)
     configuration: ClassVar[str] = 'Checkpointer with defaults (overlap="wait"); fence before the update'
     durable_by_itself: ClassVar[bool] = True
+    reshards: ClassVar[bool] = True
 
     def __init__(self, root: Path, state: LiveState) -> None:
         super().__init__(root, state)

@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch.distributed as dist
+
 from ..disk import open_direct
 from ..engine import Engine, Wait, require
 from ..state import LiveState
@@ -33,11 +35,16 @@ class TorchCheckpointing(Engine):
         "CheckpointManager, asynchronous defaults, staging prewarmed, lock() around the update; "
         "its direct I/O off where the file system refuses unaligned direct writes"
     )
+    reshards: ClassVar[bool] = True
 
     def __init__(self, root: Path, state: LiveState) -> None:
         super().__init__(root, state)
         module = require("torch_checkpointing")
-        self._manager = module.CheckpointManager.Config(**self._storage()).build()
+        items = {}
+        if dist.is_initialized():
+            resharder = require("torch_checkpointing.default_resharder", "torch_checkpointing").DefaultResharder
+            items = {"tensors": module.ItemSpec(resharder=resharder())}
+        self._manager = module.CheckpointManager.Config(items=items, **self._storage()).build()
         self._manager.prewarm_staging(state.nested())
         self._lock: AbstractContextManager[Any] | None = None
         self._written: Any = None

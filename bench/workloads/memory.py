@@ -39,7 +39,7 @@ def measure(job: Job) -> dict[str, Any]:
             time.sleep(SETTLE_S)
         finally:
             engine.close()
-    baseline = max(size for moment, size in sampler.samples if plain_start <= moment < engine_start)
+    baseline = max(memory for moment, memory, _ in sampler.samples if plain_start <= moment < engine_start)
     for save in trace.saves:
         engine.discard(save.step)
     return {
@@ -48,5 +48,5 @@ def measure(job: Job) -> dict[str, Any]:
         "peak_bytes": sampler.peak_bytes(engine_start),
         "extra_bytes": max(0, sampler.peak_bytes(engine_start) - baseline),
         "saves": len(trace.saves),
-        "samples": [[moment - engine_start, size] for moment, size in sampler.samples],
+        "samples": [[moment - engine_start, memory, files] for moment, memory, files in sampler.samples],
     }

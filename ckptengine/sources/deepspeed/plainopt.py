@@ -1,0 +1,122 @@
+"""Optimizers without ZeRO, whose states lie in the model file by the parameters' positions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from ckptengine.sources.deepspeed.groups import MASTER
+from ckptengine.sources.deepspeed.header import ModelStates, int_list
+from ckptengine.sources.deepspeed.held import Held, Whole, number
+from ckptengine.sources.files import InlineFiles
+from ckptengine.sources.stored import StoredTensor
+
+NAMELESS = "state"
+Entries = list[tuple[str, str, Held]]
+
+
+def plain_optimizer(model: ModelStates, inline: InlineFiles) -> tuple[Entries, list[dict[Any, Any]]]:
+    """(parameter, state, what is held) and the parameter groups with names.
+
+    Positions become names where the shapes leave only one way to map them in the module's order; elsewhere a
+    parameter is called ``state.<position>``.
+    """
+    outer = model.optimizer or {}
+    inner = outer.get("optimizer_state_dict", outer)
+    if not isinstance(inner, dict) or not isinstance(inner.get("param_groups"), list):
+        return [], []
+    states = inner.get("state")
+    by_position: dict[Any, Any] = states if isinstance(states, dict) else {}
+    groups = [group for group in inner["param_groups"] if isinstance(group, dict)]
+    masters = _masters(outer, groups)
+    names = _names(model, groups, by_position, masters)
+    found: list[tuple[str, str, Held]] = []
+    for position, tensor in masters.items():
+        found.append((names.get(position, f"{NAMELESS}.{position}"), MASTER, Whole(tensor)))
+    for position, state in by_position.items():
+        if isinstance(state, dict):
+            found += _entries(names.get(position, f"{NAMELESS}.{position}"), state, inline)
+    named = [
+        {**group, "params": [names.get(p, f"{NAMELESS}.{p}") for p in int_list(group.get("params")) or []]}
+        for group in groups
+    ]
+    return found, named
+
+
+def _entries(name: str, state: Mapping[Any, Any], inline: InlineFiles) -> Iterator[tuple[str, str, Held]]:
+    for key, value in state.items():
+        if isinstance(value, StoredTensor):
+            yield name, str(key), Whole(value)
+        elif key == "step" and (held := number(value, inline)) is not None:
+            yield name, "step", held
+
+
+def _masters(outer: Mapping[Any, Any], groups: Sequence[Mapping[Any, Any]]) -> dict[int, StoredTensor]:
+    """fp32 copies by position, where they are kept as tensors of the parameters' shapes."""
+    held = outer.get("fp32_groups")
+    found: dict[int, StoredTensor] = {}
+    if isinstance(held, list) and len(held) == len(groups):
+        for tensors, group in zip(held, groups, strict=True):
+            positions = int_list(group.get("params")) or []
+            if isinstance(tensors, list) and len(tensors) == len(positions):
+                pairs = zip(positions, tensors, strict=True)
+                found |= {position: tensor for position, tensor in pairs if isinstance(tensor, StoredTensor)}
+    return found
+
+
+def _names(
+    model: ModelStates,
+    groups: Sequence[Mapping[Any, Any]],
+    states: Mapping[Any, Any],
+    masters: Mapping[int, StoredTensor],
+) -> dict[int, str]:
+    """Position -> name: every group is a subsequence of the module's parameters, and only one fits the shapes."""
+    seen: set[tuple[object, ...]] = set()
+    left: list[tuple[str, tuple[int, ...]]] = []
+    for name, tensor in model.module.items():
+        if name not in model.buffers and tensor.identity not in seen:
+            seen.add(tensor.identity)
+            left.append((name, tensor.shape))
+    names: dict[int, str] = {}
+    for group in groups:
+        positions = int_list(group.get("params")) or []
+        shapes = [_shape(states.get(position), masters.get(position)) for position in positions]
+        if any(shape is None for shape in shapes):
+            return {}
+        wanted = [shape for shape in shapes if shape is not None]
+        chosen = _only_subsequence(left, wanted)
+        if chosen is None:
+            return {}
+        names |= {position: left[at][0] for position, at in zip(positions, chosen, strict=True)}
+        taken = set(chosen)
+        left = [item for at, item in enumerate(left) if at not in taken]
+    return names
+
+
+def _shape(state: object, master: StoredTensor | None) -> tuple[int, ...] | None:
+    if master is not None:
+        return master.shape
+    held = state.values() if isinstance(state, dict) else ()
+    return next((value.shape for value in held if isinstance(value, StoredTensor) and value.shape), None)
+
+
+def _only_subsequence(items: list[tuple[str, tuple[int, ...]]], wanted: list[tuple[int, ...]]) -> list[int] | None:
+    """The positions of ``wanted`` shapes in ``items``, if there is exactly one way to pick them in order."""
+    first, last = _pick(items, wanted), _pick(items[::-1], wanted[::-1])
+    if first is None or last is None:
+        return None
+    mirrored = [len(items) - 1 - at for at in reversed(last)]
+    return first if first == mirrored else None
+
+
+def _pick(items: list[tuple[str, tuple[int, ...]]], wanted: list[tuple[int, ...]]) -> list[int] | None:
+    chosen: list[int] = []
+    at = 0
+    for shape in wanted:
+        while at < len(items) and items[at][1] != shape:
+            at += 1
+        if at == len(items):
+            return None
+        chosen.append(at)
+        at += 1
+    return chosen

@@ -103,10 +103,19 @@ class LocalTier:
         check_range(name, offset, size_bytes)
         entry = await self.stat(name)
         if entry is not None and entry.size_bytes < offset + size_bytes:
-            raise _too_short(self.label, name, offset, size_bytes)
-        data = bytearray(size_bytes)
-        await self.read_into(name, offset, memoryview(data))
-        return bytes(data)
+            raise _too_short(self.label, name, offset, size_bytes)  # before anything of a wild size is allocated
+        pieces: list[bytes] = []
+        with refusals("read", f"{self.root}/{name}"):
+            async with aiofiles.open(str(self.root / name), "rb", buffering=0, opener=self._opener(name)) as file:
+                await file.seek(offset)
+                missing = size_bytes
+                while missing:
+                    piece = await file.read(missing)
+                    if not piece:
+                        raise _too_short(self.label, name, offset, size_bytes)
+                    pieces.append(piece)
+                    missing -= len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     async def read_into(self, name: str, offset: int, view: memoryview) -> None:
         check_range(name, offset, 0)

@@ -76,14 +76,19 @@ class IoLoop:
         loop.set_default_executor(pool)
         try:
             loop.run_forever()
-            tasks = asyncio.all_tasks(loop)
-            for task in tasks:
-                task.cancel()
-            loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+            loop.run_until_complete(cancel_all())
             loop.run_until_complete(loop.shutdown_asyncgens())
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
             loop.close()
+
+
+async def cancel_all() -> None:
+    """Cancel every other task of the running loop, and wait until they have ended."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class BlockingTier:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 from ckptengine.errors import StorageFailed, UnusableRequest
 from ckptengine.tiers.local import LocalTier
-from ckptengine.tiers.port import Abilities, check_name
+from ckptengine.tiers.port import check_name
 from ckptengine.tiers.refusals import refusals
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -35,16 +36,7 @@ class MemoryTier(LocalTier):
         if home.exists() or home.is_symlink():
             _must_be_private(home)
         super().__init__(home / check_name(name), file_mode=0o600, directory_mode=0o700, create=create)
-        declared = super().abilities
-        self._abilities = Abilities(
-            atomic_rename=declared.atomic_rename,
-            conditional_put=declared.conditional_put,
-            append=declared.append,
-            ranged_read=declared.ranged_read,
-            resumable_parts=declared.resumable_parts,
-            survives_process=True,
-            survives_power_cut=False,
-        )
+        self._abilities = replace(self._abilities, survives_power_cut=False)
 
     def _sync(self, fd: int) -> None:
         """Nothing to flush to: what is written is where it will stay."""

@@ -39,10 +39,8 @@ class TierContract:
     """Give a fixture ``tier``: an empty `TierPort`, writable."""
 
     @pytest.fixture
-    def flat(self, tier: TierPort, loop: IoLoop) -> Iterator[BlockingTier]:
-        flat = BlockingTier(tier, loop, timeout_s=60)
-        yield flat
-        flat.close()
+    def flat(self, tier: TierPort, loop: IoLoop) -> BlockingTier:
+        return BlockingTier(tier, loop, timeout_s=60)
 
     def send(self, loop: IoLoop, tier: TierPort, name: str, data: bytes, order: list[int] | None = None) -> None:
         async def go() -> None:
@@ -118,11 +116,16 @@ class TierContract:
         assert flat.stat("step-000000003/a.bin") is None
         assert flat.entries() == []
 
-    @pytest.mark.parametrize("name", ["../x", "/etc/x", "a/../b", "a//b", "", ".", "a/", ".hidden", "a\x00b", "a b"])
-    def test_unsafe_names_are_refused(self, flat: BlockingTier, name: str) -> None:
-        for call in (lambda: flat.create(name, b""), lambda: flat.read(name, 0, 1), lambda: flat.delete(name)):
-            with pytest.raises(UnusableRequest):
-                call()
+    def test_unsafe_names_are_refused(self, flat: BlockingTier) -> None:
+        for name in ("../x", "/etc/x", "a/../b", "a//b", "", ".", "a/", ".hidden", "a\x00b", "a b"):
+            for call in (
+                lambda name=name: flat.create(name, b""),
+                lambda name=name: flat.read(name, 0, 1),
+                lambda name=name: flat.delete(name),
+                lambda name=name: flat.stat(name),
+            ):
+                with pytest.raises(UnusableRequest):
+                    call()
 
     def test_negative_ranges_are_refused(self, flat: BlockingTier) -> None:
         flat.create("a.bin", b"12345")

@@ -1,0 +1,69 @@
+"""URLs without their secrets.
+
+A URL may carry a user, a password or a signed query, and file-system options hold keys.  None of that may reach a
+message, a log, a manifest or a repr: places are shown by `redacted_url`, and foreign text goes through a `Scrubber`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from urllib.parse import quote, quote_plus, unquote
+
+_URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*(?:::[A-Za-z][A-Za-z0-9+.-]*)*)://(?P<rest>.*)", re.DOTALL)
+_USERINFO = re.compile(r"://[^/?#\s'\"]*@")
+_QUERY = re.compile(r"(://[^?#\s'\"]*)[?#][^\s'\"]*")
+_SECRET_OPTION = re.compile(r"key|secret|token|pass|credential|sas|connection_string|user|auth", re.IGNORECASE)
+_SHORTEST_SECRET = 4
+"""Shorter values ("true", a port) would blank out half of every message."""
+
+
+def is_url(path: str) -> bool:
+    return _URL.fullmatch(path) is not None
+
+
+def redacted_url(url: str) -> str:
+    """``url`` without user, password, query and fragment."""
+    return _QUERY.sub(r"\1", _USERINFO.sub("://", url))
+
+
+def split_url(url: str) -> tuple[str, str, tuple[str, str] | None]:
+    """(protocol, ``url`` without user information and query, (user, password) or None)."""
+    match = _URL.fullmatch(url)
+    if match is None:
+        return "file", url, None
+    scheme, rest = match["scheme"], match["rest"]
+    host, slash, path = rest.partition("/")
+    userinfo, at, bare = host.rpartition("@")
+    if not at:
+        return scheme, url, None
+    user, _, password = userinfo.partition(":")
+    return scheme, f"{scheme}://{bare}{slash}{path}", (unquote(user), unquote(password))
+
+
+def secrets_in(options: Mapping[str, object], *more: str) -> list[str]:
+    """Every string among (nested) file-system options whose name sounds like a secret, and ``more``."""
+    found = [value for value in more if value]
+    for key, value in options.items():
+        if isinstance(value, Mapping):
+            found += secrets_in(value)
+        elif isinstance(value, str) and _SECRET_OPTION.search(str(key)):
+            found.append(value)
+    return found
+
+
+class Scrubber:
+    """Takes known secrets, and whatever looks like credentials in a URL, out of text."""
+
+    def __init__(self, secrets: Iterable[str]) -> None:
+        forms = {form for secret in secrets for form in (secret, quote(secret), quote(secret, ""), quote_plus(secret))}
+        self._forms = sorted((form for form in forms if len(form) >= _SHORTEST_SECRET), key=len, reverse=True)
+
+    def __repr__(self) -> str:
+        return f"Scrubber({len(self._forms)} forms)"
+
+    def scrub(self, text: str) -> str:
+        """``text`` with ``***`` in the place of secrets, on one line, at most 500 characters."""
+        for form in self._forms:
+            text = text.replace(form, "***")
+        return " ".join(redacted_url(text).split())[:500]

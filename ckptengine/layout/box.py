@@ -22,7 +22,7 @@ class Box:
     def __post_init__(self) -> None:
         if len(self.offsets) != len(self.shape):
             raise LayoutError(f"box with {len(self.offsets)} offsets and {len(self.shape)} extents")
-        if any(value < 0 for value in self.offsets) or any(value < 0 for value in self.shape):
+        if min(self.offsets, default=0) < 0 or min(self.shape, default=0) < 0:
             raise LayoutError(f"box with a negative offset or extent: {self}")
 
     @classmethod

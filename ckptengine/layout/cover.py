@@ -26,9 +26,14 @@ Corners = NDArray[np.int64]
 _FEW = 6
 
 
-def prove_cover(name: str, shape: Sequence[int], boxes: Sequence[Box]) -> None:
-    """Raise `LayoutError` naming the tensor and an overlapping pair or a missing box, unless the cover is exact."""
+def prove_cover(name: str, shape: Sequence[int], boxes: Sequence[Box], *, within: Box | None = None) -> None:
+    """Raise `LayoutError` naming the tensor and an overlapping pair or a missing box, unless the cover is exact.
+
+    The boxes must cover the whole tensor, or ``within``, a box of it that none of them may leave.
+    """
     shape = tuple(shape)
+    if len(boxes) == 1 and boxes[0] == (within or Box.whole(shape)):
+        return
     wrong = next((box for box in boxes if box.ndim != len(shape)), None)
     if wrong is not None:
         raise LayoutError(f"tensor {name!r} of shape {shape}: box {wrong} has {wrong.ndim} dimensions")
@@ -38,28 +43,32 @@ def prove_cover(name: str, shape: Sequence[int], boxes: Sequence[Box]) -> None:
         extent = np.array([box.shape for box in boxes], np.int64).reshape(count, ndim)
     except OverflowError:
         raise LayoutError(f"tensor {name!r} of shape {shape}: a box beyond 2**63 elements") from None
-    prove_cover_arrays(name, shape, low, extent)
+    prove_cover_arrays(name, shape, low, extent, within=within)
 
 
-def prove_cover_arrays(name: str, shape: Sequence[int], offsets: Corners, extents: Corners) -> None:
+def prove_cover_arrays(
+    name: str, shape: Sequence[int], offsets: Corners, extents: Corners, *, within: Box | None = None
+) -> None:
     """`prove_cover` of the boxes in two int64[boxes, dimensions] arrays."""
     shape = tuple(shape)
+    whole = within or Box.whole(shape)
     if math.prod(shape) > np.iinfo(np.int64).max:
         raise LayoutError(f"tensor {name!r}: shape {shape} has more than 2**63 elements")
-    full = np.array(shape, np.int64)
+    full = np.array(whole.shape, np.int64)
+    given, offsets = offsets, offsets - np.array(whole.offsets, np.int64)
     bad = ((offsets < 0) | (extents < 0) | (offsets > full) | (extents > full - np.minimum(offsets, full))).any(axis=1)
     if bad.any():
         i = int(bad.argmax())
-        ends = zip(offsets[i].tolist(), extents[i].tolist(), strict=True)
+        ends = zip(given[i].tolist(), extents[i].tolist(), strict=True)
         box = ", ".join(f"{start}:{start + n}" for start, n in ends)
-        raise LayoutError(f"tensor {name!r} of shape {shape}: box [{box}] is out of bounds")
+        raise LayoutError(f"tensor {name!r} of shape {shape}: box [{box}] is out of bounds {whole}")
     solid = (extents > 0).all(axis=1)
     low, high = offsets[solid], (offsets + extents)[solid]
-    if math.prod(shape) == 0:
+    if whole.size == 0:
         return
-    proof = _Proof(name, shape)
+    proof = _Proof(name, shape, whole)
     if not len(low):
-        proof.missing(Box.whole(shape))
+        proof.missing(Box.whole(whole.shape))
     if not shape:
         if len(low) > 1:
             proof.overlap(Box((), ()), Box((), ()))
@@ -92,17 +101,18 @@ def prove_layout(name: str, shape: Sequence[int], layout: Layout) -> None:
 
 
 class _Proof:
-    """One proof: knows what to call the tensor when it fails."""
+    """One proof, in coordinates of the region to cover; knows what to call the tensor when it fails."""
 
-    def __init__(self, name: str, shape: tuple[int, ...]) -> None:
+    def __init__(self, name: str, shape: tuple[int, ...], region: Box) -> None:
         self.what = f"tensor {name!r} of shape {shape}"
-        self.shape = shape
+        self.origin = region.offsets
+        self.shape = region.shape
 
     def missing(self, box: Box) -> None:
-        raise LayoutError(f"{self.what}: nothing covers {box}")
+        raise LayoutError(f"{self.what}: nothing covers {box.shift(self.origin)}")
 
     def overlap(self, a: Box, b: Box) -> None:
-        raise LayoutError(f"{self.what}: boxes {a} and {b} overlap")
+        raise LayoutError(f"{self.what}: boxes {a.shift(self.origin)} and {b.shift(self.origin)} overlap")
 
     def as_line(self, low: Corners, high: Corners) -> bool:
         """Prove boxes that are all one run each; False, having proven nothing, where some are not."""

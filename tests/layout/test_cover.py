@@ -165,3 +165,16 @@ def test_layouts() -> None:
     prove_layout("w", (5,), Irregular(held))
     with pytest.raises(LayoutError, match=r"nothing covers \[5:6\]"):
         prove_layout("w", (6,), Irregular(held))
+
+
+def test_within_a_box_names_things_in_the_tensors_own_coordinates() -> None:
+    parts = [Box((4, 6), (1, 4)), Box((5, 6), (2, 3)), Box((5, 9), (2, 1))]
+    within = Box((4, 6), (3, 4))
+    prove_cover("w", (10, 10), parts, within=within)
+    prove_cover("w", (10, 10), [within], within=within)
+    with pytest.raises(LayoutError, match=r"nothing covers \[5:7, 9:10\]"):
+        prove_cover("w", (10, 10), parts[:2], within=within)
+    with pytest.raises(LayoutError, match=r"\[5:7, 9:10\] and \[5:7, 9:10\] overlap"):
+        prove_cover("w", (10, 10), [*parts, parts[2]], within=within)
+    with pytest.raises(LayoutError, match=r"\[3:5, 6:10\] is out of bounds \[4:7, 6:10\]"):
+        prove_cover("w", (10, 10), [Box((3, 6), (2, 4)), *parts[1:]], within=within)

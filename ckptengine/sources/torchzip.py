@@ -22,7 +22,7 @@ _END64 = b"PK\x06\x06"
 _LOCATOR64 = b"PK\x06\x07"
 _ENTRY = struct.Struct("<4s6H3I5H2I")
 _LOCAL = struct.Struct("<4s5H3I2H")
-_TAIL_BYTES = 1 << 12
+_WINDOW_BYTES = 1 << 12
 _MAX_COMMENT_BYTES = 1 << 16
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_STEP_BYTES = 1 << 20
@@ -50,6 +50,7 @@ class TorchZip:
         self._start = offset
         self._nbytes = files.size(path) - offset if nbytes is None else nbytes
         self._offsets: dict[str, int] = {}
+        self._windows: list[tuple[int, bytes]] = []
         self.entries = self._read_directory()
         pickles = [name for name in self.entries if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(pickles) != 1:
@@ -72,13 +73,13 @@ class TorchZip:
             raise UnreadableFormat(
                 f"record {name!r} of {self.shown} has {entry.nbytes} bytes, too many to read at once"
             )
-        return self.files.read(self.path, self.data_offset(name), entry.nbytes)
+        return self._read(self.data_offset(name), entry.nbytes)
 
     def data_offset(self, name: str) -> int:
         """The absolute offset of a record's data in the file (reads the record's local header once)."""
         if name not in self._offsets:
             entry = self._entry(name)
-            header = _LOCAL.unpack(self.files.read(self.path, entry.header, _LOCAL.size))
+            header = _LOCAL.unpack(self._read(entry.header, _LOCAL.size))
             if header[0] != b"PK\x03\x04":
                 raise Damaged(f"record {name!r} of {self.shown} has no local header at byte {entry.header}")
             offset = entry.header + _LOCAL.size + header[9] + header[10]
@@ -103,6 +104,17 @@ class TorchZip:
 
         return loads(self.record("data.pkl"), persistent_load, self.shown)
 
+    def _read(self, offset: int, nbytes: int) -> bytes:
+        """A small range: the head and the tail of the zip, where all but tensor data lies, are fetched only once."""
+        for first, data in self._windows:
+            if first <= offset and offset + nbytes <= first + len(data):
+                return data[offset - first : offset - first + nbytes]
+        if offset + nbytes <= self._start + _WINDOW_BYTES and len(self._windows) < 2:
+            head = self.files.read(self.path, self._start, min(self._nbytes, _WINDOW_BYTES))
+            self._windows.append((self._start, head))
+            return self._read(offset, nbytes)
+        return self.files.read(self.path, offset, nbytes)
+
     def _entry(self, name: str) -> Entry:
         entry = self.entries.get(self._prefix + name)
         if entry is None:
@@ -116,10 +128,11 @@ class TorchZip:
             raise UnreadableFormat(f"{self.shown} was written on a big-endian machine; save it again on another")
 
     def _read_directory(self) -> Mapping[str, Entry]:
-        tail_bytes = min(self._nbytes, _TAIL_BYTES)
+        tail_bytes = min(self._nbytes, _WINDOW_BYTES)
         while True:
             first = self._start + self._nbytes - tail_bytes
             tail = self.files.read(self.path, first, tail_bytes)
+            self._windows = [(first, tail)]
             end = tail.rfind(_END)
             if 0 <= end <= len(tail) - 22:
                 break
@@ -133,8 +146,7 @@ class TorchZip:
         offset += self._start
         if offset < self._start or offset + nbytes > limit or count * _ENTRY.size > nbytes:
             raise Damaged(f"the zip directory of {self.shown} does not lie inside of the file")
-        data = tail[offset - first : offset - first + nbytes] if offset >= first else None
-        return self._parse_directory(self.files.read(self.path, offset, nbytes) if data is None else data, count)
+        return self._parse_directory(self._read(offset, nbytes), count)
 
     def _zip64_end(self, end: int) -> tuple[int, int, int, int]:
         locator = self.files.read(self.path, end - 20, 20) if end - 20 >= self._start else b""

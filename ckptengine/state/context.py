@@ -119,10 +119,19 @@ class Context:
             self.problems.append(f"{name}: dtype {dtype} in the checkpoint, {described.dtype} live")
             return False
         destination = described.tensor
+        if any(step == 0 and n > 1 for step, n in zip(destination.stride(), destination.shape, strict=True)):
+            destination = self._unexpanded(destination)
         if isinstance(live, torch.Tensor) and (live.is_conj() or live.is_neg()):
             self.staged.append(lambda: live.detach().copy_(destination))
         self.targets.append(Target(source, destination, described.pieces))
         return True
+
+    def _unexpanded(self, live: torch.Tensor) -> torch.Tensor:
+        """Memory for an expanded tensor, whose elements share theirs; its first ones go to the live memory."""
+        copy = torch.empty(live.shape, dtype=live.dtype, device=live.device)
+        first = tuple(slice(0, 1) if step == 0 else slice(None) for step in live.stride())
+        self.staged.append(lambda: live[first].copy_(copy[first]))
+        return copy
 
     def _fill_scalar(self, live: torch.Tensor, dtype: str, source: str) -> bool:
         """A counter stored in another dtype is converted."""

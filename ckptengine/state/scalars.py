@@ -87,7 +87,7 @@ def _read_ndarray(decoder: Decoder, node: dict[str, Json]) -> object:
 
 
 def _numpy_scalar(_: Encoder, value: np.generic, name: str) -> Json:
-    return {"$": "numpy", "dtype": array_dtype(value, name), "v": b64(value.tobytes())}
+    return {"$": "numpy", "dtype": array_dtype(value, name), "v": b64(value.tobytes()[: value.dtype.itemsize])}
 
 
 def _read_numpy_scalar(_: Decoder, node: dict[str, Json]) -> object:

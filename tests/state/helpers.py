@@ -24,11 +24,20 @@ def region(local: torch.Tensor, piece: Any) -> torch.Tensor:
     return local.as_strided(piece.box.shape, piece.strides, piece.start)
 
 
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+
+
+def as_integers(tensor: torch.Tensor) -> torch.Tensor:
+    """The same elements as a dtype that every copy supports."""
+    return tensor.view(_INTEGERS[tensor.element_size()])
+
+
 class MemoryCheckpoint:
     """Logical tensors assembled from the leaves of one or more ranks; values go through JSON text."""
 
     def __init__(self, *flats: FlatState) -> None:
-        self.data: dict[str, torch.Tensor] = {}
+        self.data: dict[str, torch.Tensor] = {}  # as integers of the same size
+        self.dtypes: dict[str, str] = {}
         self.aliases: dict[str, str] = {}
         self.values = loads(dumps(flats[0].values))
         self.rank_values = [loads(dumps(flat.rank_values)) for flat in flats]
@@ -39,26 +48,29 @@ class MemoryCheckpoint:
 
     def add(self, leaf: Any) -> None:
         if leaf.name not in self.data:
-            self.data[leaf.name] = torch.zeros(leaf.global_shape, dtype=torch_dtype(leaf.dtype))
-        local = leaf.tensor.detach().clone(memory_format=torch.contiguous_format).reshape(-1)
+            self.data[leaf.name] = torch.zeros(leaf.global_shape, dtype=as_integers(leaf.tensor).dtype)
+            self.dtypes[leaf.name] = leaf.dtype
+        local = as_integers(leaf.tensor).clone(memory_format=torch.contiguous_format).reshape(-1)
         for piece in leaf.pieces:
             self.data[leaf.name][slices(piece.box)] = region(local, piece)
 
     def saved(self, rank: int = 0) -> SavedState:
-        tensors = {
-            name: (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)) for name, tensor in self.data.items()
-        }
+        tensors = {name: (self.dtypes[name], tuple(tensor.shape)) for name, tensor in self.data.items()}
         return SavedState(tensors, self.aliases, self.values, self.rank_values[rank])
 
     def restore(self, state: object, *, rank: int = 0, names: Sequence[str] | None = None, **options: Any) -> Filling:
         filling = prepare(state, self.saved(rank), names=names, **options)
         for target in filling.targets:
-            local = target.tensor.clone(memory_format=torch.contiguous_format).reshape(-1)
+            destination = as_integers(target.tensor)
+            local = destination.clone(memory_format=torch.contiguous_format).reshape(-1)
             for piece in target.pieces:
                 region(local, piece).copy_(self.data[target.name][slices(piece.box)])
-            target.tensor.copy_(local.reshape(target.tensor.shape))
+            destination.copy_(local.reshape(destination.shape))
         filling.commit()
         return filling
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self.data[name].view(torch_dtype(self.dtypes[name]))
 
 
 def save(state: object, *, random: bool = False) -> MemoryCheckpoint:
@@ -66,13 +78,7 @@ def save(state: object, *, random: bool = False) -> MemoryCheckpoint:
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    return torch.equal(bits(a), bits(b))
-
-
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
+    return a.dtype == b.dtype and torch.equal(as_integers(a), as_integers(b))
 
 
 def assert_same_state(a: object, b: object) -> None:
@@ -82,4 +88,5 @@ def assert_same_state(a: object, b: object) -> None:
     assert first.aliases == second.aliases
     assert list(first.data) == list(second.data)
     for name, tensor in first.data.items():
-        assert same_bits(tensor, second.data[name]), name
+        assert first.dtypes[name] == second.dtypes[name], name
+        assert torch.equal(tensor, second.data[name]), name

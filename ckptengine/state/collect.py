@@ -169,9 +169,9 @@ class Collector:
         shared: dict[object, object] = {}
         for parameter, parts in optimizer.state.items():
             key = keys.get(id(parameter))
-            if key is None:
+            if key is None and (parts or not isinstance(parameter, torch.Tensor)):
                 shared[parameter] = parts
-            elif isinstance(parts, dict):
+            elif key is not None and isinstance(parts, dict):
                 plain = self._state_of(view.entries[key], names.join(name, key), parts)
                 if plain:
                     state[key] = plain

@@ -236,18 +236,18 @@ def test_a_hundred_thousand_fragments_within_a_second() -> None:
     n = 100_000
     shape = (n, 16)
     fragments = [Fragment(Box((i, 0), (1, 16)), f"rank-{i % 64}", 64 * (i // 64)) for i in range(n)]
-    begin = time.perf_counter()
+    begin = time.process_time()
     plan = plan_reads([Wanted(0, "w", shape, 4, [Piece.packed(Box.whole(shape))], fragments)])
-    assert time.perf_counter() - begin < 3
+    assert time.process_time() - begin < 3
     assert plan.amplification == 1
     assert len(plan.reads) == 64
     many = [
         Wanted(i, f"w{i}", (16,), 4, [Piece.packed(Box.whole((16,)))], [Fragment(Box.whole((16,)), "f", 64 * i)])
         for i in range(n)
     ]
-    begin = time.perf_counter()
+    begin = time.process_time()
     assert plan_reads(many).read_bytes == 64 * n
-    assert time.perf_counter() - begin < 3
+    assert time.process_time() - begin < 3
 
 
 def test_many_pieces_against_many_fragments() -> None:
@@ -257,7 +257,7 @@ def test_many_pieces_against_many_fragments() -> None:
     fragments = [Fragment(piece.box, f"rank-{rank}", 0) for rank in range(5000) for piece in source.pieces(rank, shape)]
     target = Sharding(Mesh((4000,), ("dp",)), (Shard(0),))
     pieces = list(itertools.chain.from_iterable(target.pieces(rank, shape) for rank in range(4000)))
-    begin = time.perf_counter()
+    begin = time.process_time()
     plan = plan_reads([Wanted(0, "w", shape, 4, pieces, fragments)])
-    assert time.perf_counter() - begin < 3
+    assert time.process_time() - begin < 3
     assert plan.read_bytes == 4 * math.prod(shape)

@@ -135,9 +135,9 @@ def test_ten_thousand_ranks_by_a_thousand_tensors() -> None:
     tensors = [
         Planned(f"w{i}", "bfloat16", (8192 + i, 64), Sharding(mesh, (Replicate(), Shard(0)))) for i in range(1000)
     ]
-    begin = time.perf_counter()
+    begin = time.process_time()
     writers = assign_writers(tensors, world=10_000)
-    assert time.perf_counter() - begin < 5
+    assert time.process_time() - begin < 5
     counts = np.bincount([writer.index for writer in writers if isinstance(writer, Owner)], minlength=10)
     assert counts.min() > 80
 

@@ -8,11 +8,11 @@ Each case starts its own gloo processes, trains a tiny model of odd sizes for tw
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -157,43 +157,49 @@ def truth_of(model: nn.Module, optimizer: Any, key: str) -> dict[str, torch.Tens
     return found
 
 
-def run(rank: int, world: int, case: str, out: str, rendezvous: str) -> None:
+def train_and_write(case: str, out: Path) -> None:
+    """One case, on every rank of the process group."""
+    world, wrap, make_optimizer, write, options = CASES[case]
+    torch.manual_seed(0)
+    model = wrap(Net(), world)
+    optimizer = make_optimizer(model)
+    for step in range(2):
+        torch.manual_seed(step)
+        model(torch.randint(0, 13, (4, 3))).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    weights, states = get_state_dict(model, optimizer, options=StateDictOptions(**options))
+    state = {"model": weights, "optim": states, "extra": {"epoch": 3, "names": ["a", {"b": 2.5}], "none": None}}
+    write(state, str(out / case / "checkpoint"))
+    truth = truth_of(model, optimizer, "optim")
+    if write is write_hf:
+        truth = {name: tensor for name, tensor in truth.items() if name.startswith("model.")}
+    if dist.get_rank() == 0:
+        torch.save({name: tensor.clone() for name, tensor in truth.items()}, out / case / "truth.pt")
+    dist.barrier()
+
+
+def run(rank: int, world: int, cases: list[str], out: str, rendezvous: str) -> None:
+    warnings.simplefilter("ignore")
     try:
-        _, wrap, make_optimizer, write, options = CASES[case]
         dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
-        torch.manual_seed(0)
-        model = wrap(Net(), world)
-        optimizer = make_optimizer(model)
-        for step in range(2):
-            torch.manual_seed(step)
-            model(torch.randint(0, 13, (4, 3))).sum().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        weights, states = get_state_dict(model, optimizer, options=StateDictOptions(**options))
-        state = {"model": weights, "optim": states, "extra": {"epoch": 3, "names": ["a", {"b": 2.5}], "none": None}}
-        write(state, str(Path(out) / case / "checkpoint"))
-        truth = truth_of(model, optimizer, "optim")
-        if write is write_hf:
-            truth = {name: tensor for name, tensor in truth.items() if name.startswith("model.")}
-        if rank == 0:
-            torch.save({name: tensor.clone() for name, tensor in truth.items()}, Path(out) / case / "truth.pt")
-        dist.barrier()
+        for case in cases:
+            train_and_write(case, Path(out))
         dist.destroy_process_group()
     except BaseException:
         traceback.print_exc()
         os._exit(1)
 
 
-def make(case: str, out: Path) -> None:
-    """Write one case; raises when any of its processes fails."""
-    world = CASES[case][0]
+def make(cases: list[str], out: Path) -> None:
+    """Write cases of one world size; raises when any process fails."""
+    world = CASES[cases[0]][0]
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(
-            functools.partial(run), (world, case, str(out), f"{folder}/rendezvous"), nprocs=world, start_method="spawn"
-        )
+        args = (world, cases, str(out), f"{folder}/rendezvous")
+        mp.start_processes(run, args, nprocs=world, start_method="spawn")
 
 
 if __name__ == "__main__":
-    for chosen in sys.argv[2:] or CASES:
-        print(chosen, flush=True)
-        make(chosen, Path(sys.argv[1]))
+    chosen = sys.argv[2:] or list(CASES)
+    for size in sorted({CASES[case][0] for case in chosen}):
+        make([case for case in chosen if CASES[case][0] == size], Path(sys.argv[1]))

@@ -113,14 +113,16 @@ class _Reader:
         for index, info in data.items():
             key, corner = _attribute(index, "fqn"), _attribute(index, "offset")
             path, offset, nbytes = (_attribute(info, name) for name in ("relative_path", "offset", "length"))
-            if not isinstance(key, str) or not isinstance(path, str) or not _whole((offset, nbytes)):
+            corner = () if corner is None else corner
+            proper = isinstance(key, str) and isinstance(path, str) and isinstance(corner, tuple) and _whole(corner)
+            if not proper or not _whole((offset, nbytes)):
                 raise UnreadableFormat(f"{self._shown}: the place of {key!r} is not recorded as torch's files do")
-            if _attribute(info, "transform_descriptors"):
-                steps = ", ".join(map(str, _attribute(info, "transform_descriptors")))
+            steps = _attribute(info, "transform_descriptors")
+            if steps:
                 raise UnreadableFormat(
-                    f"{self._shown}: {key!r} is stored transformed ({steps}); save it without extensions"
+                    f"{self._shown}: {key!r} is stored by way of {steps}; save it without extensions"
                 )
-            places[key, tuple(corner) if corner is not None else ()] = Item(path, offset, nbytes)
+            places[key, corner] = Item(path, offset, nbytes)
         return places
 
     def _tensor(self, key: str, entry: Placeholder, places: Mapping[tuple[str, tuple[int, ...]], Item]) -> None:

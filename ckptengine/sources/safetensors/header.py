@@ -6,9 +6,10 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from ckptengine.errors import Damaged, Truncated, UnreadableFormat
-from ckptengine.layout.dtypes import itemsize
+from ckptengine.layout.dtypes import ITEMSIZE
 from ckptengine.sources.port import Files
 
 MAX_HEADER_BYTES = 1 << 30
@@ -37,9 +38,11 @@ DTYPES = {
 """The format's element types and torch's names for them."""
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A tensor of one file: torch's element type and shape, and the absolute offset of its first byte."""
+class Entry(NamedTuple):
+    """A tensor of one file: torch's element type and shape, and the absolute offset of its first byte.
+
+    A tuple, since a checkpoint has a hundred thousand of them.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -71,7 +74,7 @@ def read_header(files: Files, path: str, start: int = 0) -> Header:
         raise Truncated(f"{shown} ends inside of its safetensors header of {length} bytes")
     text = files.read(path, start + 8, length)
     try:
-        document = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+        document = _parse(text.decode("utf-8"))
     except RecursionError:
         raise UnreadableFormat(f"{shown} is no safetensors file: its header is nested too deeply") from None
     except ValueError as error:
@@ -84,35 +87,47 @@ def read_header(files: Files, path: str, start: int = 0) -> Header:
     return Header(_check(document, shown, start + 8 + length, available - 8 - length), metadata)
 
 
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
+def _parse(text: str) -> Any:
+    """The JSON, in which no name may occur twice."""
+    document = json.loads(text)
+    if not isinstance(document, dict) or text.count('"data_offsets"') != len(document) - ("__metadata__" in document):
+        json.loads(text, object_pairs_hook=_unique)  # slow, and only needed where the count leaves a doubt
+    return document
+
+
+def _unique(pairs: list[tuple[str, object]]) -> None:
+    if len(dict(pairs)) != len(pairs):
         raise ValueError("a name occurs twice")
-    return made
 
 
-def _check(document: dict[str, object], shown: str, base: int, nbytes: int) -> dict[str, Entry]:
+def _check(document: dict[str, Any], shown: str, base: int, nbytes: int) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
     spans: list[tuple[int, int, str]] = []
     for name, fields in document.items():
         try:
-            kind, shape, (begin, end) = fields["dtype"], fields["shape"], fields["data_offsets"]  # type: ignore[index]
-            whole = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
+            kind, (begin, end), shape = fields["dtype"], fields["data_offsets"], tuple(fields["shape"])
+            dtype = DTYPES.get(kind)
+            proper = min(begin, end, *shape) >= 0 and {int}.issuperset(map(type, (begin, end, *shape)))
         except (KeyError, TypeError, ValueError):
-            whole = False
-        if not whole:
+            proper = False
+        if not proper:
             raise UnreadableFormat(f"{shown}: tensor {name!r} lacks a proper dtype, shape or data_offsets")
-        dtype = DTYPES.get(kind) if isinstance(kind, str) else None
         if dtype is None:
             raise UnreadableFormat(f"{shown}: tensor {name!r} has element type {kind!r}, which is not supported")
         if kind == "F4":  # the format counts half bytes, torch pairs of them
             if not shape or shape[-1] % 2:
                 raise Damaged(f"{shown}: tensor {name!r} of F4 has an odd last dimension")
-            shape = [*shape[:-1], shape[-1] // 2]
-        if end - begin != math.prod(shape) * itemsize(dtype):
-            raise Damaged(f"{shown}: tensor {name!r} of {kind} {shape} cannot have {end - begin} bytes")
-        entries[name] = Entry(dtype, tuple(shape), base + begin)
+            shape = (*shape[:-1], shape[-1] // 2)
+        if end - begin != math.prod(shape) * ITEMSIZE[dtype]:
+            raise Damaged(f"{shown}: tensor {name!r} of {kind} {list(shape)} cannot have {end - begin} bytes")
+        entries[name] = Entry(dtype, shape, base + begin)
         spans.append((begin, end, name))
+    _check_spans(spans, shown, nbytes)
+    return entries
+
+
+def _check_spans(spans: list[tuple[int, int, str]], shown: str, nbytes: int) -> None:
+    """The data is tiled by the tensors."""
     spans.sort()
     position = 0
     for begin, end, name in spans:
@@ -124,4 +139,3 @@ def _check(document: dict[str, object], shown: str, base: int, nbytes: int) -> d
         raise Truncated(f"{shown} ends after {nbytes} bytes of data; its header says that there are {position}")
     if position < nbytes:
         raise Damaged(f"{shown} has {nbytes - position} bytes after its last tensor that belong to none")
-    return entries

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from ckptengine.errors import Damaged, NotFound, UnreadableFormat
 from ckptengine.layout.box import Box
@@ -28,11 +27,8 @@ _SHARD = re.compile(r"shard-(\d+)-")
 _VALUES = ("config.json", "generation_config.json", "adapter_config.json")
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a canonical name lies: its pieces, each a file, an entry and the offsets of its box."""
-
-    pieces: tuple[tuple[str, Entry, tuple[int, ...]], ...]
+Piece = tuple[str, Entry, tuple[int, ...] | None]
+"""A file, an entry of it, and the offsets of its box (None: it is the whole tensor)."""
 
 
 class SafetensorsSource:
@@ -44,21 +40,22 @@ class SafetensorsSource:
         self.files = files
         self.step = step
         self.metrics: Mapping[str, float] = {}
-        self._places = _collect(files, headers)
+        self._pieces = _collect(files, headers)
 
     def names(self) -> Sequence[str]:
         """Canonical names, in the order of the files."""
-        return list(self._places)
+        return list(self._pieces)
 
     def tensor(self, name: str) -> LogicalTensor:
         """The tensor under a canonical name; `Damaged` when its pieces cannot be one tensor."""
-        place = self._places.get(name)
-        if place is None:
+        pieces = self._pieces.get(name)
+        if pieces is None:
             raise NotFound(f"{self.files.root} has no tensor {name!r}")
-        first = place.pieces[0][1]
+        first = pieces[0][1]
         shape = [0] * len(first.shape)
         fragments = []
-        for path, entry, offsets in place.pieces:
+        for path, entry, corner in pieces:
+            offsets = (0,) * len(entry.shape) if corner is None else corner
             if entry.dtype != first.dtype or len(entry.shape) != len(shape):
                 raise Damaged(f"the pieces of {name!r} in {self.files.root} have different element types or ranks")
             shape = [max(n, o + m) for n, o, m in zip(shape, offsets, entry.shape, strict=True)]
@@ -91,28 +88,23 @@ def _json(files: Files, path: str) -> object:
         raise Damaged(f"{files.root.rstrip('/')}/{path} is not the JSON that it should be: {error}") from None
 
 
-def _collect(files: Files, headers: Mapping[str, Header]) -> dict[str, _Place]:
-    whole: dict[str, _Place] = {}
-    pieces: dict[str, list[tuple[str, Entry, tuple[int, ...]]]] = {}
+def _collect(files: Files, headers: Mapping[str, Header]) -> dict[str, list[Piece]]:
+    """The pieces of each canonical name."""
+    found: dict[str, list[Piece]] = {}
     for path, header in headers.items():
         prefix = "" if OWN_KEY in header.metadata else "model."
         offsets = _offsets(header.metadata.get(SHARDING_KEY), f"{files.root.rstrip('/')}/{path}")
         for stored, entry in header.entries.items():
-            name = prefix + stored
-            if offsets is None:
-                if name in whole:
-                    other = whole[name].pieces[0][0]
-                    raise Damaged(f"tensor {stored!r} is in both {other} and {path} of {files.root}")
-                whole[name] = _Place(((path, entry, (0,) * len(entry.shape)),))
-            else:
+            corner = None
+            if offsets is not None:
                 corner = offsets.get(stored)
                 if corner is None or len(corner) != len(entry.shape):
                     raise Damaged(f"{files.root}/{path}: {SHARDING_KEY} does not say where {stored!r} belongs")
-                pieces.setdefault(name, []).append((path, entry, corner))
-    both = whole.keys() & pieces.keys()
-    if both:
-        raise Damaged(f"tensor {min(both)!r} of {files.root} is stored both whole and in pieces")
-    return whole | {name: _Place(tuple(parts)) for name, parts in pieces.items()}
+            pieces = found.setdefault(prefix + stored, [])
+            if pieces and (corner is None or pieces[0][2] is None):
+                raise Damaged(f"tensor {stored!r} is in both {pieces[0][0]} and {path} of {files.root}")
+            pieces.append((path, entry, corner))
+    return found
 
 
 def _offsets(text: str | None, shown: str) -> dict[str, tuple[int, ...]] | None:

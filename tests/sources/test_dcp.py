@@ -1,0 +1,172 @@
+"""torch.distributed.checkpoint: every layout that torch writes, and damage to each kind of file."""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from ckptengine.errors import CheckpointError, Damaged, NotFound, Truncated, UnreadableFormat
+from ckptengine.operations.read import read_tensor
+from ckptengine.sources.dcp.metadata import read_metadata
+from ckptengine.sources.dcp.source import canonical_names
+from ckptengine.sources.detect import open_source
+from ckptengine.sources.files import LocalFiles
+
+from . import make_dcp
+from .trees import counting, holds
+
+EXTRA = {"epoch": 3, "names": ["a", {"b": 2.5}], "none": None}
+
+
+def save(state: dict[str, Any], path: Path, **options: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save(state, storage_writer=dcp.FileSystemWriter(path, **options), no_dist=True)
+
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every case of two ranks, written by two real processes."""
+    out = tmp_path_factory.mktemp("layouts")
+    make_dcp.make(TWO_RANKS, out)
+    return out
+
+
+TWO_RANKS = [case for case, (world, *_) in make_dcp.CASES.items() if world == 2]
+
+
+@pytest.mark.parametrize("case", TWO_RANKS)
+def test_what_real_ranks_wrote(layouts: Path, case: str) -> None:
+    source = open_source(layouts / case / "checkpoint")
+    assert source.format == "dcp"
+    holds(source, torch.load(layouts / case / "truth.pt"))
+    values: Any = source.values()
+    assert values["extra"] == EXTRA
+    if case != "fsdp2_flat":
+        assert [group["lr"] for group in values["optim"]["param_groups"]][:1] == [0.01]
+        assert any("emb.weight" in group["params"] for group in values["optim"]["param_groups"])
+
+
+@pytest.mark.parametrize("kind", list(dcp.filesystem.SerializationFormat))
+def test_one_process(tmp_path: Path, kind: Any) -> None:
+    tensors = {
+        "plain": counting(5, 3),
+        "half": counting(4, dtype=torch.bfloat16),
+        "scalar": torch.tensor(2.5),
+        "empty": torch.zeros(0, 3),
+    }
+    nested = {"deep": {"list": [counting(2, 2), {"x": counting(3)}], "text": "t", "": 1}, "number": 5}
+    save(tensors | nested, tmp_path, serialization_format=kind)
+    source = open_source(tmp_path)
+    holds(source, tensors | {"deep.list.0": counting(2, 2), "deep.list.1.x": counting(3)})
+    assert source.values() == {"deep": {"text": "t", "": 1}, "number": 5}
+
+
+def test_a_transposed_tensor_keeps_its_strides(tmp_path: Path) -> None:
+    save({"w": counting(5, 3).t()}, tmp_path)
+    source = open_source(tmp_path)
+    assert source.tensor("w").fragments[0].strides == (1, 3)
+    holds(source, {"w": counting(5, 3).t()})
+
+
+def test_names_of_optimizers() -> None:
+    tensors = ["optim.state.w.exp_avg", "a.state.x", "net.optim.state.w.step", "model.state.w", "model.w"]
+    objects = ["optim.param_groups.0.lr", "net.optim.param_groups.0.lr"]
+    assert canonical_names(tensors, objects) == {
+        "optim.w.exp_avg": "optim.state.w.exp_avg",
+        "a.state.x": "a.state.x",
+        "net.optim.w.step": "net.optim.state.w.step",
+        "model.state.w": "model.state.w",
+        "model.w": "model.w",
+    }
+    taken = canonical_names(["o.state.w", "o.w"], ["o.param_groups.0.lr"])
+    assert taken == {"o.state.w": "o.state.w", "o.w": "o.w"}
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    save({"a": counting(40), "b": counting(3, 3), "note": [1, 2]}, tmp_path / "x")
+    return tmp_path / "x"
+
+
+def read_all(path: Path) -> None:
+    source = open_source(path)
+    for name in source.names():
+        read_tensor(source, source.tensor(name))
+    source.values()
+
+
+def test_a_missing_data_file_is_named(saved: Path) -> None:
+    (saved / "__0_0.distcp").unlink()
+    with pytest.raises(NotFound, match=r"__0_0\.distcp.*fetch"):
+        open_source(saved).tensor("a")
+
+
+def test_missing_metadata_is_no_checkpoint(saved: Path) -> None:
+    (saved / ".metadata").unlink()
+    with pytest.raises(UnreadableFormat, match="no checkpoint of a known format"):
+        open_source(saved)
+    with pytest.raises(NotFound, match="not finished"):
+        read_metadata(LocalFiles(str(saved)))
+
+
+def test_a_file_of_another_checkpoint_is_found(saved: Path, tmp_path: Path) -> None:
+    save({"a": counting(41), "b": counting(3, 3), "note": [1, 2]}, tmp_path / "y")
+    shutil.copy(tmp_path / "y" / "__0_0.distcp", saved / "__0_0.distcp")
+    with pytest.raises(CheckpointError, match=r"__0_0\.distcp"):
+        read_all(saved)
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
+def test_every_truncation_is_an_error(saved: Path, name: str) -> None:
+    data = (saved / name).read_bytes()
+    for length in range(0, len(data) - 1, 41):
+        (saved / name).write_bytes(data[:length])
+        with pytest.raises((Damaged, Truncated, UnreadableFormat)):
+            read_all(saved)
+
+
+def test_damaged_metadata_raises_nothing_else(saved: Path) -> None:
+    data = bytearray((saved / ".metadata").read_bytes())
+    for position in range(0, len(data), 3):
+        data[position] ^= 0x41
+        (saved / ".metadata").write_bytes(data)
+        data[position] ^= 0x41
+        with contextlib.suppress(CheckpointError):
+            read_all(saved)
+
+
+def test_other_pickles_are_refused(tmp_path: Path) -> None:
+    for value in ({"a": 1}, [1], None):
+        (tmp_path / ".metadata").write_bytes(pickle.dumps(value))
+        with pytest.raises(UnreadableFormat, match="not the metadata"):
+            open_source(tmp_path)
+
+
+def test_extensions_are_refused(saved: Path) -> None:
+    with open(saved / ".metadata", "rb") as file:
+        metadata = pickle.load(file)
+    for info in metadata.storage_data.values():
+        info.transform_descriptors = ["stream.zstd"]
+    with open(saved / ".metadata", "wb") as file:
+        pickle.dump(metadata, file)
+    with pytest.raises(UnreadableFormat, match=r"stream\.zstd"):
+        open_source(saved)
+
+
+def test_a_chunk_without_a_file_is_damage(saved: Path) -> None:
+    with open(saved / ".metadata", "rb") as file:
+        metadata = pickle.load(file)
+    metadata.storage_data = {k: v for k, v in metadata.storage_data.items() if k.fqn != "b"}
+    with open(saved / ".metadata", "wb") as file:
+        pickle.dump(metadata, file)
+    with pytest.raises(Damaged, match="'b'"):
+        open_source(saved)

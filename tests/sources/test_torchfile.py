@@ -1,0 +1,107 @@
+"""Files of torch.save as checkpoints: names, ties, optimizers, shards."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ckptengine.errors import Damaged, NotFound, UnreadableFormat
+from ckptengine.sources.detect import open_source
+
+from .trees import counting, holds
+
+
+def net() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2, bias=False))
+
+
+def trained(named: bool) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = net()
+    optimizer = torch.optim.AdamW(model.named_parameters() if named else model.parameters())
+    model(torch.randn(5, 3)).sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+@pytest.mark.parametrize("name", ["model.pt", "pytorch_model.bin"])
+def test_a_state_dict_is_presented_under_model(tmp_path: Path, name: str) -> None:
+    model = net()
+    torch.save(model.state_dict(), tmp_path / name)
+    source = open_source(tmp_path)
+    assert source.format == "torch"
+    holds(source, {f"model.{key}": tensor for key, tensor in model.state_dict().items()})
+    assert source.values() == {}
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_nested_state_with_an_optimizer(tmp_path: Path, named: bool) -> None:
+    model, optimizer = trained(named)
+    torch.save({"model": model.state_dict(), "optim": optimizer.state_dict(), "epoch": 4}, tmp_path / "x.pt")
+    source = open_source(tmp_path / "x.pt")
+    expected = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for number, (name, parameter) in enumerate(model.named_parameters()):
+        for kind, value in optimizer.state[parameter].items():
+            expected[f"optim.{name if named else number}.{kind}"] = value
+    holds(source, expected)
+    values: Any = source.values()
+    assert values["epoch"] == 4
+    assert values["optim"]["param_groups"][0]["lr"] == 0.001
+
+
+def test_dots_in_keys_never_make_two_tensors_one(tmp_path: Path) -> None:
+    torch.save({"a.b": counting(2), "a": {"b": counting(3)}}, tmp_path / "x.pt")
+    holds(open_source(tmp_path), {"a\\.b": counting(2), "a.b": counting(3)})
+
+
+def test_ties_are_aliases(tmp_path: Path) -> None:
+    weight = counting(3, 2)
+    torch.save({"model": {"emb": weight, "head": weight, "half": weight[:2]}, "x": 1}, tmp_path / "x.pt")
+    source = open_source(tmp_path)
+    assert source.aliases() == {"model.head": "model.emb"}
+    assert source.tensor("model.head").fragments == source.tensor("model.emb").fragments
+    holds(source, {"model.emb": weight, "model.head": weight, "model.half": weight[:2]})
+
+
+def test_strided_tensors_are_read_in_place(tmp_path: Path) -> None:
+    base = counting(4, 6)
+    torch.save({"t": base.t(), "s": base[1:3, ::2], "e": base[0, :2].expand(3, 2)}, tmp_path / "x.pt")
+    source = open_source(tmp_path)
+    assert source.tensor("model.t").fragments[0].strides == (1, 6)
+    holds(source, {"model.t": base.t(), "model.s": base[1:3, ::2], "model.e": base[0, :2].expand(3, 2)})
+
+
+def test_a_single_tensor_and_a_list(tmp_path: Path) -> None:
+    torch.save([counting(2), counting(3)], tmp_path / "x.pt")
+    holds(open_source(tmp_path), {"model.0": counting(2), "model.1": counting(3)})
+
+
+def test_shards_with_an_index(tmp_path: Path) -> None:
+    made = {f"w.{i}": counting(3, start=i) for i in range(4)}
+    for part in (0, 1):
+        file = f"pytorch_model-0000{part + 1}-of-00002.bin"
+        torch.save({name: tensor for i, (name, tensor) in enumerate(made.items()) if i % 2 == part}, tmp_path / file)
+    index = {name: f"pytorch_model-0000{i % 2 + 1}-of-00002.bin" for i, name in enumerate(made)}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
+    holds(open_source(tmp_path), {f"model.{name}": tensor for name, tensor in made.items()})
+    (tmp_path / "pytorch_model-00002-of-00002.bin").unlink()
+    with pytest.raises(NotFound, match=r"00002-of-00002\.bin.*fetch"):
+        open_source(tmp_path)
+    (tmp_path / "pytorch_model.bin.index.json").write_text("{}")
+    with pytest.raises(Damaged, match="weight_map"):
+        open_source(tmp_path)
+
+
+def test_several_files_need_a_name(tmp_path: Path) -> None:
+    torch.save({"a": counting(2)}, tmp_path / "a.pt")
+    torch.save({"b": counting(2)}, tmp_path / "b.pt")
+    with pytest.raises(UnreadableFormat, match="by name"):
+        open_source(tmp_path)
+    holds(open_source(tmp_path / "b.pt"), {"model.b": counting(2)})
+    with pytest.raises(NotFound, match=r"'model\.x'"):
+        open_source(tmp_path / "b.pt").tensor("model.x")

@@ -16,13 +16,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .names import BASELINE, ENGINES, LIMIT
+from .names import BASELINE, ENGINES, LIMIT, RESHARDING
 from .options import Job, Options, job
 
 Progress = Callable[[str], None]
 
 ENGINELESS = ("disk",)
 """Workloads that measure the machine, not an engine."""
+
+ONLY = {"metadata": ("ckptengine", "dcp-save"), "reshard": RESHARDING}
+"""Workloads that only some engines can be measured with."""
 
 WITH_BASELINE = ("stall", "memory")
 WITH_LIMIT = ("stall", "durable", "restore")
@@ -50,7 +53,8 @@ def engines_for(options: Options, workload: str) -> tuple[str, ...]:
     if workload in ENGINELESS:
         return ("",)
     meaningless = {name for name, where in ((BASELINE, WITH_BASELINE), (LIMIT, WITH_LIMIT)) if workload not in where}
-    return tuple(name for name in options.engines or ENGINES if name not in meaningless)
+    engines = options.engines or tuple(ENGINES)
+    return tuple(name for name in ONLY.get(workload, engines) if name in engines and name not in meaningless)
 
 
 def rotated(names: Sequence[str], by: int) -> list[str]:

@@ -27,3 +27,6 @@ LIMIT = "pwrite"
 OURS = "ckptengine"
 REFERENCE = "dcp-async"
 """The rival to which ratios are given."""
+
+RESHARDING = (OURS, "dcp-save", "dcp-async", "torch-checkpointing")
+"""Engines that restore DTensors onto another number of ranks."""

@@ -291,6 +291,33 @@ def reshard(document: Document, samples: Sequence[Mapping[str, Any]]) -> list[Ta
     ]
 
 
+def metadata(document: Document, samples: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """Metadata and planning at scale."""
+    figures = figures_by_engine(samples)
+    rows = []
+    for engine, runs in figures.items():
+        rows.append(
+            (
+                engine,
+                size(runs[0]["central_bytes"]),
+                size(runs[0]["metadata_bytes"]),
+                size(runs[0]["read_by_one_rank_bytes"]),
+                spread(summarise(run["plan_save_s"] for run in runs)),
+                spread(summarise(run["plan_restore_s"] for run in runs)),
+                size(runs[0]["peak_bytes"]),
+            )
+        )
+    some: dict[str, Any] = next(iter(figures.values()))[0] if figures else {"ranks": 0, "tensors": 0}
+    return [
+        Table(
+            title=f"metadata: {some['ranks']} ranks x {some['tensors']} fully sharded tensors, simulated",
+            columns=("engine", "manifest", "with all indexes", "read by one rank", "plan of the save s",
+                     "plan of one rank's restore s", "peak memory"),
+            rows=rows,
+        )
+    ]  # fmt: skip
+
+
 SUMMARIES: dict[str, Callable[[Document, Sequence[Mapping[str, Any]]], list[Table]]] = {
     "disk": disk,
     "stall": stall,
@@ -299,5 +326,6 @@ SUMMARIES: dict[str, Callable[[Document, Sequence[Mapping[str, Any]]], list[Tabl
     "restore": restore,
     "many-small": many_small,
     "reshard": reshard,
+    "metadata": metadata,
 }
 """The table of each workload."""

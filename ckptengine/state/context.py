@@ -78,6 +78,7 @@ class Context:
         self.staged: list[Callable[[], object]] = []
         self.device: torch.device | None = None
         self.rank_mark = ""
+        self.found_any = False
         self._by_name: dict[str, ParameterEntry] | None = None
         self.decoder = Decoder(types=walk.types, leaf=self._decode_leaf)
 

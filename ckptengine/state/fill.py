@@ -97,7 +97,7 @@ def prepare(
     root = Matcher(context).match(state, data, "")
     chosen = _streams(context, saved, random and selection.everything, random_policy)
     unused = _unused(context)
-    if not selection.everything and not context.targets and not any(selection.covers(name) for name in saved.tensors):
+    if not (selection.everything or context.targets or context.found_any or unused):
         raise NotFound(f"names={list(selection.patterns or ())} selects nothing of the checkpoint")
     problems = list(dict.fromkeys(context.problems))
     if not strict:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from ckptengine.errors import StateMismatch, UnreadableFormat
-from ckptengine.state.decoding import Decoder, malformed
+from ckptengine.state.decoding import Decoder
 from ckptengine.state.encoding import Encoder, Json
 from ckptengine.state.scalars import (
     encode_python_state,
@@ -68,18 +68,16 @@ def restore(streams: Mapping[str, Json], policy: Policy = "exact") -> None:
     found = problems(streams, policy)
     if found:
         raise StateMismatch("the random streams cannot be restored: " + "; ".join(found), tuple(found))
-    python_state = read_python_state(streams["python"])
-    numpy_state = Decoder().decode(streams["numpy"])
-    if not isinstance(numpy_state, dict):
-        raise malformed("state of numpy's random generator")
-    cpu = read_torch_state(streams["torch.cpu"])
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    cuda = {i: read_torch_state(streams[f"torch.cuda.{i}"]) for i in range(count) if f"torch.cuda.{i}" in streams}
     try:
+        python_state = read_python_state(streams["python"])
+        numpy_state: Any = Decoder().decode(streams["numpy"])
+        cpu = read_torch_state(streams["torch.cpu"])
+        cuda = {i: read_torch_state(streams[f"torch.cuda.{i}"]) for i in range(count) if f"torch.cuda.{i}" in streams}
         probe = np.random.RandomState()
         probe.set_state(numpy_state)
         torch.Generator().set_state(cpu)
-    except (TypeError, ValueError, KeyError, RuntimeError) as error:
+    except (TypeError, ValueError, LookupError, RuntimeError, OverflowError) as error:
         raise UnreadableFormat(f"the saved random streams are malformed: {error}") from error
     random.setstate(python_state)
     np.random.set_state(numpy_state)

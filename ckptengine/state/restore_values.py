@@ -47,6 +47,7 @@ class Matcher:
         context = self.context
         if not context.selection.touches(name):
             return _keep(live)
+        context.found_any = context.found_any or (bool(name) and context.selection.covers(name))
         if isinstance(live, torch.Tensor | Sharded):
             return self._tensor(live, data, name)
         if isinstance(live, nn.Module):

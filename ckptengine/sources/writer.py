@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from ckptengine.errors import UnusableRequest
 from ckptengine.layout.box import Box
@@ -120,13 +120,15 @@ class Job:
     """Everything a writer may know about what it writes.
 
     ``tensor(name)`` gives a header whose shape and dtype are the target's; ``read(name, box, out)`` fills a writable
-    contiguous buffer or an array of the box's shape.  Both may be called from several threads.
+    contiguous buffer or an array of the box's shape.  Both may be called from several threads.  ``values`` are plain
+    values; ``encoded_values`` their typed encoding where the source holds that, which loses nothing, else None.
     """
 
     names: Sequence[str]
     tensor: Callable[[str], LogicalTensor]
     read: Callable[[str, Box, Any], None]
     values: object
+    encoded_values: object
     aliases: Mapping[str, str]
     step: int | None
     metrics: Mapping[str, float]
@@ -158,4 +160,13 @@ class Writer(Protocol):
 
         ``job.digests`` now holds the digest of every tensor whose elements were all read.
         """
+        ...
+
+
+@runtime_checkable
+class WritesFile(Protocol):
+    """The optional ability of a writer whose target may be one file (``model.pt``) instead of a folder."""
+
+    def file(self, target_name: str) -> str | None:
+        """The path, among those that it writes, of the file that becomes a target of this name; None for a folder."""
         ...

@@ -61,8 +61,12 @@ def array_document(
 
 
 def consolidated(root: Json, nodes: Mapping[str, Json]) -> Json:
-    """The root's document with all others inlined, by path, as zarr-python and xarray read them."""
-    return {**root, "consolidated_metadata": {"kind": "inline", "must_understand": False, "metadata": dict(nodes)}}
+    """The root's document with all others inlined, by path, as zarr-python and xarray read them.
+
+    Sorted, because zarr-python 3.1 loses members of a group that do not follow each other.
+    """
+    ordered = {path: nodes[path] for path in sorted(nodes)}
+    return {**root, "consolidated_metadata": {"kind": "inline", "must_understand": False, "metadata": ordered}}
 
 
 def chunk_key(index: Sequence[int]) -> str:

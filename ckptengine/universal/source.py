@@ -12,7 +12,7 @@ from typing import Any
 from ckptengine.errors import NotFound, UnreadableFormat
 from ckptengine.layout.dtypes import itemsize
 from ckptengine.layout.tensor import LogicalTensor
-from ckptengine.sources.port import Files, Format, Opening
+from ckptengine.sources.port import Files
 from ckptengine.state import decoding
 from ckptengine.universal.datatypes import true_type
 from ckptengine.universal.decoding import DecodingFiles
@@ -88,6 +88,10 @@ class UniversalSource:
     def aliases(self) -> Mapping[str, str]:
         return self._aliases
 
+    def encoded_values(self) -> object:
+        """The typed encoding of the values, as stored; None where there is none."""
+        return self._ours.get("values")
+
     def values(self) -> object:
         return decoding.decode(self._ours["values"]) if "values" in self._ours else {}
 
@@ -143,20 +147,3 @@ def _walk(files: Files, folder: str, depth: int) -> Iterator[tuple[str, Mapping[
             yield path, node
         else:
             yield from _walk(files, path, depth + 1)
-
-
-def _probe(opening: Opening) -> bool:
-    if opening.entry is not None:
-        return False
-    if not opening.files.exists(_DOCUMENT):
-        return False
-    head = opening.files.read(_DOCUMENT, 0, min(4096, opening.files.size(_DOCUMENT)))
-    return b'"zarr_format"' in head and b'"node_type"' in head
-
-
-def _open(opening: Opening) -> UniversalSource:
-    return UniversalSource(opening.files, opening.step)
-
-
-FORMAT = Format("zarr", _probe, _open)
-"""The universal format, for `ckptengine.sources.detect.open_source`."""

@@ -121,7 +121,7 @@ def _root_attributes(job: Job) -> Json:
         "version": VERSION,
         "step": job.step,
         "metrics": values_encoding.encode(dict(job.metrics)),
-        "values": values_encoding.encode(job.values),
+        "values": values_encoding.encode(job.values) if job.encoded_values is None else job.encoded_values,
         "aliases": dict(job.aliases),
         "provenance": dict(job.provenance),
     }
@@ -200,3 +200,6 @@ def _write_chunk(
     start = sink.position
     sink.write(data)
     return start, len(data)
+
+
+WRITER = ZarrWriter

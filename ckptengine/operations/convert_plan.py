@@ -1,0 +1,246 @@
+"""What a conversion will do, as data: the units of its writer, their cost, and the proof that the source is whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from ckptengine.errors import UnusableRequest
+from ckptengine.layout.box import Box
+from ckptengine.layout.cover import prove_cover
+from ckptengine.layout.tensor import LogicalTensor
+from ckptengine.operations.read import SCRATCH_BYTES, BoxReader, default_workers
+from ckptengine.sources.port import Source
+from ckptengine.sources.writer import Job, Layout, Unit, Writer
+from ckptengine.version import version
+
+CHUNK_BYTES = 16 << 20
+"""Largest box that a writer asks for at a time, where memory allows."""
+
+LEAST_CHUNK_BYTES = 256 << 10
+CACHED_TENSORS = 512
+
+_WRITERS = {
+    "native": "ckptengine.sources.native_writer",
+    "zarr": "ckptengine.universal.write",
+    "dcp": "ckptengine.sources.dcp.write",
+    "safetensors": "ckptengine.sources.safetensors.write",
+    "deepspeed": "ckptengine.sources.deepspeed.write",
+    "deepspeed-universal": "ckptengine.sources.deepspeed.write_universal",
+    "megatron": "ckptengine.sources.megatron.write",
+    "torch": "ckptengine.sources.torchfile.write",
+}
+"""Where each format's writer is: a module with a ``WRITER`` that makes one.  Imported when it is asked for."""
+
+FORMATS = tuple(_WRITERS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What a conversion reads and writes, and how far it came.
+
+    ``write_bytes`` is exact for uncompressed targets and the most that a compressed one takes.  ``covered`` tensors are
+    proven to be covered exactly by the source's fragments.  ``compared`` tensors had a digest in the source that equals
+    the one computed while they were converted; ``verified`` ones were read again from the target.  ``state`` is
+    ``"planned"``, ``"committed"``, or ``"waiting"`` where other shards are not done.
+    """
+
+    source: str
+    source_format: str
+    step: int | None
+    target: str
+    format: str
+    layout: Mapping[str, object]
+    tensors: int
+    units: int
+    files: int
+    read_bytes: int
+    write_bytes: int
+    peak_memory_bytes: int
+    workers: int
+    covered: int
+    compared: int = 0
+    verified: int = 0
+    state: str = "planned"
+
+    def to_json(self) -> dict[str, Any]:
+        """The documented document that ``convert --json`` prints."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A plan with everything that carrying it out needs."""
+
+    source: Source
+    writer: Writer
+    job: Job
+    units: Sequence[Unit]
+    plan: Plan
+    memory_bytes: int
+    fingerprint: str
+
+
+@runtime_checkable
+class HoldsEncodedValues(Protocol):
+    """A source that keeps its values in the typed encoding."""
+
+    def encoded_values(self) -> object: ...
+
+
+def writer_of(format_name: str) -> Writer:
+    """The writer of a format; `UnusableRequest` for one that this build cannot write."""
+    path = _WRITERS.get(format_name)
+    if path is None:
+        raise UnusableRequest(f"no format {format_name!r} to convert to; formats are {', '.join(FORMATS)}")
+    try:
+        make: Callable[[], Writer] = importlib.import_module(path).WRITER
+    except (ImportError, AttributeError) as error:
+        raise UnusableRequest(f"this build cannot write {format_name}: {error}; write another format") from None
+    return make()
+
+
+def make_plan(
+    source: Source,
+    target: str,
+    *,
+    to: str,
+    layout: Layout | None = None,
+    rules: object = None,
+    memory_bytes: int = 1 << 30,
+    workers: int | None = None,
+    options: Mapping[str, object] | None = None,
+) -> Planned:
+    """Plan a conversion; reads metadata only.
+
+    Raises `LayoutError` where a tensor of the source is not covered exactly, `UnusableRequest` for a format, option or
+    bound that cannot be kept, and what the writer raises for what its format cannot hold.
+    """
+    writer = writer_of(to)
+    names = list(source.names())
+    tensors = _Tensors(source)
+    covered = 0
+    aliases = source.aliases()
+    for name in names:
+        if name not in aliases:
+            tensor = tensors.tensor(name)
+            prove_cover(name, tensor.shape, [fragment.box for fragment in tensor.fragments])
+            covered += 1
+    threads = _fitting_workers(workers, memory_bytes)
+    chosen = layout or Layout()
+    provenance = {
+        "version": version,
+        "source": source.files.root,
+        "format": source.format,
+        "step": source.step,
+        "rules": None if rules is None else str(rules),
+    }
+    job = Job(
+        names=names,
+        tensor=tensors.tensor,
+        read=tensors.read,
+        values=source.values(),
+        encoded_values=source.encoded_values() if isinstance(source, HoldsEncodedValues) else None,
+        aliases=aliases,
+        step=source.step,
+        metrics=source.metrics,
+        layout=chosen,
+        chunk_bytes=max(LEAST_CHUNK_BYTES, min(CHUNK_BYTES, memory_bytes // (4 * threads))),
+        unit_memory_bytes=memory_bytes // threads,
+        options=dict(options or {}),
+        provenance=provenance,
+        rules=rules,
+    )
+    units = writer.units(job)
+    largest = sorted((unit.memory_bytes for unit in units), reverse=True)[:threads]
+    if largest and largest[0] + SCRATCH_BYTES > memory_bytes:
+        raise UnusableRequest(
+            f"converting to {to} needs {largest[0] + SCRATCH_BYTES} bytes of memory for one of its files and may use "
+            f"{memory_bytes}; allow more memory"
+        )
+    plan = Plan(
+        source=source.files.root,
+        source_format=source.format,
+        step=source.step,
+        target=target,
+        format=to,
+        layout={} if layout is None else dataclasses.asdict(layout),
+        tensors=len(names),
+        units=len(units),
+        files=len({file for unit in units for file in unit.files}),
+        read_bytes=sum(unit.read_bytes for unit in units),
+        write_bytes=sum(unit.write_bytes for unit in units),
+        peak_memory_bytes=min(memory_bytes, sum(largest) + threads * SCRATCH_BYTES),
+        workers=threads,
+        covered=covered,
+    )
+    return Planned(source, writer, job, units, plan, memory_bytes, _fingerprint(source, tensors, job, units, plan))
+
+
+def _fitting_workers(workers: int | None, memory_bytes: int) -> int:
+    """Threads that fit into the memory: each needs a chunk, a file's buffer and scratch."""
+    if memory_bytes < 32 << 20:
+        raise UnusableRequest(f"{memory_bytes} bytes of memory are too few to convert anything; allow 32 MiB or more")
+    if workers is not None and workers < 1:
+        raise UnusableRequest(f"{workers} workers cannot work; ask for one or more")
+    return max(1, min(workers or default_workers(), memory_bytes // (32 << 20)))
+
+
+def _fingerprint(source: Source, tensors: _Tensors, job: Job, units: Sequence[Unit], plan: Plan) -> str:
+    """What must be equal for a later run to go on where this one stopped."""
+    digest = hashlib.sha256()
+    what: list[object] = [
+        plan.source,
+        plan.source_format,
+        plan.step,
+        plan.format,
+        plan.layout,
+        str(job.rules),
+        plan.read_bytes,
+    ]
+    what.append(sorted((key, str(value)) for key, value in job.options.items()))
+    what.append(version)
+    digest.update(json.dumps(what).encode())
+    for name in job.names:
+        tensor = tensors.tensor(name)
+        first = tensor.fragments[0] if len(tensor.fragments) else None
+        size = source.files.size(first.file) if first is not None else 0
+        where = None if first is None else (first.file, first.offset, size)
+        digest.update(repr((name, tensor.dtype, tensor.shape, tensor.digest, where)).encode())
+    for unit in units:
+        digest.update(repr((unit.key, unit.files)).encode())
+    return digest.hexdigest()
+
+
+class _Tensors:
+    """Headers and readers of a source's tensors; the most recent ones are kept."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._lock = threading.Lock()
+        self._recent: OrderedDict[str, tuple[LogicalTensor, BoxReader]] = OrderedDict()
+
+    def _opened(self, name: str) -> tuple[LogicalTensor, BoxReader]:
+        with self._lock:
+            found = self._recent.get(name)
+            if found is None:
+                tensor = self._source.tensor(name)
+                found = self._recent[name] = (tensor, BoxReader(self._source, tensor))
+                while len(self._recent) > CACHED_TENSORS:
+                    self._recent.popitem(last=False)
+            else:
+                self._recent.move_to_end(name)
+            return found
+
+    def tensor(self, name: str) -> LogicalTensor:
+        return self._opened(name)[0]
+
+    def read(self, name: str, box: Box, out: Any) -> None:
+        self._opened(name)[1].read(box, out, workers=1)

@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from ckptengine.errors import LayoutError
 from ckptengine.layout.box import Box
 from ckptengine.layout.tensor import Fragment
 
@@ -37,8 +38,11 @@ class FragmentIndex:
 
     def _sort(self) -> None:
         boxes = [fragment.box for fragment in self._fragments]
-        low = np.array([box.offsets for box in boxes], np.int64).reshape(len(boxes), -1)
-        high = low + np.array([box.shape for box in boxes], np.int64).reshape(len(boxes), -1)
+        try:
+            low = np.array([box.offsets for box in boxes], np.int64).reshape(len(boxes), -1)
+            high = np.array([box.ends for box in boxes], np.int64).reshape(len(boxes), -1)
+        except (OverflowError, ValueError):
+            raise LayoutError("fragments of one tensor have different ranks, or indices beyond 2**63") from None
         if not low.shape[1]:
             self._is_sorted = False
             return

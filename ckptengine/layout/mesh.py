@@ -20,6 +20,8 @@ from ckptengine.layout.documents import integer, integers, member, texts
 MAX_RANKS = 1 << 24
 """No mesh is larger; a document that claims one is refused before anything is allocated."""
 
+_MAX_AXES = 32
+
 
 @dataclass(frozen=True, slots=True)
 class Arithmetic:
@@ -45,6 +47,8 @@ class Mesh:
     def __post_init__(self) -> None:
         if len(self.axis_names) != len(self.shape) or len(set(self.axis_names)) != len(self.axis_names):
             raise LayoutError(f"mesh of shape {self.shape} needs as many distinct axis names, not {self.axis_names}")
+        if len(self.shape) > _MAX_AXES:
+            raise LayoutError(f"mesh of {len(self.shape)} axes; at most {_MAX_AXES} are supported")
         if any(n < 1 for n in self.shape) or math.prod(self.shape) > MAX_RANKS:
             raise LayoutError(f"mesh of shape {self.shape}: every axis needs a rank, and at most {MAX_RANKS} in all")
         object.__setattr__(self, "ranks", self._normalised())

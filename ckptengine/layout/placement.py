@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 
 from ckptengine.errors import LayoutError
 
+MAX_SPLIT_FACTOR = 1 << 16
+"""Expanding a strided shard costs time in its split factor, which is the number of ranks of another axis."""
+
 Span = tuple[int, int]
 Spans = tuple[Span, ...]
 
@@ -51,8 +54,8 @@ class StridedShard:
 
     def __post_init__(self) -> None:
         _check_dim(self.dim)
-        if self.split_factor < 1:
-            raise LayoutError(f"a strided shard needs a split factor of at least 1, not {self.split_factor}")
+        if not 1 <= self.split_factor <= MAX_SPLIT_FACTOR:
+            raise LayoutError(f"a strided shard needs a split factor from 1 to {MAX_SPLIT_FACTOR}: {self}")
 
 
 @dataclass(frozen=True, slots=True)

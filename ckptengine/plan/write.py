@@ -67,10 +67,10 @@ def assign_writers(
     loads = np.zeros(world, np.int64)
     writers: list[Writer] = [Owner(0)] * len(tensors)
     replicated: dict[Layout, list[_Choice]] = {}
-    sizes: dict[tuple[Layout, tuple[int, ...]], NDArray[np.int64]] = {}
+    grids: dict[Layout, NDArray[np.int64]] = {}
     for i, tensor in enumerate(tensors):
         item_bytes = itemsize(tensor.dtype)
-        grid, held = _holdings(tensor, sizes)
+        grid, held = _holdings(tensor, grids)
         if grid.size and not 0 <= int(grid.min()) <= int(grid.max()) < world:
             raise LayoutError(f"tensor {tensor.name!r} lies on rank {int(grid.max())} of a world of {world} ranks")
         replicas, largest = len(grid), int(held.max(initial=0)) * item_bytes
@@ -115,9 +115,7 @@ def _packed(choices: Sequence[_Choice], pack_bytes: int) -> list[_Choice]:
     return packs
 
 
-def _holdings(
-    tensor: Planned, sizes: dict[tuple[Layout, tuple[int, ...]], NDArray[np.int64]]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _holdings(tensor: Planned, grids: dict[Layout, NDArray[np.int64]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(ranks, elements), both int64[replicas, shards]: what each rank holds, one row per choice of owner."""
     layout = tensor.layout
     if isinstance(layout, Irregular):
@@ -130,11 +128,9 @@ def _holdings(
     axes = [axis for axis, placement in enumerate(layout.placements) if isinstance(placement, Replicate)]
     order = axes + [axis for axis in range(len(mesh.shape)) if axis not in axes]
     rows = layout.replica_count()
-    grid = mesh.all_ranks().reshape(mesh.shape).transpose(order).reshape(rows, -1)
-    key = (layout, tensor.shape)
-    if key not in sizes:
-        sizes[key] = layout.local_sizes(tensor.shape).transpose(order).reshape(rows, -1)
-    return grid, sizes[key]
+    if layout not in grids:
+        grids[layout] = mesh.all_ranks().reshape(mesh.shape).transpose(order).reshape(rows, -1)
+    return grids[layout], layout.local_sizes(tensor.shape).transpose(order).reshape(rows, -1)
 
 
 def can_split(layout: Layout) -> bool:

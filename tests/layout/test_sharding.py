@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ckptengine.errors import LayoutError
 from ckptengine.layout.box import Box
+from ckptengine.layout.crc64 import raw_crc64, raw_positioned
 from ckptengine.layout.layout_json import MeshTable, from_json, meshes_from_json, to_json
 from ckptengine.layout.piece import Piece, packed_pieces
 from ckptengine.layout.sharding import (
@@ -137,6 +138,25 @@ def test_overlapping_finds_each_element_of_a_box_once(
         hits[tuple(slice(a, b) for a, b in zip(common.offsets, common.ends, strict=True))] += 1
     assert hits.sum() == box.size
     assert hits.max(initial=0) <= 1
+
+
+@given(case=shardings(), other=shardings())
+def test_the_digest_does_not_depend_on_the_sharding(
+    case: tuple[Sharding, tuple[int, ...]], other: tuple[Sharding, tuple[int, ...]]
+) -> None:
+    shape = case[1]
+    tensor = np.arange(1, 1 + math.prod(shape), dtype=np.int32).reshape(shape)
+    whole = raw_crc64(tensor)
+    for sharding in (case[0], other[0]):
+        if sharding is other[0] and len(other[1]) > len(shape):
+            continue
+        raw = 0
+        for rank in sharding.holders():
+            for piece in sharding.pieces(rank, shape) if sharding.replica_index(rank) == 0 else ():
+                box = piece.box
+                part = np.ascontiguousarray(tensor[tuple(map(slice, box.offsets, box.ends))])
+                raw ^= raw_positioned(part, box, shape, 4)
+        assert raw == whole
 
 
 @given(case=shardings())
@@ -314,6 +334,8 @@ def test_irregular() -> None:
         {"mesh": {"shape": [2], "axes": ["x"]}, "placements": ["Q"]},
         {"mesh": {"shape": [2], "axes": ["x"]}, "placements": [["S", -1]]},
         {"mesh": {"shape": [2], "axes": ["x"]}, "placements": [["SS", 0, 0]]},
+        {"mesh": {"shape": [2], "axes": ["x"]}, "placements": [["SS", 0, 1 << 40]]},
+        {"mesh": {"shape": [1] * 99, "axes": [str(i) for i in range(99)]}, "placements": ["R"] * 99},
         {"mesh": {"shape": [2], "axes": ["x"]}, "placements": [["F", {"part": 0}]]},
         {"mesh": {"shape": [2], "axes": ["x"]}, "placements": [["F", {"padded": 1}]]},
         {"mesh": {"shape": [2], "axes": ["x"]}, "placements": [["F", {"other": 1}]]},

@@ -232,13 +232,13 @@ def test_index_finds_what_a_scan_finds(data: st.DataObject) -> None:
     assert sorted(found, key=lambda pair: pair[0].offset) == expected
 
 
-def test_a_hundred_thousand_fragments_within_a_second() -> None:
-    n = 100_000
+def test_tens_of_thousands_of_fragments_within_a_second() -> None:
+    n = 50_000
     shape = (n, 16)
     fragments = [Fragment(Box((i, 0), (1, 16)), f"rank-{i % 64}", 64 * (i // 64)) for i in range(n)]
     begin = time.process_time()
     plan = plan_reads([Wanted(0, "w", shape, 4, [Piece.packed(Box.whole(shape))], fragments)])
-    assert time.process_time() - begin < 3
+    assert time.process_time() - begin < 2
     assert plan.amplification == 1
     assert len(plan.reads) == 64
     many = [
@@ -247,7 +247,7 @@ def test_a_hundred_thousand_fragments_within_a_second() -> None:
     ]
     begin = time.process_time()
     assert plan_reads(many).read_bytes == 64 * n
-    assert time.process_time() - begin < 3
+    assert time.process_time() - begin < 2
 
 
 def test_many_pieces_against_many_fragments() -> None:

@@ -28,7 +28,9 @@ COMMANDS = {
 def _usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()]
-    return "usage: ckptengine COMMAND [ARGUMENTS]   (ckptengine COMMAND --help tells more)\n\n" + "\n".join(lines) + "\n"
+    return (
+        "usage: ckptengine COMMAND [ARGUMENTS]   (ckptengine COMMAND --help tells more)\n\n" + "\n".join(lines) + "\n"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

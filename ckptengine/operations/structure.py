@@ -5,18 +5,22 @@ Ranks describe themselves once; later saves only say that nothing changed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+from ckptengine.operations.attempts import Claims
+from ckptengine.plan.write import Planned, Writer, assign_writers, stored_pieces, writer_from_json, writer_to_json
 
 from ckptengine.coordination.port import Coordinator, gather, publish, receive
 from ckptengine.errors import CheckpointError, LayoutError, RanksDisagree
-from ckptengine.layout.cover import prove_cover
-from ckptengine.layout.irregular import Irregular
 from ckptengine.layout import layout_json
+from ckptengine.layout.cover import prove_cover
+from ckptengine.layout.dtypes import itemsize
+from ckptengine.layout.irregular import Irregular
 from ckptengine.layout.piece import Piece
 from ckptengine.layout.sharding import Layout, replicated
-from ckptengine.plan.write import WriteItem, Writer, assign_writers, stored_pieces
 from ckptengine.state.leaves import FlatState, TensorLeaf
 from ckptengine.store.envelope import canonical
 
@@ -31,6 +35,10 @@ class GlobalTensor:
     layout: int
     writer: Writer
 
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * itemsize(self.dtype)
+
 
 @dataclass(frozen=True, slots=True)
 class Structure:
@@ -39,6 +47,14 @@ class Structure:
     tensors: tuple[GlobalTensor, ...]
     layouts: tuple[Layout, ...]
     documents: tuple[Any, ...]
+    _ordinals: dict[str, int] = field(init=False, repr=False, compare=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._ordinals.update((tensor.name, ordinal) for ordinal, tensor in enumerate(self.tensors))
+
+    def ordinal(self, name: str) -> int:
+        """The number of a tensor."""
+        return self._ordinals[name]
 
     def stored(self, ordinal: int, rank: int) -> tuple[Piece, ...]:
         """The pieces of a tensor that ``rank`` writes."""
@@ -92,8 +108,8 @@ def merge(descriptions: Sequence[Sequence[Any]]) -> Structure:
             layouts.append(layout)
             documents.append(document)
         rows.append((name, dtype, shape, interned[key]))
-    items = [WriteItem(name, dtype, shape, layouts[layout]) for name, dtype, shape, layout in rows]
-    writers = assign_writers(items, len(descriptions))
+    items = [Planned(name, dtype, shape, layouts[layout]) for name, dtype, shape, layout in rows]
+    writers = assign_writers(items, world=len(descriptions))
     tensors = tuple(GlobalTensor(*row, writer) for row, writer in zip(rows, writers, strict=True))
     structure = Structure(tensors, tuple(layouts), tuple(documents))
     structure.prove(len(descriptions))
@@ -127,7 +143,9 @@ def _common_layout(name: str, by_rank: Mapping[int, Sequence[Any]]) -> Layout:
         return Irregular(tuple(held))
     differing = [rank for rank, layout in layouts.items() if layout != first]
     if differing:
-        raise RanksDisagree(f"tensor {name!r}: rank {differing[0]} says another sharding than rank {next(iter(layouts))}")
+        raise RanksDisagree(
+            f"tensor {name!r}: rank {differing[0]} says another sharding than rank {next(iter(layouts))}"
+        )
     missing = [rank for rank in first.holders() if rank not in layouts]
     if missing:
         raise LayoutError(f"tensor {name!r}: its mesh names ranks {missing[:8]}, which do not have it")
@@ -137,11 +155,13 @@ def _common_layout(name: str, by_rank: Mapping[int, Sequence[Any]]) -> Layout:
 class Agreement:
     """The structure as last agreed.  One per checkpointer; used from one background thread."""
 
-    def __init__(self, port: Coordinator, timeout_s: float) -> None:
-        self._port, self._timeout_s = port, timeout_s
+    def __init__(self, port: Coordinator, timeout_s: float, claims: Claims | None) -> None:
+        self._port, self._timeout_s, self._claims = port, timeout_s, claims
+        self.run, self.attempt = "", 0
         self._key: str | None = None
         self._structure: Structure | None = None
         self._descriptions: list[list[Any]] = []
+        self._refused: CheckpointError | None = None
 
     def settle(self, number: int, step: int, flat: FlatState) -> Structure:
         """Agree with all ranks on the structure for save ``number`` of ``step``."""
@@ -155,7 +175,9 @@ class Agreement:
         else:
             answer = receive(self._port, f"{key}/out", self._timeout_s)
         if "error" in answer:
-            raise RanksDisagree(answer["error"])
+            self._key = None
+            raise self._refused or RanksDisagree(answer["error"])
+        self.run, self.attempt = answer["run"], answer["attempt"]
         if self._port.rank != 0 and answer["structure"] is not None:
             self._structure = structure_from_json(answer["structure"])
         self._key = flat.structure_key
@@ -167,8 +189,14 @@ class Agreement:
         if len(steps) > 1:
             told = ", ".join(f"rank {rank}: {note['step']}" for rank, note in enumerate(notes[:8]))
             return {"error": f"ranks save different steps ({told}); every rank must make the same calls"}
+        try:
+            attempt = self._claims.current(notes[0]["step"]) if self._claims else None
+        except CheckpointError as error:
+            self._refused = error
+            return {"error": str(error)}
+        answer = {"run": attempt.run if attempt else "", "attempt": attempt.number if attempt else 0}
         if all(note["tensors"] is None for note in notes) and self._structure is not None:
-            return {"structure": None}
+            return {"structure": None, **answer}
         known = self._descriptions or [[] for _ in notes]
         self._descriptions = [
             note["tensors"] if note["tensors"] is not None else known[rank] for rank, note in enumerate(notes)
@@ -176,19 +204,21 @@ class Agreement:
         try:
             self._structure = merge(self._descriptions)
         except CheckpointError as error:
-            self._structure = None
+            self._structure, self._refused = None, error
             return {"error": str(error)}
-        return {"structure": structure_to_json(self._structure)}
+        return {"structure": structure_to_json(self._structure), **answer}
 
 
 def structure_to_json(structure: Structure) -> dict[str, Any]:
     return {
         "layouts": list(structure.documents),
-        "tensors": [[t.name, t.dtype, list(t.shape), t.layout, t.writer] for t in structure.tensors],
+        "tensors": [[t.name, t.dtype, list(t.shape), t.layout, writer_to_json(t.writer)] for t in structure.tensors],
     }
 
 
 def structure_from_json(document: Mapping[str, Any]) -> Structure:
-    tensors = tuple(GlobalTensor(n, d, tuple(s), layout, w) for n, d, s, layout, w in document["tensors"])
+    tensors = tuple(
+        GlobalTensor(n, d, tuple(s), layout, writer_from_json(w)) for n, d, s, layout, w in document["tensors"]
+    )
     layouts = tuple(layout_json.from_json(layout) for layout in document["layouts"])
     return Structure(tensors, layouts, tuple(document["layouts"]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +18,7 @@ GUARD_SAMPLES = 2
 
 @dataclass(frozen=True, slots=True)
 class Lazy:
-    """A live tensor that an extent reads: what the tripwires compare.  ``owners``: ids of the optimizers that write it."""
+    """A live tensor that an extent reads, and what the tripwires compare; ``owners``: ids of the optimizers that write it."""
 
     extent: int
     name: str
@@ -81,6 +80,10 @@ class Capture:
                         "before that update: call Checkpointer.fence() in front of it"
                     )
                 )
+
+    def cancel(self) -> None:
+        """Stop capturing; nothing reads live memory when it returns."""
+        self._job.cancel()
 
     def finish(self) -> None:
         """Wait until everything is captured and checked; called in the background."""
@@ -156,7 +159,3 @@ def _tensors_of(optimizer: Optimizer) -> Iterable[torch.Tensor]:
 def _some(names: Sequence[str]) -> str:
     shown = ", ".join(names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
-
-
-def blocked_ms(started_s: float) -> float:
-    return (time.perf_counter() - started_s) * 1e3

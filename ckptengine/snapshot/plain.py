@@ -264,4 +264,3 @@ class PlainEngine:
             job.cancel()
         if self._thread is not None:
             self._thread.join()
-

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from ckptengine.errors import CheckpointError, UnreadableFormat
 from ckptengine.store import names
-from ckptengine.store.root import CommitRef, Root
+from ckptengine.store.history import CommitRef
+from ckptengine.store.root import Root
 
 StepState = Literal["committed", "incomplete", "damaged", "abandoned"]
 
@@ -31,9 +32,9 @@ class StepEntry:
 
 def list_steps(root: Root) -> list[StepEntry]:
     """Every step directory beneath ``root``, oldest step first.  Looks at manifests and file sizes, not at tensor bytes."""
-    line = root.line()
+    line = root.history.line()
     newest: dict[int, CommitRef] = {}
-    for ref in root.commits():
+    for ref in root.history.commits():
         newest[ref.step] = ref
     entries = []
     for step in _steps(root):

@@ -37,7 +37,9 @@ class RootLock:
             # Looked at before it is opened: closing any descriptor of a file drops this process's record locks on it.
             status = os.stat(self._path)
             if (status.st_dev, status.st_ino) in _held:
-                raise RootInUse(f"{self._path.parent}: another Checkpointer of this process holds it; close that one first")
+                raise RootInUse(
+                    f"{self._path.parent}: another Checkpointer of this process holds it; close that one first"
+                )
         except FileNotFoundError:
             pass
         try:

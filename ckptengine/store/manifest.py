@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ckptengine.errors import UnreadableFormat
+from ckptengine.errors import LayoutError, UnreadableFormat
 from ckptengine.layout.digest import GRANULE_BYTES, format_digest
-from ckptengine.layout.dtypes import ITEMSIZE
+from ckptengine.layout.dtypes import ITEMSIZE, itemsize
+from ckptengine.plan.write import ASSIGNMENT_VERSION, Writer, writer_from_json, writer_to_json
 from ckptengine.store import names
 from ckptengine.store.envelope import seal, unseal
 from ckptengine.store.rankfile import FOOTER_BYTES, HEADER_BYTES, FileIdentity
@@ -27,12 +30,16 @@ class TensorRecord:
     dtype: str
     shape: tuple[int, ...]
     layout: int
-    writer: int
+    writer: Writer
     crc: int
 
     @property
     def digest(self) -> str:
         return format_digest(self.crc)
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * itemsize(self.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +99,8 @@ class Manifest:
                 "granule": GRANULE_BYTES,
                 "metrics": dict(self.metrics),
                 "layouts": list(self.layouts),
-                "tensors": [[t.name, t.dtype, list(t.shape), t.layout, t.writer, f"{t.crc:016x}"] for t in self.tensors],
+                "assignment": ASSIGNMENT_VERSION,
+                "tensors": [_row(t) for t in self.tensors],
                 "aliases": dict(self.aliases),
                 "values": self.values,
                 "files": [[f.nbytes, f"{f.tail_crc:016x}"] for f in self.files],
@@ -106,6 +114,8 @@ def decode(data: bytes, where: str) -> Manifest:
     try:
         if body["granule"] != GRANULE_BYTES:
             raise UnreadableFormat(f"{where}: granules of {body['granule']} bytes; this version reads {GRANULE_BYTES}")
+        if _count(body["assignment"]) > ASSIGNMENT_VERSION:
+            raise UnreadableFormat(f"{where}: replicas were assigned by a newer rule; upgrade ckptengine")
         manifest = Manifest(
             run=_text(body["run"]),
             attempt=_count(body["attempt"]),
@@ -121,6 +131,8 @@ def decode(data: bytes, where: str) -> Manifest:
             values=body["values"],
             files=[FileRecord(_count(nbytes), _crc(crc)) for nbytes, crc in body["files"]],
         )
+    except LayoutError as error:
+        raise UnreadableFormat(f"{where}: {error}") from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UnreadableFormat(f"{where}: not a manifest of version 1 ({type(error).__name__}: {error})") from None
     _check(manifest, where)
@@ -145,13 +157,23 @@ def _tensors(rows: Sequence[Sequence[Any]], layouts: int) -> list[TensorRecord]:
     for name, dtype, shape, layout, writer, crc in rows:
         if dtype not in ITEMSIZE or not isinstance(name, str):
             raise UnreadableFormat(f"tensor {name!r} has the unknown element type {dtype!r}; upgrade ckptengine")
-        if type(layout) is not int or not 0 <= layout < layouts or type(writer) is not int:
+        if type(layout) is not int or not 0 <= layout < layouts:
             raise ValueError(f"tensor {name!r} names a layout that is not there")
         extents = tuple(shape)
         if any(type(extent) is not int or extent < 0 for extent in extents):
             raise ValueError(f"tensor {name!r} has the impossible shape {shape}")
-        records.append(TensorRecord(name, dtype, extents, layout, writer, _crc(crc)))
+        records.append(TensorRecord(name, dtype, extents, layout, _writer(writer), _crc(crc)))
     return records
+
+
+def _row(tensor: TensorRecord) -> list[Any]:
+    writer = writer_to_json(tensor.writer)
+    return [tensor.name, tensor.dtype, list(tensor.shape), tensor.layout, writer, f"{tensor.crc:016x}"]
+
+
+@functools.cache
+def _writer(document: object) -> Writer:
+    return writer_from_json(document)
 
 
 def _count(value: object) -> int:

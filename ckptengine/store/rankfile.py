@@ -119,9 +119,7 @@ class Tail:
     """For each extent the ordinal of its first granule in the table, and one more for the end."""
 
 
-def encode_tail(
-    table: int, index: Index, granules: npt.NDArray[np.uint64], values: object
-) -> tuple[bytes, bytes]:
+def encode_tail(table: int, index: Index, granules: npt.NDArray[np.uint64], values: object) -> tuple[bytes, bytes]:
     """The granule table and the tail of a rank file whose body ends at ``table``; granules are raw CRCs in index order."""
     encoded_table = granules.astype("<u8").tobytes()
     records = np.ascontiguousarray(index, INDEX_DTYPE).tobytes()
@@ -155,7 +153,7 @@ def decode_footer(data: bytes, file_bytes: int, where: str) -> Footer:
     if version > 1:
         raise UnreadableFormat(f"{where}: tail version {version} is newer than this ckptengine; upgrade it")
     consistent = (
-        HEADER_BYTES <= table
+        table >= HEADER_BYTES
         and index == table + granules * 8
         and index + extents * INDEX_DTYPE.itemsize + values_bytes + FOOTER_BYTES == file_bytes
     )

@@ -6,37 +6,16 @@ import datetime
 import os
 import socket
 import uuid
-from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from ckptengine.errors import CheckpointError, Conflict, Damaged, NotFound, StorageFailed, Superseded, UnreadableFormat
+from ckptengine.errors import Conflict, NotFound, StorageFailed, Superseded, UnreadableFormat
 from ckptengine.store import manifest as manifests
 from ckptengine.store import names
-from ckptengine.store.envelope import seal, unseal
+from ckptengine.store.envelope import seal
 from ckptengine.store.files import FileOps, make_dirs, publish, read_file, storage_failed
+from ckptengine.store.history import Attempt, CommitRef, History
 
-_ATTEMPT_LIMIT_BYTES = 1 << 28
 _CLAIM_TRIES = 1000
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class CommitRef:
-    """One manifest: that of ``step`` by save number ``save`` of ``attempt``."""
-
-    step: int
-    attempt: int
-    save: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Attempt:
-    """What one opening for writing recorded: its number, the run, and the commits it builds on."""
-
-    number: int
-    run: str
-    parent: int
-    inherited: frozenset[CommitRef] = field(default_factory=frozenset)
 
 
 class Root:
@@ -46,64 +25,26 @@ class Root:
         self.path = Path(path).absolute()
         self.ops = ops or FileOps()
         self.mode = mode
+        self.history = History(self)
 
-    # ---- reading
+    def entries(self, folder: str = "") -> list[str]:
+        """Names beneath the root; see `RootFiles`."""
+        try:
+            with os.scandir(self.path / folder) as found:
+                return sorted(entry.name + "/" * entry.is_dir(follow_symlinks=False) for entry in found)
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise storage_failed("list", self.path / folder, error) from error
 
-    def exists(self) -> bool:
-        return (self.path / names.ATTEMPTS).is_dir()
+    def size(self, path: str) -> int:
+        try:
+            return os.stat(self.path / path, follow_symlinks=False).st_size
+        except FileNotFoundError:
+            raise NotFound(f"no file {self.path / path}") from None
 
-    def commits(self) -> list[CommitRef]:
-        """Every manifest beneath the root, whichever line of history it belongs to, ordered."""
-        found: list[CommitRef] = []
-        for entry in _listdir(self.path):
-            step = names.STEP_PATTERN.match(entry)
-            if step is None:
-                continue
-            for name in _listdir(self.path / entry):
-                match = names.MANIFEST_PATTERN.match(name)
-                if match:
-                    found.append(CommitRef(int(step[1]), int(match[1]), int(match[2])))
-        return sorted(found)
-
-    def attempt_numbers(self) -> list[int]:
-        """Numbers that have been claimed, in order."""
-        matches = (names.ATTEMPT_PATTERN.match(name) for name in _listdir(self.path / names.ATTEMPTS))
-        return sorted({int(match[1]) for match in matches if match})
-
-    def read_attempt(self, number: int) -> Attempt | None:
-        """The record of an attempt, from whichever of its two copies is intact; None where it died before writing one.
-
-        Raises `Damaged` when records exist and none of them is intact.
-        """
-        problems: list[CheckpointError] = []
-        for copy in (0, 1):
-            path = self.path / names.ATTEMPTS / names.attempt_record(number, copy)
-            try:
-                return _decode_attempt(read_file(path, _ATTEMPT_LIMIT_BYTES), number, str(path))
-            except NotFound:
-                continue
-            except (Damaged, UnreadableFormat) as error:
-                problems.append(error)
-        if problems:
-            raise problems[0]
-        return None
-
-    def newest_attempt(self) -> Attempt | None:
-        """The newest attempt that has a record; it defines the current line of history."""
-        for number in reversed(self.attempt_numbers()):
-            attempt = self.read_attempt(number)
-            if attempt is not None:
-                return attempt
-        return None
-
-    def line(self) -> dict[int, CommitRef]:
-        """The current line of history: for each step the commit that counts, oldest step first."""
-        newest = self.newest_attempt()
-        line: dict[int, CommitRef] = {}
-        for ref in self.commits():
-            if newest is None or ref.attempt == newest.number or ref in newest.inherited:
-                line[ref.step] = ref  # in order: the highest (attempt, save) of a step is met last
-        return line
+    def read(self, path: str, offset: int, nbytes: int) -> bytes:
+        return read_file(self.path / path, manifests.MANIFEST_LIMIT_BYTES)[offset : offset + nbytes]
 
     def manifest_path(self, ref: CommitRef) -> Path:
         return self.step_path(ref.step) / names.manifest(ref.attempt, ref.save)
@@ -131,14 +72,14 @@ class Root:
         """
         directory = self.path / names.ATTEMPTS
         make_dirs(self.ops, directory, self.mode)
-        known = self.attempt_numbers()
-        parent = self.newest_attempt()
+        known = self.history.attempt_numbers()
+        parent = self.history.newest_attempt()
         if parent is not None and run is not None and run != parent.run:
             raise Conflict(
                 f"{self.path}: holds checkpoints of run {parent.run!r}, not of {run!r}; use another root or that run's id"
             )
         number = self._claim_number(directory, (known[-1] if known else 0) + 1)
-        inherited = frozenset(ref for ref in self.line().values() if upto is None or ref.step <= upto)
+        inherited = frozenset(ref for ref in self.history.line().values() if upto is None or ref.step <= upto)
         attempt = Attempt(
             number=number,
             run=run or (parent.run if parent else uuid.uuid4().hex),
@@ -161,11 +102,13 @@ class Root:
             except FileExistsError:
                 continue
             return number
-        raise StorageFailed(f"{directory}: {_CLAIM_TRIES} attempts in a row were claimed by others; is a job restarting in a loop?")
+        raise StorageFailed(
+            f"{directory}: {_CLAIM_TRIES} attempts in a row were claimed by others; is a job restarting in a loop?"
+        )
 
     def check_newest(self, attempt: int) -> None:
         """`Superseded` when a newer attempt has been claimed."""
-        newest = self.attempt_numbers()[-1:]
+        newest = self.history.attempt_numbers()[-1:]
         if newest and newest[0] > attempt:
             raise Superseded(
                 f"{self.path}: attempt {newest[0]} took over from attempt {attempt}; this job may not commit any more"
@@ -200,29 +143,6 @@ def _encode_attempt(attempt: Attempt) -> bytes:
     )
 
 
-def _decode_attempt(data: bytes, number: int, where: str) -> Attempt:
-    body = unseal("attempt", data, where)
-    try:
-        inherited = frozenset(CommitRef(int(s), int(a), int(n)) for s, a, n in body["inherited"])
-        attempt = Attempt(
-            number=int(body["number"]), run=str(body["run"]), parent=int(body["parent"]), inherited=inherited
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise UnreadableFormat(f"{where}: not the record of an attempt ({error})") from None
-    if attempt.number != number:
-        raise UnreadableFormat(f"{where}: is the record of attempt {attempt.number}; the file was renamed")
-    return attempt
-
-
 def utc_now() -> str:
     """Wall-clock time for people to read; nothing is ordered by it."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-
-
-def _listdir(path: Path) -> Iterable[str]:
-    try:
-        return os.listdir(path)
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise storage_failed("list", path, error) from error

@@ -1,0 +1,47 @@
+"""Which attempt this job saves as, and which commits it builds on.  Rank 0 only; the others are told."""
+
+from __future__ import annotations
+
+import threading
+
+from ckptengine.store import names
+from ckptengine.store.files import make_dirs
+from ckptengine.store.history import Attempt
+from ckptengine.store.lock import RootLock
+from ckptengine.store.root import Root
+
+
+class Claims:
+    """Holds the root's lock and claims attempts: the first at the first save, a new one when history is left behind.
+
+    ``linear``: saves continue one training run, so that a first save at step s without a restore leaves steps beyond s
+    behind.  A one-shot save adds to whatever there is.
+    """
+
+    def __init__(self, root: Root, run: str | None, *, linear: bool) -> None:
+        self._root, self._run, self._linear = root, run, linear
+        self._guard = threading.Lock()
+        self._attempt: Attempt | None = None
+        self._base: int | None = None
+        make_dirs(root.ops, root.path, root.mode)
+        self._lock = RootLock(root.path / names.LOCK)
+
+    def restored(self, step: int) -> None:
+        """The job goes on from ``step``: what came after it is an abandoned line from now on."""
+        with self._guard:
+            self._base = step
+            self._attempt = None
+            line = self._root.history.line()
+            if line and max(line) > step:
+                self._attempt = self._root.claim(self._run, upto=step)
+
+    def current(self, step: int) -> Attempt:
+        """The attempt for a save of ``step``."""
+        with self._guard:
+            if self._attempt is None:
+                upto = self._base if self._base is not None or not self._linear else step
+                self._attempt = self._root.claim(self._run, upto=upto)
+            return self._attempt
+
+    def close(self) -> None:
+        self._lock.release()

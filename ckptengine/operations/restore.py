@@ -1,0 +1,184 @@
+"""The verb restore: fill a live state in place from the newest checkpoint that verifies, the same one on all ranks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ckptengine.coordination.port import Coordinator, agree
+from ckptengine.errors import CheckpointError, Damaged, NotFound, RestoreIncomplete, StateMismatch, UnreadableFormat
+from ckptengine.operations.filling import fill_targets
+from ckptengine.sources.native import NativeSource, open_commit
+from ckptengine.sources.port import Files, Source
+from ckptengine.state.fill import Filling, SavedState, prepare
+from ckptengine.store.history import CommitRef
+from ckptengine.store.root import Root
+
+log = logging.getLogger("ckptengine")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestoreRequest:
+    """What to fill, from what.  ``names``: only leaves whose name matches one of these (prefixes or globs)."""
+
+    state: Any
+    names: Sequence[str] | None = None
+    strict: bool = True
+    random: bool = True
+    timeout_s: float = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """The step that was restored, and which newer ones were passed over and why."""
+
+    step: int
+    passed_over: tuple[tuple[int, str], ...] = ()
+
+
+class _Round:
+    """One restore of one rank: numbered votes, so that all ranks walk the same candidates."""
+
+    def __init__(self, port: Coordinator, request: RestoreRequest, number: int) -> None:
+        self.port, self.request = port, request
+        self._number, self._votes = number, 0
+        self.touched = False
+
+    def vote(self, document: Any) -> list[Any]:
+        self._votes += 1
+        return agree(self.port, f"restore/{self._number}/{self._votes}", document, self.request.timeout_s)
+
+    def all_good(self, error: CheckpointError | None) -> str | None:
+        """None when every rank is well, else what went wrong where."""
+        votes = self.vote(None if error is None else str(error))
+        wrong = [f"rank {rank}: {told}" for rank, told in enumerate(votes) if told is not None]
+        if len(votes) == 1:
+            wrong = [told for told in votes if told is not None]
+        return "; ".join(wrong[:4]) or None
+
+
+def restore_newest(
+    root: Root, files: Files, port: Coordinator, request: RestoreRequest, number: int, step: int | None = None
+) -> Restored | None:
+    """Fill the state from the newest commit that verifies, or from ``step``.
+
+    None when no checkpoint exists at all.  Raises `NotFound` (no such step), `StateMismatch` (nothing was changed),
+    `Damaged` (some exist, none is good, nothing was changed) or `RestoreIncomplete` (damage showed while filling and no
+    other copy is left).
+    """
+    turn = _Round(port, request, number)
+    candidates = turn.vote(_candidates(root, port, step))[0]
+    if isinstance(candidates, str):
+        raise NotFound(candidates)
+    passed_over: list[tuple[int, str]] = []
+    for ref in (CommitRef(*candidate) for candidate in candidates):
+        problem = _try_commit(turn, lambda r=ref: open_commit(root, r, files))  # type: ignore[misc]
+        if problem is None:
+            return Restored(ref.step, tuple(passed_over))
+        log.warning("step %d cannot be restored: %s", ref.step, problem)
+        passed_over.append((ref.step, problem))
+    if not candidates:
+        return None
+    told = "; ".join(f"step {at}: {why}" for at, why in passed_over)
+    if turn.touched:
+        raise RestoreIncomplete(f"{root.path}: damage showed while filling and no good copy is left ({told})")
+    raise Damaged(f"{root.path}: checkpoints exist and none is good ({told}); nothing was changed")
+
+
+def restore_from(source: Source, port: Coordinator, request: RestoreRequest, number: int) -> Restored:
+    """Fill the state from one source, ours or foreign.  Raises like `restore_newest`."""
+    turn = _Round(port, request, number)
+    problem = _try_commit(turn, lambda: source)
+    if problem is not None:
+        kind = RestoreIncomplete if turn.touched else Damaged
+        raise kind(f"{source.files.root}: {problem}")
+    return Restored(source.step or 0)
+
+
+def _candidates(root: Root, port: Coordinator, step: int | None) -> list[list[int]] | str | None:
+    if port.rank != 0:
+        return None
+    visible = root.history.visible()
+    if step is not None:
+        known = sorted({ref.step for ref in visible})
+        visible = [ref for ref in visible if ref.step == step]
+        if not visible:
+            told = ", ".join(map(str, known[-10:])) or "none"
+            return f"{root.path}: no committed step {step}; committed steps: {told}"
+    return [[ref.step, ref.attempt, ref.save] for ref in reversed(visible)]
+
+
+def _try_commit(turn: _Round, open_source: Callable[[], Source]) -> str | None:
+    """Fill from one source on all ranks.  None: done; else why all ranks must take another one."""
+    source: Source | None = None
+    filling: Filling | None = None
+    problems: tuple[str, ...] = ()
+    error: CheckpointError | None = None
+    try:
+        source = open_source()
+        filling = prepare(
+            turn.request.state, saved_state(source, turn.port), names=turn.request.names, strict=turn.request.strict
+        )
+    except StateMismatch as mismatch:
+        problems = mismatch.problems or (str(mismatch),)
+    except (Damaged, NotFound, UnreadableFormat) as found:
+        error = found
+    told = turn.all_good(error)
+    if told is not None:
+        return told
+    _raise_mismatch(turn, problems)
+    assert source is not None and filling is not None
+    turn.touched = True
+    try:
+        fill_targets(source, filling.targets)
+    except (Damaged, NotFound, UnreadableFormat) as found:
+        error = found
+    told = turn.all_good(error)
+    if told is None:
+        filling.commit()
+    return told
+
+
+def _raise_mismatch(turn: _Round, problems: tuple[str, ...]) -> None:
+    """Raise one `StateMismatch` on all ranks when any has one; nothing has been changed."""
+    votes = turn.vote(list(problems))
+    found: dict[str, list[int]] = {}
+    for rank, told in enumerate(votes):
+        for problem in told:
+            found.setdefault(problem, []).append(rank)
+    if not found:
+        return
+    world = len(votes)
+    lines = [
+        problem if len(ranks) == world else f"{problem} (ranks {', '.join(map(str, ranks[:8]))})"
+        for problem, ranks in found.items()
+    ]
+    raise StateMismatch(
+        f"the state does not fit the checkpoint, nothing was changed ({len(lines)} problems): " + "; ".join(lines),
+        tuple(lines),
+    )
+
+
+def saved_state(source: Source, port: Coordinator) -> SavedState:
+    """What a source offers to a restore on this rank."""
+    aliases = source.aliases()
+    if isinstance(source, NativeSource):
+        records = source.manifest.tensors
+        tensors = {record.name: (record.dtype, record.shape) for record in records}
+        world = source.manifest.world
+        rank_values = [source.rank_values(rank) for rank in _ranks_wanted(port, world)]
+        return SavedState(
+            tensors=tensors, aliases=aliases, values=source.encoded_values(), rank_values=rank_values[0], world=world
+        )
+    tensors = {}
+    for name in source.names():
+        if name not in aliases:
+            tensor = source.tensor(name)
+            tensors[name] = (tensor.dtype, tensor.shape)
+    return SavedState(tensors=tensors, aliases=aliases, values=source.values(), rank_values=None, world=None)
+
+
+def _ranks_wanted(port: Coordinator, world: int) -> list[int]:
+    return [port.rank % world]

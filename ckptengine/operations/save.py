@@ -1,0 +1,310 @@
+"""The verb save: register, capture, write, commit; everything after registration in the background.
+
+Two threads per checkpointer.  The first agrees with the other ranks on the structure and feeds the engine; the second
+seals the rank file and commits.  So a save streams while the one before it is being flushed.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.optim.optimizer import Optimizer
+
+from ckptengine import native
+from ckptengine.coordination.port import Coordinator, gather, publish, receive
+from ckptengine.errors import CheckpointError, SaveFailed
+from ckptengine.layout.digest import raw_to_standard
+from ckptengine.operations.attempts import Claims
+from ckptengine.operations.handle import SaveHandle
+from ckptengine.operations.rank_writer import RankWriter, Sealed
+from ckptengine.operations.structure import Agreement, Structure
+from ckptengine.snapshot.capture import Capture
+from ckptengine.snapshot.port import CaptureEngine
+from ckptengine.snapshot.register import Registered, extents_of
+from ckptengine.state.leaves import FlatState
+from ckptengine.state.merge import merge_values
+from ckptengine.store import names
+from ckptengine.store.envelope import canonical
+from ckptengine.store.files import make_dirs
+from ckptengine.store.manifest import FileRecord, Manifest, TensorRecord
+from ckptengine.store.rankfile import FileIdentity
+from ckptengine.store.root import Root, utc_now
+from ckptengine.version import version
+
+log = logging.getLogger("ckptengine")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveSettings:
+    """What all saves of a checkpointer have in common.  Times in seconds."""
+
+    rank_timeout_s: float = 300.0
+    stall_budget_s: float | None = None
+    paranoid: bool = False
+
+
+@dataclass(slots=True, kw_only=True)
+class SaveJob:
+    """One save on its way through the threads."""
+
+    step: int
+    number: int
+    flat: FlatState
+    registered: Registered
+    metrics: Mapping[str, float]
+    handle: SaveHandle
+    ready: threading.Event = field(default_factory=threading.Event)
+    capture: Capture | None = None
+    writer: RankWriter | None = None
+    structure: Structure | None = None
+    run: str = ""
+    attempt: int = 0
+    cancelled: CheckpointError | None = None
+
+
+class Saver:
+    """Runs saves for one checkpointer.  `submit` and `fence` from the training thread, the rest in the background."""
+
+    def __init__(
+        self, root: Root, port: Coordinator, engine: CaptureEngine, settings: SaveSettings, claims: Claims | None
+    ) -> None:
+        self._root, self._port, self._engine, self._settings = root, port, engine, settings
+        self._agreement = Agreement(port, settings.rank_timeout_s, claims)
+        self._to_capture: queue.SimpleQueue[SaveJob | None] = queue.SimpleQueue()
+        self._to_commit: queue.SimpleQueue[SaveJob | None] = queue.SimpleQueue()
+        self._jobs: list[SaveJob] = []
+        self._changed = threading.Condition()
+        self._on_commit: list[Callable[[SaveJob], None]] = []
+        self._threads = [
+            threading.Thread(target=self._loop, args=(self._to_capture, self._capture), name="ckptengine-save", daemon=True),
+            threading.Thread(target=self._loop, args=(self._to_commit, self._commit), name="ckptengine-commit", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    # ---- training thread
+
+    def submit(self, job: SaveJob) -> None:
+        with self._changed:
+            self._jobs.append(job)
+        self._to_capture.put(job)
+
+    def fence(self, optimizer: Optimizer | None) -> None:
+        """Block until what ``optimizer`` (None: anybody) overwrites is captured by every save in flight."""
+        for job in self.in_flight():
+            if job.capture is not None and job.capture.released:
+                continue
+            started_s = time.perf_counter()
+            budget_s = self._settings.stall_budget_s
+            if job.ready.wait(budget_s) and job.capture is not None:
+                left_s = None if budget_s is None else max(0.0, budget_s - (time.perf_counter() - started_s))
+                job.capture.fence(optimizer, left_s)
+            elif job.capture is None and not job.ready.is_set():
+                job.cancelled = SaveFailed(f"the save of step {job.step} did not start within the stall budget")
+            job.handle.add_ms("fence_ms", (time.perf_counter() - started_s) * 1e3)
+            job.handle.event("fence", started_s, thread="training")
+
+    def after_update(self, optimizer: Optimizer) -> None:
+        for job in self.in_flight():
+            if job.capture is not None:
+                job.capture.after_update(optimizer)
+
+    def in_flight(self) -> list[SaveJob]:
+        """Saves that have not ended, oldest first."""
+        with self._changed:
+            return [job for job in self._jobs if not job.handle.done()]
+
+    def wait_below(self, count: int, timeout_s: float | None = None) -> bool:
+        """Block until fewer than ``count`` saves are in flight."""
+        with self._changed:
+            return self._changed.wait_for(lambda: len(self._jobs) < count, timeout_s)
+
+    def on_commit(self, call: Callable[[SaveJob], None]) -> None:
+        """Have ``call(job)`` run on the commit thread after each commit on this rank."""
+        self._on_commit.append(call)
+
+    def close(self, timeout_s: float | None) -> bool:
+        """Finish what is in flight, then stop the threads.  Past ``timeout_s`` saves are cancelled; False then."""
+        finished = self.wait_below(1, timeout_s)
+        if not finished:
+            for job in self.in_flight():
+                job.cancelled = SaveFailed(f"the save of step {job.step} was cut off: the checkpointer was closed")
+                if job.capture is not None:
+                    job.capture.cancel()
+        self._to_capture.put(None)
+        for thread in self._threads:
+            thread.join(timeout=10.0)
+        return finished
+
+    # ---- background
+
+    def _loop(self, jobs: queue.SimpleQueue[SaveJob | None], work: Callable[[SaveJob], None]) -> None:
+        while True:
+            job = jobs.get()
+            if job is None:
+                if jobs is self._to_capture:
+                    self._to_commit.put(None)
+                return
+            try:
+                work(job)
+            except CheckpointError as error:
+                self._failed(job, error)
+            except BaseException as error:  # a handle never loses an error
+                failed = SaveFailed(f"the save of step {job.step} failed: {type(error).__name__}: {error}")
+                failed.__cause__ = error
+                self._failed(job, failed)
+            finally:
+                job.ready.set()
+
+    def _capture(self, job: SaveJob) -> None:
+        started_s = time.perf_counter()
+        structure = job.structure = self._agreement.settle(job.number, job.step, job.flat)
+        job.run, job.attempt = self._agreement.run, self._agreement.attempt
+        job.handle.event("agree", started_s)
+        try:
+            self._write(job, structure)
+        except CheckpointError as error:
+            self._report(job, error)
+            raise
+        self._to_commit.put(job)
+
+    def _write(self, job: SaveJob, structure: Structure) -> None:
+        if job.cancelled is not None:
+            raise job.cancelled
+        rank = self._port.rank
+        directory = self._root.step_path(job.step)
+        make_dirs(self._root.ops, directory, self._root.mode)
+        identity = self._identity(job)
+        planned = extents_of(job.registered, structure, rank)
+        path = directory / names.rank_file(rank, job.attempt, job.number)
+        job.writer = RankWriter(self._root.ops, path, identity, self._root.file_mode, planned.keys)
+        started_s = time.perf_counter()
+        work = job.writer.start(self._engine, planned.extents, planned.addresses)
+        job.handle.track(work.progress)
+        job.capture = Capture(work, planned.lazy, paranoid=self._settings.paranoid)
+        job.ready.set()
+        job.capture.finish()
+        if job.capture.error is not None:
+            raise job.capture.error
+        job.handle.event("capture", started_s)
+        job.handle.advance("captured")
+
+    def _identity(self, job: SaveJob) -> FileIdentity:
+        return FileIdentity(
+            run=job.run,
+            attempt=job.attempt,
+            save=job.number,
+            step=job.step,
+            rank=self._port.rank,
+            world=self._port.world,
+        )
+
+    def _commit(self, job: SaveJob) -> None:
+        assert job.writer is not None and job.capture is not None and job.structure is not None
+        started_s = time.perf_counter()
+        try:
+            sealed = job.writer.seal(job.flat.rank_values)
+            if job.capture.error is not None:
+                raise job.capture.error
+            if job.cancelled is not None:
+                raise job.cancelled
+        except CheckpointError as error:
+            self._report(job, error)
+            raise
+        job.handle.event("seal", started_s)
+        started_s = time.perf_counter()
+        self._publish(job, job.structure, sealed)
+        job.handle.event("commit", started_s)
+        job.handle.advance("committed")
+        for call in self._on_commit:
+            call(job)
+        self._forget(job)
+
+    def _report(self, job: SaveJob, error: CheckpointError) -> None:
+        """Tell the other ranks that this one failed, so that nobody waits for it."""
+        if self._port.world > 1:
+            note = {"error": f"rank {self._port.rank}: {error}"}
+            gathered = gather(self._port, f"sealed/{job.number}", note, self._settings.rank_timeout_s)
+            if gathered is not None:
+                publish(self._port, f"committed/{job.number}", note)
+
+    def _publish(self, job: SaveJob, structure: Structure, sealed: Sealed) -> None:
+        """Bring all ranks' parts together; rank 0 commits and tells the others."""
+        note = {
+            "file": [sealed.nbytes, sealed.tail_crc],
+            "crcs": [[tensor, raw] for tensor, raw in sealed.contributions.items()],
+            "aliases": dict(job.flat.aliases),
+            "values_crc": native.crc64(canonical(job.flat.values)),
+            "values": job.flat.values,
+        }
+        key = f"committed/{job.number}"
+        gathered = gather(self._port, f"sealed/{job.number}", note, self._settings.rank_timeout_s)
+        if gathered is None:
+            answer = receive(self._port, key, 2 * self._settings.rank_timeout_s)
+            if "error" in answer:
+                raise SaveFailed(f"step {job.step} was not committed: {answer['error']}")
+            return
+        try:
+            failures = [one["error"] for one in gathered if "error" in one]
+            if failures:
+                raise SaveFailed(f"step {job.step} was not committed: {'; '.join(failures[:4])}")
+            self._root.commit(self._manifest(job, structure, gathered))
+        except CheckpointError as error:
+            publish(self._port, key, {"error": str(error)})
+            raise
+        publish(self._port, key, {})
+
+    def _manifest(self, job: SaveJob, structure: Structure, notes: Sequence[Mapping[str, Any]]) -> Manifest:
+        raws = [0] * len(structure.tensors)
+        aliases: dict[str, str] = {}
+        for one in notes:
+            for tensor, raw in one["crcs"]:
+                raws[tensor] ^= raw
+            aliases.update(one["aliases"])
+        values = notes[0]["values"]
+        if any(one["values_crc"] != notes[0]["values_crc"] for one in notes):
+            values = merge_values([one["values"] for one in notes])
+        tensors = [
+            TensorRecord(t.name, t.dtype, t.shape, t.layout, t.writer, raw_to_standard(raw, t.nbytes))
+            for t, raw in zip(structure.tensors, raws, strict=True)
+        ]
+        return Manifest(
+            run=job.run,
+            attempt=job.attempt,
+            save=job.number,
+            step=job.step,
+            world=self._port.world,
+            created=utc_now(),
+            writer=f"ckptengine {version}",
+            metrics=dict(job.metrics),
+            layouts=structure.documents,
+            tensors=tensors,
+            aliases=aliases,
+            values=values,
+            files=[FileRecord(*one["file"]) for one in notes],
+        )
+
+    def _failed(self, job: SaveJob, error: CheckpointError) -> None:
+        if job.capture is not None:
+            job.capture.cancel()
+        if job.writer is not None:
+            job.writer.abort()
+        log.error("save of step %d failed: %s", job.step, error)
+        job.handle.fail(job.cancelled or error)
+        self._forget(job)
+
+    def _forget(self, job: SaveJob) -> None:
+        """Let go of everything that the job held of the live state."""
+        job.registered.release()
+        job.writer = None
+        with self._changed:
+            if job in self._jobs:
+                self._jobs.remove(job)
+            self._changed.notify_all()
+

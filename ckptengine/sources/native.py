@@ -1,0 +1,170 @@
+"""Our own format as a source: a committed step of a root, or a step directory named by itself."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, overload
+
+from ckptengine.plan.write import stored_overlapping, stored_pieces, writer_to_json
+
+from ckptengine.errors import NotFound, UnreadableFormat
+from ckptengine.layout import layout_json
+from ckptengine.layout.box import Box
+from ckptengine.layout.dtypes import itemsize
+from ckptengine.layout.sharding import Layout
+from ckptengine.layout.tensor import Fragment, LogicalTensor
+from ckptengine.sources.plain import decode_values
+from ckptengine.sources.port import Files, Format, Opening
+from ckptengine.store import manifest as manifests
+from ckptengine.store import names
+from ckptengine.store.history import CommitRef, History
+from ckptengine.store.reader import Reader
+from ckptengine.store.root import Root
+
+
+class StoredFragments(Sequence[Fragment]):
+    """The fragments of one stored tensor, found when asked for: a reader of one slice opens few indexes."""
+
+    def __init__(self, source: NativeSource, ordinal: int) -> None:
+        self._source, self._ordinal = source, ordinal
+
+    def overlapping(self, box: Box) -> Iterator[Fragment]:
+        """The fragments that share an element with ``box``."""
+        record = self._source.manifest.tensors[self._ordinal]
+        layout = self._source.layout(record.layout)
+        for rank, ordinal, piece in stored_overlapping(layout, record.writer, record.shape, box):
+            yield self._fragment(rank, ordinal, piece.box)
+
+    def _fragment(self, rank: int, ordinal: int, box: Box) -> Fragment:
+        reader = self._source.reader
+        row = reader.extent(rank, self._ordinal, ordinal)
+        record = reader.tail(rank).index[row]
+        tensor = self._source.manifest.tensors[self._ordinal]
+        if int(record["nbytes"]) != box.size * itemsize(tensor.dtype):
+            raise UnreadableFormat(f"{reader.path(rank)}: piece {box} of {tensor.name!r} has {record['nbytes']} bytes")
+        return Fragment(box, reader.path(rank), int(record["offset"]))
+
+    @functools.cached_property
+    def _all(self) -> tuple[Fragment, ...]:
+        record = self._source.manifest.tensors[self._ordinal]
+        layout = self._source.layout(record.layout)
+        found = []
+        for rank in layout.holders():
+            for ordinal, piece in enumerate(stored_pieces(layout, record.writer, record.shape, rank)):
+                if piece.box.size:
+                    found.append(self._fragment(rank, ordinal, piece.box))
+        return tuple(found)
+
+    @overload
+    def __getitem__(self, index: int) -> Fragment: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Fragment]: ...
+    def __getitem__(self, index: int | slice) -> Fragment | Sequence[Fragment]:
+        return self._all[index]
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+
+class NativeSource:
+    """See `Source` and `Verifying`."""
+
+    format = "native"
+
+    def __init__(self, files: Files, manifest: manifests.Manifest, prefix: str) -> None:
+        self.files = files
+        self.manifest = manifest
+        self.reader = Reader(manifest, files, prefix)
+        self._ordinals = {tensor.name: i for i, tensor in enumerate(manifest.tensors)}
+        self._layouts: dict[int, Layout] = {}
+
+    @property
+    def step(self) -> int | None:
+        return self.manifest.step
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        return self.manifest.metrics
+
+    def names(self) -> Sequence[str]:
+        return [*self._ordinals, *self.manifest.aliases]
+
+    def aliases(self) -> Mapping[str, str]:
+        return self.manifest.aliases
+
+    def layout(self, number: int) -> Layout:
+        """A sharding of the manifest, decoded once."""
+        if number not in self._layouts:
+            layout = layout_json.from_json(self.manifest.layouts[number])
+            if any(rank >= self.manifest.world for rank in layout.holders()):
+                raise UnreadableFormat(
+                    f"step {self.manifest.step}: a sharding names ranks beyond {self.manifest.world}"
+                )
+            self._layouts[number] = layout
+        return self._layouts[number]
+
+    def tensor(self, name: str) -> LogicalTensor:
+        ordinal = self._ordinals.get(self.manifest.aliases.get(name, name))
+        if ordinal is None:
+            raise NotFound(f"no tensor {name!r} in step {self.manifest.step}; `ckptengine show --tensors` lists them")
+        record = self.manifest.tensors[ordinal]
+        meta: dict[str, object] = {"sharding": self.manifest.layouts[record.layout], "writer": writer_to_json(record.writer)}
+        return LogicalTensor(name, record.dtype, record.shape, StoredFragments(self, ordinal), record.digest, meta)
+
+    def encoded_values(self) -> Any:
+        """The typed encoding of the values, as stored."""
+        return self.manifest.values
+
+    def rank_values(self, rank: int) -> Any:
+        """The typed encoding of the values that belong to one rank alone."""
+        return self.reader.values(rank)
+
+    def values(self) -> object:
+        return decode_values(self.manifest.values)
+
+    def read_verified(self, path: str, offset: int, view: memoryview) -> None:
+        self.reader.read_verified(path, offset, view)
+
+
+def open_commit(root: Root, ref: CommitRef, files: Files) -> NativeSource:
+    """The checkpoint of one manifest; ``files`` are those beneath the root."""
+    return NativeSource(files, root.manifest(ref), f"{names.step_dir(ref.step)}/")
+
+
+def _probe(opening: Opening) -> bool:
+    entries = opening.files.entries()
+    return f"{names.ATTEMPTS}/" in entries or any(
+        names.MANIFEST_PATTERN.match(entry) or names.STEP_PATTERN.match(entry.rstrip("/")) for entry in entries
+    )
+
+
+def _open(opening: Opening) -> NativeSource:
+    files = opening.files
+    commits = sorted(_manifests(files))
+    if commits:  # a step directory named by itself
+        return _read(files, commits[-1], "")
+    line = History(files).line()
+    if opening.step is not None and opening.step not in line:
+        have = ", ".join(map(str, list(line)[-10:])) or "none"
+        raise NotFound(f"{files.root}: no committed step {opening.step}; committed steps: {have}")
+    if not line:
+        raise NotFound(f"{files.root}: no committed checkpoint beneath it")
+    ref = line[opening.step if opening.step is not None else max(line)]
+    return _read(files, ref, f"{names.step_dir(ref.step)}/")
+
+
+def _read(files: Files, ref: CommitRef, prefix: str) -> NativeSource:
+    path = prefix + names.manifest(ref.attempt, ref.save)
+    manifest = manifests.decode(files.read(path, 0, files.size(path)), f"{files.root}/{path}")
+    return NativeSource(files, manifest, prefix)
+
+
+def _manifests(files: Files) -> Iterator[CommitRef]:
+    for entry in files.entries():
+        match = names.MANIFEST_PATTERN.match(entry)
+        if match:
+            yield CommitRef(0, int(match[1]), int(match[2]))
+
+
+FORMAT = Format("native", _probe, _open)

@@ -1,0 +1,183 @@
+"""A committed checkpoint at rest, read and verified: tails on demand, bytes only with their digests."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ckptengine import native
+from ckptengine.errors import DigestMismatch, NotFound, Truncated
+from ckptengine.layout.digest import GRANULE_BYTES
+from ckptengine.store import rankfile
+from ckptengine.store.manifest import Manifest
+
+_WHOLE_READ_BYTES = 16 << 20
+
+
+class StepFiles(Protocol):
+    """Read-only bytes of one step directory."""
+
+    def size(self, path: str) -> int: ...
+    def read(self, path: str, offset: int, nbytes: int) -> bytes: ...
+    def read_into(self, path: str, offset: int, view: memoryview) -> None: ...
+
+
+class Reader:
+    """The rank files of one manifest.  Thread-safe.  Nothing is returned before it matched its digest."""
+
+    def __init__(self, manifest: Manifest, files: StepFiles, prefix: str = "") -> None:
+        self.manifest = manifest
+        self._files, self._prefix = files, prefix
+        self._ranks = {self.path(rank): rank for rank in range(manifest.world)}
+        self._tails: dict[int, rankfile.Tail] = {}
+        self._by_offset: dict[int, npt.NDArray[np.int64]] = {}
+        self._granules: dict[tuple[int, int], npt.NDArray[np.uint64]] = {}
+        self._lock = threading.Lock()
+
+    def path(self, rank: int) -> str:
+        """The rank file's path beneath the source's root."""
+        return self._prefix + self.manifest.file_name(rank)
+
+    def tail(self, rank: int) -> rankfile.Tail:
+        """The checked tail of a rank's file, read once."""
+        with self._lock:
+            if rank not in self._tails:
+                self._tails[rank] = self._read_tail(rank)
+            return self._tails[rank]
+
+    def _read_tail(self, rank: int) -> rankfile.Tail:
+        record, path = self.manifest.files[rank], self.path(rank)
+        try:
+            size = self._files.size(path)
+        except NotFound:
+            raise Truncated(f"{path}: missing; the manifest of step {self.manifest.step} names it") from None
+        if size != record.nbytes:
+            raise Truncated(f"{path}: has {size} bytes, {record.nbytes} were committed")
+        header = self._files.read(path, 0, rankfile.HEADER_BYTES)
+        rankfile.check_header(header, self.manifest.identity(rank), path)
+        end = self._files.read(path, size - rankfile.FOOTER_BYTES, rankfile.FOOTER_BYTES)
+        footer = rankfile.decode_footer(end, size, path)
+        data = self._files.read(path, footer.index, size - footer.index)
+        if native.crc64(data) != record.tail_crc:
+            raise DigestMismatch(f"{path}: the index is not the one that was committed; the file is damaged or stale")
+        tail = rankfile.decode_tail(data, size, path)
+        if len(tail.index) and int(tail.index["tensor"].max()) >= len(self.manifest.tensors):
+            raise DigestMismatch(f"{path}: the index names a tensor that the manifest does not have")
+        return tail
+
+    def values(self, rank: int) -> Any:
+        """The values that belong to one rank alone."""
+        return self.tail(rank).values
+
+    def extent(self, rank: int, tensor: int, piece: int) -> int:
+        """The row of an extent in the rank's index; `DigestMismatch` where there is none."""
+        tail = self.tail(rank)
+        row = int(np.searchsorted(_keys(tail.index), tensor << 32 | piece))
+        if row < len(tail.index) and (int(tail.index["tensor"][row]), int(tail.index["piece"][row])) == (tensor, piece):
+            return row
+        name = self.manifest.tensors[tensor].name
+        raise DigestMismatch(f"{self.path(rank)}: piece {piece} of tensor {name!r} is not in its index")
+
+    # ---- verified bytes
+
+    def read_verified(self, path: str, offset: int, view: memoryview) -> None:
+        """Fill ``view`` from the body of ``path``, each byte checked; `Damaged` when any is wrong."""
+        rank = self._ranks.get(path)
+        if rank is None:
+            raise NotFound(f"{path} is no rank file of step {self.manifest.step}")
+        tail = self.tail(rank)
+        order = self._order(rank, tail)
+        starts = tail.index["offset"][order].astype(np.int64)
+        view = view.cast("B")
+        done = 0
+        while done < len(view):
+            at = offset + done
+            place = int(np.searchsorted(starts, at, "right")) - 1
+            row = int(order[place]) if place >= 0 else -1
+            end = int(tail.index["offset"][row]) + int(tail.index["nbytes"][row]) if row >= 0 else 0
+            if at < end:
+                inside = at - int(tail.index["offset"][row])
+                count = min(len(view) - done, end - at)
+                self._read_extent(rank, row, inside, view[done : done + count])
+            else:
+                stop = int(starts[place + 1]) if place + 1 < len(starts) else tail.table
+                count = min(len(view) - done, stop - at)
+                self._read_gap(path, at, view[done : done + count])
+            done += count
+
+    def _read_gap(self, path: str, offset: int, view: memoryview) -> None:
+        """Bytes between extents: zeros, which is all that there is to check."""
+        if not len(view):
+            raise Truncated(f"{path}: byte {offset} lies behind the extents")
+        self._files.read_into(path, offset, view)
+        if any(view):
+            raise DigestMismatch(f"{path}: the padding at byte {offset} is not zero; the file is damaged")
+
+    def _order(self, rank: int, tail: rankfile.Tail) -> npt.NDArray[np.int64]:
+        with self._lock:
+            if rank not in self._by_offset:
+                self._by_offset[rank] = np.argsort(tail.index["offset"], kind="stable").astype(np.int64)
+            return self._by_offset[rank]
+
+    def _read_extent(self, rank: int, row: int, start: int, view: memoryview) -> None:
+        """Bytes [start, start + len(view)) of one extent: read whole granules, check them, keep what is wanted."""
+        record = self.tail(rank).index[row]
+        base, nbytes = int(record["offset"]), int(record["nbytes"])
+        if start == 0 and len(view) == nbytes and nbytes <= _WHOLE_READ_BYTES:
+            self._files.read_into(self.path(rank), base, view)
+            if native.crc64(view) != int(record["crc"]):
+                raise self._wrong(rank, row, 0, nbytes)
+            return
+        granules = self.granules(rank, row)
+        stop = start + len(view)
+        first, last = start // GRANULE_BYTES, -(-stop // GRANULE_BYTES)
+        low, high = first * GRANULE_BYTES, min(last * GRANULE_BYTES, nbytes)
+        if (low, high) == (start, stop):
+            self._files.read_into(self.path(rank), base + low, view)
+            self._check_granules(rank, row, view, granules, first)
+            return
+        buffer = bytearray(high - low)
+        self._files.read_into(self.path(rank), base + low, memoryview(buffer))
+        self._check_granules(rank, row, memoryview(buffer), granules, first)
+        view[:] = buffer[start - low : stop - low]
+
+    def _check_granules(
+        self, rank: int, row: int, view: memoryview, granules: npt.NDArray[np.uint64], first: int
+    ) -> None:
+        found = native.raw_granules(view, GRANULE_BYTES)
+        wrong = np.flatnonzero(found != granules[first : first + len(found)])
+        if len(wrong):
+            at = (first + int(wrong[0])) * GRANULE_BYTES
+            raise self._wrong(rank, row, at, at + GRANULE_BYTES)
+
+    def granules(self, rank: int, row: int) -> npt.NDArray[np.uint64]:
+        """The raw CRCs of an extent's granules, checked against the CRC of the extent."""
+        key = (rank, row)
+        with self._lock:
+            if key in self._granules:
+                return self._granules[key]
+        tail = self.tail(rank)
+        first, last = int(tail.starts[row]), int(tail.starts[row + 1])
+        data = self._files.read(self.path(rank), tail.table + 8 * first, 8 * (last - first))
+        granules = np.frombuffer(data, "<u8").astype(np.uint64)
+        if rankfile.extent_crc(granules, int(tail.index["nbytes"][row])) != int(tail.index["crc"][row]):
+            raise DigestMismatch(f"{self.path(rank)}: the granule table does not match the index; the table is damaged")
+        with self._lock:
+            self._granules[key] = granules
+        return granules
+
+    def _wrong(self, rank: int, row: int, start: int, stop: int) -> DigestMismatch:
+        record = self.tail(rank).index[row]
+        name = self.manifest.tensors[int(record["tensor"])].name
+        base = int(record["offset"])
+        return DigestMismatch(
+            f"{self.path(rank)}: bytes {base + start}..{base + min(stop, int(record['nbytes']))} of tensor {name!r} do not "
+            "match their digest; the file is damaged"
+        )
+
+
+def _keys(index: rankfile.Index) -> npt.NDArray[np.uint64]:
+    return index["tensor"].astype(np.uint64) << np.uint64(32) | index["piece"].astype(np.uint64)

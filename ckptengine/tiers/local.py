@@ -20,15 +20,24 @@ from typing import IO, Any, cast
 
 import aiofiles
 
-from ckptengine.errors import NotFound, StorageFailed, Truncated, UnusableRequest
+from ckptengine.errors import NotFound, StorageFailed, UnusableRequest
+from ckptengine.tiers.local_files import (
+    NO_LINKS,
+    allocate,
+    exists,
+    links_work,
+    make_root,
+    too_short,
+    walk,
+    write_all,
+)
 from ckptengine.tiers.mounts import is_volatile
 from ckptengine.tiers.port import PARTIAL, Abilities, Bytes, Entry, Receipt, check_name, check_range
 from ckptengine.tiers.refusals import refusals
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_UNPUBLISHED = re.compile(re.escape(PARTIAL) + r"[0-9a-f]{16}-(.+)|\.(.+)\.\d+\.tmp")
-"""Temporaries of this module and of the store."""
-_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
+_UNPUBLISHED = re.compile(re.escape(PARTIAL) + r"[0-9a-f]{16}-(.+)|\.(.+)\.\d+\.tmp|\.drain-[0-9a-f]{8}-(.+)\.log")
+"""Temporaries of this module and of the store, and what a drain noted of what it has sent."""
 
 
 class LocalTier:
@@ -50,11 +59,11 @@ class LocalTier:
         self._directory_mode = directory_mode
         if create:
             with refusals("create directory", str(self.root)):
-                _make_root(self.root, directory_mode)
+                make_root(self.root, directory_mode)
         lasting = not is_volatile(self.root)
         self._abilities = Abilities(
             atomic_rename=True,
-            conditional_put=create and _links_work(self.root),
+            conditional_put=create and links_work(self.root),
             append=True,
             ranged_read=True,
             resumable_parts=True,
@@ -85,7 +94,7 @@ class LocalTier:
     def _list(self, prefix: str) -> list[Entry]:
         start = self.root / check_name(prefix.rpartition("/")[0]) if "/" in prefix else self.root
         with refusals("list", str(start)):
-            found = sorted(_walk(start, self.root))
+            found = sorted(walk(start, self.root))
         return [Entry(name, size) for name, size in found if name.startswith(prefix)]
 
     async def stat(self, name: str) -> Entry | None:
@@ -103,7 +112,7 @@ class LocalTier:
         check_range(name, offset, size_bytes)
         entry = await self.stat(name)
         if entry is not None and entry.size_bytes < offset + size_bytes:
-            raise _too_short(self.label, name, offset, size_bytes)  # before anything of a wild size is allocated
+            raise too_short(self.label, name, offset, size_bytes)  # before anything of a wild size is allocated
         pieces: list[bytes] = []
         with refusals("read", f"{self.root}/{name}"):
             async with aiofiles.open(str(self.root / name), "rb", buffering=0, opener=self._opener(name)) as file:
@@ -112,7 +121,7 @@ class LocalTier:
                 while missing:
                     piece = await file.read(missing)
                     if not piece:
-                        raise _too_short(self.label, name, offset, size_bytes)
+                        raise too_short(self.label, name, offset, size_bytes)
                     pieces.append(piece)
                     missing -= len(piece)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
@@ -126,7 +135,7 @@ class LocalTier:
                 while len(rest):
                     got = await file.readinto(rest)
                     if not got:
-                        raise _too_short(self.label, name, offset, len(view))
+                        raise too_short(self.label, name, offset, len(view))
                     rest = rest[got:]
 
     def _opener(self, name: str) -> Any:
@@ -151,7 +160,7 @@ class LocalTier:
             fd = self._open_new(partial, directory)
             try:
                 with os.fdopen(fd, "wb", buffering=0) as file:
-                    _write_all(file, data, 0)
+                    write_all(file, data, 0)
                     self._sync(file.fileno())
                 self._publish(directory, partial, base)
             finally:
@@ -169,7 +178,7 @@ class LocalTier:
                 token = f"{PARTIAL}{secrets.token_hex(8)}-{base}"
                 fd = self._open_new(token, directory)
                 try:
-                    _allocate(fd, size_bytes)
+                    allocate(fd, size_bytes)
                 except OSError:
                     os.close(fd)
                     os.unlink(token, dir_fd=directory)
@@ -217,10 +226,10 @@ class LocalTier:
     def _sweep(self, prefix: str) -> list[str]:
         removed: list[str] = []
         with refusals("sweep", str(self.root)):
-            for name, _ in list(_walk(self.root, self.root, hidden=True)):
+            for name, _ in list(walk(self.root, self.root, hidden=True)):
                 folder, slash, base = name.rpartition("/")
                 target = _UNPUBLISHED.fullmatch(base)
-                if target and (folder + slash + (target[1] or target[2])).startswith(prefix):
+                if target and (folder + slash + (target[1] or target[2] or target[3])).startswith(prefix):
                     os.unlink(self.root / name)
                     removed.append(name)
             for folder, _, _ in os.walk(self.root, topdown=False):
@@ -245,10 +254,10 @@ class LocalTier:
         try:
             os.link(partial, base, src_dir_fd=directory, dst_dir_fd=directory, follow_symlinks=False)
         except OSError as refusal:
-            if refusal.errno not in _NO_LINKS:
+            if refusal.errno not in NO_LINKS:
                 raise
             # No hard links here: look, then rename.  Two writers of one name could both pass, hence not conditional.
-            if _exists(base, directory):
+            if exists(base, directory):
                 raise FileExistsError(errno.EEXIST, "exists", base) from refusal
             os.rename(partial, base, src_dir_fd=directory, dst_dir_fd=directory)
 
@@ -298,7 +307,7 @@ class LocalUpload:
         if part < 0 or offset + len(data) > self._size_bytes:
             raise UnusableRequest(f"part {part} of {self._name} lies outside its {self._size_bytes} bytes")
         with refusals("write", f"{self._tier.label}/{self._name}"):
-            await asyncio.to_thread(_write_all, self._open_file(), data, offset)
+            await asyncio.to_thread(write_all, self._open_file(), data, offset)
         return Receipt()
 
     async def finish(self, receipts: Mapping[int, Receipt]) -> None:
@@ -324,82 +333,3 @@ class LocalUpload:
         if self._file is None:
             raise StorageFailed(f"the upload of {self._name} has ended; begin another one")
         return self._file
-
-
-def _too_short(label: str, name: str, offset: int, size_bytes: int) -> Truncated:
-    return Truncated(f"{label}/{name} ends before byte {offset + size_bytes}; take another copy or an older step")
-
-
-def _write_all(file: IO[bytes], data: Bytes, offset: int) -> None:
-    rest = memoryview(data).cast("B")
-    while len(rest):
-        written = os.pwrite(file.fileno(), rest, offset)
-        if written <= 0:
-            raise OSError(errno.EIO, "a write took no bytes")
-        rest, offset = rest[written:], offset + written
-
-
-def _allocate(fd: int, size_bytes: int) -> None:
-    """Claim the space now, so that a full disk shows before anything is sent; sparse where that is not supported."""
-    os.ftruncate(fd, size_bytes)
-    if size_bytes:
-        try:
-            os.posix_fallocate(fd, 0, size_bytes)
-        except OSError as refusal:
-            if refusal.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                raise
-
-
-def _exists(base: str, directory: int) -> bool:
-    try:
-        os.stat(base, dir_fd=directory, follow_symlinks=False)
-    except FileNotFoundError:
-        return False
-    return True
-
-
-def _make_root(root: Path, mode: int | None) -> None:
-    if root.is_dir():
-        return
-    _make_root(root.parent, None) if root.parent != root else None
-    with suppress(FileExistsError):
-        os.mkdir(root, 0o777 if mode is None else mode)
-    above = os.open(root.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(above)
-    finally:
-        os.close(above)
-    if not root.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, "not a directory", str(root))
-
-
-def _links_work(root: Path) -> bool:
-    probe = root / f"{PARTIAL}{secrets.token_hex(8)}-probe"
-    other = probe.with_name(probe.name + "-link")
-    with refusals("write to", str(root)):
-        os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
-        try:
-            os.link(probe, other)
-        except OSError as refusal:
-            if refusal.errno not in _NO_LINKS:
-                raise
-            return False
-        else:
-            other.unlink()
-            return True
-        finally:
-            probe.unlink()
-
-
-def _walk(start: Path, root: Path, *, hidden: bool = False) -> Iterator[tuple[str, int]]:
-    """Regular files below ``start`` as (name relative to ``root``, bytes); links are not followed."""
-    try:
-        entries = list(os.scandir(start))
-    except FileNotFoundError:
-        return
-    for entry in entries:
-        if entry.is_dir(follow_symlinks=False):
-            yield from _walk(Path(entry.path), root, hidden=hidden)
-        elif entry.is_file(follow_symlinks=False) and (hidden or not entry.name.startswith(".")):
-            with suppress(FileNotFoundError):
-                yield os.path.relpath(entry.path, root), entry.stat(follow_symlinks=False).st_size

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ckptengine.errors import AlreadyExists, CheckpointError, StorageFailed
-from ckptengine.tiers import local, mounts
+from ckptengine.tiers import local_files, mounts
 from ckptengine.tiers.local import LocalTier
 from ckptengine.tiers.loop import BlockingTier, IoLoop
 
@@ -216,7 +216,7 @@ def test_which_file_systems_lose_their_content(tmp_path: Path) -> None:
 
 def test_short_writes_are_continued(tmp_path: Path, loop: IoLoop, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.pwrite
-    monkeypatch.setattr(local.os, "pwrite", lambda fd, data, offset: real(fd, data[:4097], offset))
+    monkeypatch.setattr(local_files.os, "pwrite", lambda fd, data, offset: real(fd, data[:4097], offset))
     flat = BlockingTier(LocalTier(tmp_path), loop)
     flat.create("a", BIG[:100_000])
     assert flat.read("a", 0, 100_000) == BIG[:100_000]

@@ -1,0 +1,359 @@
+"""The verb drain: a checkpoint committed on one tier is carried to the next and committed there, in the background.
+
+Each rank carries its own files; when every rank's have arrived and were found equal, one rank puts the manifest there,
+last and exclusively, and all ranks learn that it is done.  One step at a time, in the order of `Drain.submit`, which
+must be the same on all ranks.  Whatever fails, the step stays committed where it was, and can be submitted again: parts
+that have arrived are not sent a second time, not even by another process.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import logging
+import queue
+import threading
+import time
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ckptengine.coordination.alone import Alone
+from ckptengine.coordination.port import Coordinator
+from ckptengine.errors import (
+    AlreadyExists,
+    CheckpointError,
+    CoordinationFailed,
+    RankTimeout,
+    SaveFailed,
+    Superseded,
+    UnusableRequest,
+)
+from ckptengine.operations.progress import progress_log
+from ckptengine.operations.transfer import Budget, DrainFile, Moved, Throttle, Transfer
+from ckptengine.store import names
+from ckptengine.tiers.loop import IoLoop
+from ckptengine.tiers.port import TierPort
+
+log = logging.getLogger("ckptengine")
+
+_POLL_S = 1.0
+_MAX_PENDING = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrainSettings:
+    """Bounds of a drain.  ``memory_bytes``: parts in memory at once; ``max_bytes_per_s``: a cap per rank, or None."""
+
+    part_bytes: int = 8 << 20
+    memory_bytes: int = 96 << 20
+    parallel_parts: int = 16
+    max_bytes_per_s: float | None = None
+    rank_timeout_s: float = 1800.0
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """A small object: its name beneath the tier's root, and its content."""
+
+    name: str
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class DrainReport:
+    """What carrying one step took on this rank."""
+
+    step: int
+    target: str
+    seconds: float
+    sent_bytes: int
+    resumed_bytes: int
+    read_back_bytes: int
+
+
+@dataclass(slots=True)
+class _Job:
+    step: int
+    files: tuple[DrainFile, ...]
+    manifest: Named | None
+    companions: tuple[Named, ...]
+    future: concurrent.futures.Future[DrainReport]
+    key: str
+    done_bytes: int = 0
+
+    def add(self, size_bytes: int) -> None:
+        self.done_bytes += size_bytes
+
+
+class Drain:
+    """Carries steps from ``source`` to ``target`` on ``loop``, with a thread of its own to keep their order.
+
+    ``port``: the ranks that drain together.  Its keys are derived from ``target`` and a running number.
+    """
+
+    def __init__(
+        self,
+        source: TierPort,
+        target: TierPort,
+        loop: IoLoop,
+        *,
+        port: Coordinator | None = None,
+        settings: DrainSettings | None = None,
+    ) -> None:
+        self._source, self._target, self._loop = source, target, loop
+        self._port: Coordinator = port or Alone()
+        self._settings = settings or DrainSettings()
+        self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._jobs: list[_Job] = []
+        self._lock = threading.Lock()
+        self._numbers = 0
+        self._closed = False
+        self._stopping = threading.Event()
+        self._running: concurrent.futures.Future[list[Moved]] | None = None
+        self._limits: tuple[Budget, Throttle] | None = None
+        self._thread = threading.Thread(target=self._serve, name="ckptengine-drain", daemon=True)
+        self._thread.start()
+
+    def submit(
+        self, step: int, files: Sequence[DrainFile], manifest: Named | None, companions: Sequence[Named] = ()
+    ) -> concurrent.futures.Future[DrainReport]:
+        """Carry ``files`` of ``step``, this rank's own; returns at once.
+
+        ``manifest``: what commits the step on the target, given by exactly one rank, put there last.  ``companions``:
+        small objects that must be there before it (attempt records); those that exist must be equal.  The future's
+        error is one of `CheckpointError`; `CoordinationFailed` says that another rank failed.
+        """
+        future: concurrent.futures.Future[DrainReport] = concurrent.futures.Future()
+        with self._lock:
+            if self._closed:
+                raise UnusableRequest(f"the drain to {self._target.label} is closed; step {step} cannot be submitted")
+            if len(self._jobs) >= _MAX_PENDING:
+                raise SaveFailed(
+                    f"{len(self._jobs)} steps wait to be carried to {self._target.label}; it cannot keep up: "
+                    f"give that tier a longer interval"
+                )
+            self._numbers += 1
+            key = f"drain/{zlib.crc32(self._target.label.encode()):08x}/{self._numbers}"
+            job = _Job(step, tuple(files), manifest, tuple(companions), future, key)
+            future.set_running_or_notify_cancel()  # not to be cancelled: other ranks count on this one
+            self._jobs.append(job)
+            self._queue.put(job)
+        return future
+
+    @property
+    def pending(self) -> tuple[int, ...]:
+        """Steps that still have to be carried, in order; the source must keep them."""
+        with self._lock:
+            return tuple(job.step for job in self._jobs)
+
+    def progress(self, step: int) -> tuple[int, int]:
+        """(bytes that have arrived, bytes in all) of this rank's files of a pending step; (0, 0) when not pending."""
+        with self._lock:
+            for job in self._jobs:
+                if job.step == step:
+                    return min(job.done_bytes, _size(job)), _size(job)
+        return 0, 0
+
+    def close(self, timeout_s: float | None = None) -> bool:
+        """Finish what is pending, at most ``timeout_s``; then give up the rest, which a later process can go on with.
+
+        Returns whether everything was carried.  Futures of what was given up hold a `SaveFailed`.
+        """
+        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._queue.put(None)
+        self._thread.join(timeout_s)
+        finished = not self._thread.is_alive()
+        with self._lock:
+            self._stopping.set()
+            running = self._running
+        if not finished:
+            if running is not None:
+                running.cancel()
+            grace_s = 0.0 if deadline_s is None else max(0.0, deadline_s - time.monotonic())
+            self._thread.join(grace_s + 2 * _POLL_S)
+        with self._lock:
+            left, self._jobs = self._jobs, []
+        for job in left:
+            finished = False
+            if not job.future.done():
+                job.future.set_exception(self._given_up(job))
+        return finished
+
+    # -- the drain's own thread ---------------------------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        while (job := self._queue.get()) is not None:
+            if self._stopping.is_set():
+                return
+            started_s = time.monotonic()
+            try:
+                moved = self._carry(job)
+            except BaseException as error:
+                self._settle(job, error if isinstance(error, CheckpointError) else self._unexpected(job, error))
+                continue
+            self._settle(
+                job,
+                DrainReport(
+                    step=job.step,
+                    target=self._target.label,
+                    seconds=time.monotonic() - started_s,
+                    sent_bytes=sum(one.sent_bytes for one in moved),
+                    resumed_bytes=sum(one.resumed_bytes for one in moved),
+                    read_back_bytes=sum(one.read_back_bytes for one in moved),
+                ),
+            )
+
+    def _carry(self, job: _Job) -> list[Moved]:
+        moved: list[Moved] = []
+        failure: CheckpointError | None = None
+        try:
+            moved = self._copy(job)
+        except CheckpointError as error:
+            failure = error
+        self._agree(job, "arrived", failure)
+        try:
+            if job.manifest is not None:
+                self._loop.run(self._publish(job.manifest, job.companions))
+        except CheckpointError as error:
+            failure = error
+        self._agree(job, "published", failure)
+        for file in job.files:
+            progress_log(self._source, self._target, file.name, file.size_bytes).forget()
+        return moved
+
+    def _copy(self, job: _Job) -> list[Moved]:
+        copying = self._loop.submit(self._copy_all(job))
+        with self._lock:
+            self._running = copying
+        try:
+            return copying.result()
+        except concurrent.futures.CancelledError:
+            raise self._given_up(job) from None
+        finally:
+            with self._lock:
+                self._running = None
+
+    async def _copy_all(self, job: _Job) -> list[Moved]:
+        settings = self._settings
+        if self._limits is None:
+            budget = Budget(settings.memory_bytes, settings.parallel_parts)
+            self._limits = budget, Throttle(settings.max_bytes_per_s)
+        transfers = [
+            Transfer(self._source, self._target, file, settings.part_bytes, *self._limits, on_bytes=job.add)
+            for file in job.files
+        ]
+        return [await transfer.run() for transfer in transfers]
+
+    async def _publish(self, manifest: Named, companions: Sequence[Named]) -> None:
+        """Put the manifest, unless a newer attempt owns the target; look again before the step counts as there."""
+        await self._refuse_if_superseded(manifest)
+        for small in (*companions, manifest):
+            try:
+                await self._target.create(small.name, small.data)
+            except AlreadyExists:
+                entry = await self._target.stat(small.name)
+                same = entry is not None and entry.size_bytes == len(small.data)
+                if not same or await self._target.read(small.name, 0, len(small.data)) != small.data:
+                    raise Superseded(
+                        f"{self._target.label}/{small.name} exists with other content: another job writes there; "
+                        f"give each job a root of its own"
+                    ) from None
+        await self._refuse_if_superseded(manifest)
+
+    async def _refuse_if_superseded(self, manifest: Named) -> None:
+        match = names.MANIFEST_PATTERN.search(manifest.name)
+        if match is None:
+            raise UnusableRequest(f"{manifest.name} is not the name of a manifest")
+        for entry in await self._target.entries(f"{names.ATTEMPTS}/"):
+            claimed = names.ATTEMPT_PATTERN.search(entry.name)
+            if claimed is not None and int(claimed[1]) > int(match[1]):
+                raise Superseded(
+                    f"{self._target.label}: attempt {int(claimed[1])} took over from attempt {int(match[1])}; "
+                    f"this job may not commit there any more"
+                )
+
+    def _agree(self, job: _Job, stage: str, failure: CheckpointError | None) -> None:
+        """Tell and hear how all ranks fared; raise this rank's failure, or say which other ranks failed."""
+        said = None if failure is None else f"{failure.code}: {failure}"
+        try:
+            outcomes = self._exchange(f"{job.key}/{stage}", said)
+        except CheckpointError:
+            if failure is not None:
+                raise failure from None
+            raise
+        if failure is not None:
+            raise failure
+        failed = {rank: outcome for rank, outcome in enumerate(outcomes) if outcome is not None}
+        if failed:
+            first = min(failed)
+            raise CoordinationFailed(
+                f"step {job.step} was not carried to {self._target.label}: rank {first} failed ({failed[first]})"
+                + (f", and {len(failed) - 1} more" if len(failed) > 1 else "")
+            )
+
+    def _exchange(self, key: str, said: str | None) -> list[str | None]:
+        port = self._port
+        if port.world == 1:
+            return [said]
+        deadline_s = time.monotonic() + self._settings.rank_timeout_s
+        if port.rank != 0:
+            port.put(f"{key}/{port.rank}", json.dumps(said).encode())
+            outcomes: list[str | None] = json.loads(self._get(f"{key}/all", deadline_s + 10 * _POLL_S))
+            return outcomes
+        outcomes = [said]
+        for rank in range(1, port.world):
+            try:
+                outcomes.append(json.loads(self._get(f"{key}/{rank}", deadline_s)))
+                port.delete(f"{key}/{rank}")
+            except RankTimeout as late:
+                outcomes.append(f"{late.code}: {late}")
+        port.put(f"{key}/all", json.dumps(outcomes).encode())
+        return outcomes
+
+    def _get(self, key: str, deadline_s: float) -> bytes:
+        """Wait for ``key`` in short turns, so that `close` is not held up by ranks that never answer."""
+        while True:
+            try:
+                return self._port.get(key, _POLL_S)
+            except RankTimeout:
+                if self._stopping.is_set():
+                    raise SaveFailed("the drain was closed while it waited for other ranks") from None
+                if time.monotonic() > deadline_s:
+                    raise
+
+    def _settle(self, job: _Job, outcome: DrainReport | CheckpointError) -> None:
+        with self._lock:
+            if job in self._jobs:
+                self._jobs.remove(job)
+        fields = {"ckptengine": {"step": job.step, "target": self._target.label}}
+        if isinstance(outcome, DrainReport):
+            log.info("step %d is durable on %s", job.step, self._target.label, extra=fields)
+        else:
+            log.warning("step %d was not carried to %s: %s", job.step, self._target.label, outcome, extra=fields)
+        if job.future.done():
+            return
+        if isinstance(outcome, DrainReport):
+            job.future.set_result(outcome)
+        else:
+            job.future.set_exception(outcome)
+
+    def _given_up(self, job: _Job) -> SaveFailed:
+        return SaveFailed(
+            f"step {job.step} was not carried to {self._target.label}: the drain was closed before it was done; "
+            f"it is still on {self._source.label}, and the next drain goes on where this one stopped"
+        )
+
+    def _unexpected(self, job: _Job, error: BaseException) -> SaveFailed:
+        failed = SaveFailed(
+            f"step {job.step} was not carried to {self._target.label}: {type(error).__name__}; this is a defect"
+        )
+        failed.__cause__ = error
+        return failed
+
+
+def _size(job: _Job) -> int:
+    return sum(file.size_bytes for file in job.files)

@@ -1,0 +1,106 @@
+"""Real checkpoints at rest, made by hand: rank files with an index, and a manifest; and ranks in threads."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ckptengine import native
+from ckptengine.errors import RankTimeout
+from ckptengine.layout.digest import GRANULE_BYTES, raw_to_standard
+from ckptengine.operations.drain import Named
+from ckptengine.operations.transfer import DrainFile
+from ckptengine.store import names, rankfile
+from ckptengine.store.manifest import FileRecord, Manifest
+
+
+@dataclass(frozen=True)
+class Step:
+    """What `write_step` made."""
+
+    step: int
+    manifest: Manifest
+    names: tuple[str, ...]
+
+    def drain_file(self, rank: int = 0, digest: str | None = None) -> DrainFile:
+        return DrainFile(self.names[rank], self.manifest.files[rank].nbytes, digest)
+
+    @property
+    def named(self) -> Named:
+        return Named(f"{names.step_dir(self.step)}/{self.manifest.file}", self.manifest.encode())
+
+
+def write_step(
+    root: Path, step: int, *, world: int = 1, extents: tuple[int, ...] = (100_000, 3, 0, 2_000_000), attempt: int = 1
+) -> Step:
+    """A step of ``world`` ranks beneath ``root``, each with tensors of these many bytes, committed."""
+    folder = root / names.step_dir(step)
+    folder.mkdir(parents=True)
+    records, files = [], []
+    for rank in range(world):
+        name = names.rank_file(rank, attempt, 1)
+        identity = rankfile.FileIdentity(run="r", attempt=attempt, save=1, step=step, rank=rank, world=world)
+        offsets, end = rankfile.place(extents, [0] * len(extents))
+        body = bytearray(end)
+        body[: rankfile.HEADER_BYTES] = rankfile.encode_header(identity)
+        index = np.zeros(len(extents), rankfile.INDEX_DTYPE)
+        granules = []
+        for i, (offset, nbytes) in enumerate(zip(offsets, extents, strict=True)):
+            data = np.random.default_rng([step, rank, i]).integers(0, 256, nbytes, np.uint8).tobytes()
+            body[offset : offset + nbytes] = data
+            granules.append(native.raw_granules(data, GRANULE_BYTES))
+            index[i] = (i, 0, offset, nbytes, raw_to_standard(native.raw_crc64(data), nbytes))
+        table, tail = rankfile.encode_tail(end, index, np.concatenate([np.zeros(0, np.uint64), *granules]), {})
+        (folder / name).write_bytes(bytes(body) + table + tail)
+        records.append(FileRecord(len(body) + len(table) + len(tail), native.crc64(tail)))
+        files.append(f"{names.step_dir(step)}/{name}")
+    manifest = Manifest(
+        run="r",
+        attempt=attempt,
+        save=1,
+        step=step,
+        world=world,
+        created="2000-01-01T00:00:00+00:00",
+        writer="test",
+        files=records,
+    )
+    (folder / manifest.file).write_bytes(manifest.encode())
+    return Step(step, manifest, tuple(files))
+
+
+class Threads:
+    """A coordinator of ranks that are threads of one process."""
+
+    def __init__(self, rank: int, world: int, shared: dict[str, bytes]) -> None:
+        self.rank, self.world, self._shared = rank, world, shared
+
+    def put(self, key: str, data: bytes) -> None:
+        assert key not in self._shared, "keys are used once"
+        self._shared[key] = data
+
+    def get(self, key: str, timeout_s: float) -> bytes:
+        deadline_s = time.monotonic() + timeout_s
+        while key not in self._shared:
+            if time.monotonic() > deadline_s:
+                raise RankTimeout(f"nobody told {key} within {timeout_s} s")
+            time.sleep(0.002)
+        return self._shared[key]
+
+    def delete(self, key: str) -> None:
+        self._shared.pop(key, None)
+
+    def close(self) -> None:
+        return None
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def engine_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("ckptengine")]

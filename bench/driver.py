@@ -24,11 +24,15 @@ Progress = Callable[[str], None]
 ENGINELESS = ("disk",)
 """Workloads that measure the machine, not an engine."""
 
-ONLY = {"metadata": ("ckptengine", "dcp-save"), "reshard": RESHARDING}
+ONLY = {
+    "metadata": ("ckptengine", "dcp-save"),
+    "reshard": RESHARDING,
+    "convert": ("pwrite", "ckptengine", "dcp-save", "deepspeed-fast"),
+}
 """Workloads that only some engines can be measured with."""
 
 WITH_BASELINE = ("stall", "memory")
-WITH_LIMIT = ("stall", "durable", "restore")
+WITH_LIMIT = ("stall", "durable", "restore", "convert")
 """Workloads in which no checkpoint at all, and the raw limit, mean something."""
 
 PACKAGE_PARENT = str(Path(__file__).resolve().parent.parent)

@@ -318,6 +318,52 @@ def metadata(document: Document, samples: Sequence[Mapping[str, Any]]) -> list[T
     ]  # fmt: skip
 
 
+def convert(document: Document, samples: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """Conversions, with the direct copy of the source as the limit."""
+    figures = figures_by_engine(samples)
+    names = list(dict.fromkeys(name for runs in figures.values() for run in runs for name in run["conversions"]))
+    rows = []
+    reasons: list[str] = []
+    for name in names:
+        found: dict[str, list[dict[str, Any]]] = {}
+        for engine, runs in figures.items():
+            found[engine] = [one for run in runs for one in run["conversions"].get(name, ())]
+        times_of = {
+            engine: summarise(one["seconds"] for one in ones if "seconds" in one) for engine, ones in found.items()
+        }
+        limit = times_of.get(LIMIT)
+        for engine, ones in found.items():
+            if not ones:
+                continue
+            rows.append((name, engine, *_conversion(ones, times_of[engine], limit)))
+            if times_of[engine] is None:
+                reasons.append(f"{name}, {engine}: " + ": ".join(next(iter(ones[0].items()))))
+    return [
+        Table(
+            title="convert: cold, until durable",
+            columns=("conversion", "engine", "s", "of direct copy", "read + written / source", "extra memory",
+                     "on disk", "files", "bits"),
+            rows=rows,
+            notes=reasons,
+        )
+    ]  # fmt: skip
+
+
+def _conversion(ones: list[dict[str, Any]], mine: Summary | None, limit: Summary | None) -> tuple[str, ...]:
+    if mine is None:
+        return ("-", "-", "-", "-", "-", "-", next(iter(ones[0])))
+    done = ones[0]
+    return (
+        spread(mine),
+        percent(ratio(limit, mine)),
+        times((done["read_bytes"] + done["written_bytes"]) / done["source_bytes"]),
+        size(max(one["extra_bytes"] for one in ones)),
+        size(done["bytes_on_disk"]),
+        str(done["files"]),
+        verdict([one["check"] for one in ones]),
+    )
+
+
 SUMMARIES: dict[str, Callable[[Document, Sequence[Mapping[str, Any]]], list[Table]]] = {
     "disk": disk,
     "stall": stall,
@@ -327,5 +373,6 @@ SUMMARIES: dict[str, Callable[[Document, Sequence[Mapping[str, Any]]], list[Tabl
     "many-small": many_small,
     "reshard": reshard,
     "metadata": metadata,
+    "convert": convert,
 }
 """The table of each workload."""

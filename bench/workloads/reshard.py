@@ -134,9 +134,9 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
     return local
 
 
-def read_so_far() -> int:
-    """Bytes that this process has asked the kernel to read (memory-mapped reads are not among them)."""
+def read_so_far(what: str = "rchar:") -> int:
+    """Bytes that this process has asked the kernel to read, or "wchar:" to write (through a memory map: none)."""
     for line in Path("/proc/self/io").read_text().splitlines():
-        if line.startswith("rchar:"):
+        if line.startswith(what):
             return int(line.split()[1])
     return 0

@@ -73,7 +73,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("result")
     files = [str(folder / name) for name in ("result.json", "result.png")]
     status = command.main(
-        ["--tiny", "--workload", "stall,many-small", "--rivals", "torch-save", "--repetitions", "1",
+        ["--tiny", "--workload", "stall,metadata", "--rivals", "torch-save", "--repetitions", "1",
          "--steps", "4", "--json", files[0], "--plot", files[1], "--directory", str(folder)]
     )  # fmt: skip
     document = load(Path(files[0]))
@@ -85,7 +85,7 @@ def test_one_command_measures_shows_and_writes(result: dict[str, Any]) -> None:
     assert result["status"] == 0
     assert result["left"] == ["result.json", "result.png"]
     shown = {table.title.partition(":")[0]: table for table in tables(result["document"])}
-    assert set(shown) == {"stall", "many-small"}
+    assert set(shown) == {"stall", "metadata"}
     engines = {row[0]: row for row in shown["stall"].rows}
     assert set(engines) == {"none", "pwrite", "ckptengine", "torch-save"}
     assert engines["torch-save"][-1] == engines["ckptengine"][-1] == "equal"
@@ -100,9 +100,9 @@ def test_the_page_is_generated_and_checked(
     results.mkdir()
     docs.mkdir()
     (results / "2026-01-01-machine.json").write_text(json.dumps(result["document"]))
-    sweep = {"schema": 1, "sweep": "tensors", "points": [{"value": 200, "document": result["document"]}]}
+    sweep = {"schema": 1, "sweep": "simulated", "points": [{"value": 4, "document": result["document"]}]}
     sweep["points"][0]["document"] = {
-        **result["document"], "options": {**result["document"]["options"], "workloads": ["many-small"]}
+        **result["document"], "options": {**result["document"]["options"], "workloads": ["metadata"]}
     }  # fmt: skip
     (results / "2026-01-02-curve.json").write_text(json.dumps(sweep))
     monkeypatch.setattr(report, "RESULTS", results)
@@ -118,7 +118,7 @@ def test_the_page_is_generated_and_checked(
         "2026-01-01-machine.png",
         "2026-01-02-curve.png",
     ]
-    assert set(curves.curve(sweep)) >= {"torch-save"}
+    assert set(curves.curve(sweep)) == {"ckptengine"}
 
 
 def test_the_published_page_is_what_the_results_give() -> None:
@@ -127,7 +127,11 @@ def test_the_published_page_is_what_the_results_give() -> None:
 
 def test_a_picture_without_stall(result: dict[str, Any], tmp_path: Path) -> None:
     document = dict(result["document"])
-    document["samples"] = [sample for sample in document["samples"] if sample["job"]["workload"] == "many-small"]
+    figures = {"state_bytes": 5, "saves": [{"durable_s": 1.5}, {"durable_s": 2.5}]}
+    document["samples"] = [
+        {"job": {"workload": "durable", "engine": engine}, "result": {"status": "ok", "figures": figures}}
+        for engine in ("ckptengine", "torch-save")
+    ]
     draw(document, tmp_path / "bars.png")
     assert (tmp_path / "bars.png").stat().st_size > 5_000
 

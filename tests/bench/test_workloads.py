@@ -7,7 +7,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from bench import worker
 from bench.driver import engines_for, plan, rotated, run_one
 from bench.engine import Engine, Wait, finished
 from bench.names import ENGINES
@@ -16,6 +18,9 @@ from bench.rivals.torch_save import TorchSave
 from bench.workloads import disk, durable, many_small, memory, metadata, restore, stall
 from bench.workloads.stall_figures import end_to_end, stolen
 from ckptengine.errors import UnusableRequest
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+"""torch DCP says so whenever it is used in one process."""
 
 
 def tiny(tmp_path: Path, workload: str, engine: str) -> Job:
@@ -46,27 +51,30 @@ class ForgetsOneTensor(TorchSave):
 
 
 class SavesTooLate(TorchSave):
-    """Writes the state as it is when the save is waited for, which is after training went on."""
+    """Writes the state as it is after the next update."""
+
+    durable_by_itself = True
+    _late = 0
 
     def save(self, step: int) -> Wait:
         self._late = step
         return finished
 
-    def before_update(self) -> None:
-        return
+    def after_update(self) -> None:
+        if self._late:
+            super().save(self._late)
+        self._late = 0
 
     def drain(self) -> None:
-        super().save(self._late)
+        self.after_update()
 
 
 @pytest.mark.parametrize("wrong", [ForgetsOneTensor, SavesTooLate])
 def test_wrong_bytes_are_marked(tmp_path: Path, wrong: type[Engine], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stall, "engine_class", lambda name: wrong)
-    if wrong is SavesTooLate:  # what it writes late is written before the harness syncs it
-        monkeypatch.setattr(SavesTooLate, "durable_by_itself", True)
     todo = dataclasses.replace(tiny(tmp_path, "stall", "torch-save"), every=(4,), steps=4)
     checks = stall.measure(todo)["blocks"][0]["checks"]
-    assert any(check.startswith(("WRONG BYTES", "does not load")) for check in checks)
+    assert checks[0].startswith("WRONG BYTES")
 
 
 @pytest.mark.parametrize("engine", ["pwrite", "torch-save-fsync", "dcp-save"])
@@ -133,11 +141,9 @@ def test_what_dies_is_reported_with_its_last_words(tmp_path: Path) -> None:
 
 
 def test_a_missing_device_is_skipped_with_the_reason(tmp_path: Path) -> None:
-    import torch
-
     if torch.cuda.is_available():
         pytest.skip("there is a device")
-    result = run_one(dataclasses.replace(tiny(tmp_path, "stall", "none"), device="cuda"), tmp_path / "job").result
+    result = worker.run(dataclasses.replace(tiny(tmp_path, "stall", "none"), device="cuda"))
     assert result == {"status": "skipped", "reason": "no cuda device"}
 
 

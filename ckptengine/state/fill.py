@@ -97,8 +97,6 @@ def prepare(
     root = Matcher(context).match(state, data, "")
     chosen = _streams(context, saved, random and selection.everything, random_policy)
     unused = _unused(context)
-    if not (selection.everything or context.targets or context.found_any or unused):
-        raise NotFound(f"names={list(selection.patterns or ())} selects nothing of the checkpoint")
     problems = list(dict.fromkeys(context.problems))
     if not strict:
         problems = [one for one in problems if not one.endswith(_MISSING)]
@@ -106,6 +104,8 @@ def prepare(
         problems += [f"{name}: in the checkpoint, not in the live state" for name in unused]
     if problems:
         raise StateMismatch(_report(problems, strict), tuple(problems))
+    if not (selection.everything or context.targets or context.found_any or unused):
+        raise NotFound(f"names={list(selection.patterns or ())} selects nothing of the checkpoint")
     return Filling(tuple(context.targets), unused, context, root, chosen, random_policy)
 
 
@@ -142,5 +142,5 @@ def _unused(context: Context) -> tuple[str, ...]:
     for name in left:  # an extra container is told by its tensors
         while (name := name.rpartition(".")[0]) and name not in told:
             told.add(name)
-    extra = (name for name in dict.fromkeys(context.extra) if name not in told and context.selection.covers(name))
-    return (*left, *extra)
+    extra = (name for name in dict.fromkeys(context.extra) if name not in told and context.stored(name) is None)
+    return (*left, *(name for name in extra if context.selection.covers(name)))

@@ -58,9 +58,7 @@ class Matcher:
             return _keep(live)
         if isinstance(live, PerRank):
             return self._rank_value(live, data, name)
-        if isinstance(data, Absent) and not self.is_structural(live):
-            return _keep(live)
-        if self.is_structural(live):
+        if self.is_structural(live) or (not name and type(live) in _MAPPINGS):
             return self._structure(live, data, name)
         return self._plain(live, data, name)
 

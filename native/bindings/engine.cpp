@@ -189,7 +189,7 @@ void bind_engine(nb::module_& module) {
         .def("close", [](EngineHandle& engine) {
             if (engine.usable()) {
                 const nb::gil_scoped_release release;
-                engine.get().shut_down();
+                engine.get().close();
             }
         });
     bind_job(module);

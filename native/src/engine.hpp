@@ -38,9 +38,10 @@ public:
     Engine& operator=(const Engine&) = delete;
 
     // Cancels every job, wakes every waiter and joins the threads. The destructor does it too.
-    void shut_down() CKPT_EXCLUDES(mutex_);
+    void close() CKPT_EXCLUDES(mutex_);
 
-    // Throws std::invalid_argument for extents that make no sense. Nothing is read before it returns.
+    // Throws std::invalid_argument for extents that make no sense, std::runtime_error when closed, CudaError. Nothing
+    // is read before it returns.
     std::shared_ptr<WriteJob> submit(const WriteRequest& request) CKPT_EXCLUDES(mutex_);
 
     // Moves these extents to the front of everything.
@@ -109,6 +110,7 @@ private:
     Condition done_;  // something was captured, written or stopped
     std::deque<std::shared_ptr<WriteJob>> jobs_ CKPT_GUARDED_BY(mutex_);
     bool stopping_ CKPT_GUARDED_BY(mutex_) = false;
+    int fences_waiting_ CKPT_GUARDED_BY(mutex_) = 0;
     Clock::time_point write_slot_ CKPT_GUARDED_BY(mutex_){};  // when the bandwidth cap allows the next write
     std::vector<std::thread> threads_ CKPT_GUARDED_BY(mutex_);
     bool device_thread_ = false;

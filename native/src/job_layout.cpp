@@ -44,8 +44,8 @@ void JobLayout::check_options() const {
     if (o.segment_bytes == 0 || o.segment_bytes % kPage != 0 || o.granule_bytes == 0 || o.min_live_bytes == 0) {
         throw std::invalid_argument("segments are multiples of 4096 bytes; granules and live stretches are not empty");
     }
-    if (!power_of_two(o.memory_alignment) || !power_of_two(o.offset_alignment) || o.offset_alignment > kPage) {
-        throw std::invalid_argument("alignments are powers of two, that of file offsets at most 4096");
+    if (!power_of_two(o.memory_alignment) || !power_of_two(o.offset_alignment) || o.alignment() > kPage) {
+        throw std::invalid_argument("alignments are powers of two of at most 4096");
     }
     if ((o.body_end - o.body_begin) / o.segment_bytes >= UINT32_MAX - 2) {
         throw std::invalid_argument("a body of too many segments");
@@ -145,7 +145,7 @@ ByteRange JobLayout::live_part(const Extent& extent, std::uint64_t begin, std::u
         (extent.address - extent.file_offset) % options_.memory_alignment != 0) {
         return {begin, begin};
     }
-    const std::uint64_t alignment = options_.offset_alignment;
+    const std::uint64_t alignment = options_.alignment();
     const std::uint64_t from = (begin + alignment - 1) / alignment * alignment;
     const std::uint64_t to = end / alignment * alignment;
     if (from >= to || to - from < options_.min_live_bytes) {

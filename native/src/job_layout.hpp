@@ -1,6 +1,7 @@
 // The plan of one rank file's body: which extents lie where, cut into segments. Immutable and without I/O.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -21,8 +22,11 @@ struct LayoutOptions {
     std::uint64_t granule_bytes = 16384;
     std::uint64_t granule_slots = 0;
     std::uint64_t memory_alignment = 1;  // what direct I/O wants; 1 where everything is buffered
-    std::uint64_t offset_alignment = 1;  // divides kPage
+    std::uint64_t offset_alignment = 1;  // both divide kPage
     std::uint64_t min_live_bytes = 16384;  // shorter stretches are gathered rather than written from where they lie
+
+    // Where stretches of live memory begin and end in the file, so that what is gathered around them is aligned too.
+    std::uint64_t alignment() const noexcept { return std::max(memory_alignment, offset_alignment); }
 };
 
 // One write: a range of the file between two multiples of segment_bytes.

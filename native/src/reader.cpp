@@ -130,8 +130,9 @@ void Reader::check() const {
     }
     if (o.threads < 1 || o.threads > 256 || o.block_bytes == 0 || o.block_bytes % kPageBytes != 0 ||
         o.block_bytes > (1u << 30) || o.min_live_bytes == 0 || !power_of_two(o.memory_alignment) ||
-        !power_of_two(o.offset_alignment) || o.offset_alignment > kPageBytes) {
-        throw std::invalid_argument("reading needs 1 to 256 threads, blocks of whole pages and alignments of powers of two");
+        !power_of_two(o.offset_alignment) || o.offset_alignment > kPageBytes || o.memory_alignment > kPageBytes) {
+        throw std::invalid_argument(
+            "reading needs 1 to 256 threads, blocks of whole pages, and alignments that divide a page");
     }
     for (std::size_t i = 0; i < ranges_.size(); ++i) {
         const ReadRange& range = ranges_[i];
@@ -177,7 +178,7 @@ void Reader::plan() {
 // The stretch of a part that is read straight to where it belongs; empty (begin = end) where there is none.
 Part Reader::live_part(const Part& part, bool direct) const {
     const ReadRange& range = ranges_[part.range];
-    const std::uint64_t alignment = direct ? options_.offset_alignment : 1;
+    const std::uint64_t alignment = direct ? std::max(options_.memory_alignment, options_.offset_alignment) : 1;
     const std::uint64_t begin = (part.begin + alignment - 1) / alignment * alignment;
     const std::uint64_t end = part.end / alignment * alignment;
     const bool congruent = !direct || (range.address - range.file_offset) % options_.memory_alignment == 0;
@@ -188,7 +189,7 @@ Part Reader::live_part(const Part& part, bool direct) const {
 }
 
 std::optional<IoError> Reader::fetch(const Chunk& chunk, std::uint8_t* buffer, bool direct) {
-    const std::uint64_t alignment = direct ? options_.offset_alignment : 1;
+    const std::uint64_t alignment = direct ? std::max(options_.memory_alignment, options_.offset_alignment) : 1;
     const std::uint64_t base = chunk.begin / kPageBytes * kPageBytes;
     const std::uint64_t begin = chunk.begin / alignment * alignment;
     const std::uint64_t end = (chunk.end + alignment - 1) / alignment * alignment;

@@ -36,11 +36,13 @@ void SegmentBuilder::gather(std::uint32_t extent, std::uint64_t begin, std::uint
 
 const std::vector<iovec>& SegmentBuilder::build(const Segment& segment, std::uint8_t* buffer, bool allow_live) {
     vectors_.clear();
+    gathered_bytes_ = 0;
     std::uint64_t gathered_from = segment.begin;  // gathered bytes not yet listed
     std::uint64_t at = segment.begin;
     const auto list_gathered = [&](std::uint64_t until) {
         if (until > gathered_from) {
             vectors_.push_back(vector_of(place(segment, buffer, gathered_from), until - gathered_from));
+            gathered_bytes_ += until - gathered_from;
         }
     };
     for (std::uint32_t i = segment.first_extent; i < segment.last_extent; ++i) {

@@ -20,6 +20,9 @@ public:
     // segment when `allow_live`. Digests every byte. The result covers the segment in file order.
     const std::vector<iovec>& build(const Segment& segment, std::uint8_t* buffer, bool allow_live);
 
+    // Bytes of the last build() that lie in its buffer.
+    std::uint64_t gathered_bytes() const noexcept { return gathered_bytes_; }
+
     // For segments with device memory: issues the copies into `buffer` and returns the devices they were issued to.
     // Nothing is digested before digest_buffer() is called, after the copies have arrived.
     std::vector<int> copy_from_devices(const Segment& segment, std::uint8_t* buffer, CudaCopier& copier);
@@ -36,6 +39,7 @@ private:
     const JobLayout& layout_;
     JobDigests& digests_;
     std::vector<iovec> vectors_;
+    std::uint64_t gathered_bytes_ = 0;
 };
 
 // The part of `vectors` (which begin at file offset `begin`) that holds file bytes [from, to).

@@ -15,6 +15,21 @@ std::uint64_t scramble(std::uint64_t value) noexcept {  // splitmix64
     return value ^ (value >> 31);
 }
 
+// The first, the last, and one of every equal part between them; a single look goes anywhere.
+std::uint64_t sampled_granule(std::uint64_t look, std::uint64_t looks, std::uint64_t count,
+                              std::uint64_t random) noexcept {
+    if (looks == count || look == 0) {
+        return looks == 1 ? random % count : look;
+    }
+    if (look == looks - 1) {
+        return count - 1;
+    }
+    const std::uint64_t inner = count - 2;
+    const std::uint64_t begin = 1 + inner * (look - 1) / (looks - 2);
+    const std::uint64_t end = 1 + inner * look / (looks - 2);
+    return begin + random % (end - begin);
+}
+
 }  // namespace
 
 WriteJob::WriteJob(const WriteRequest& request)
@@ -31,8 +46,8 @@ WriteJob::WriteJob(const WriteRequest& request)
         throw std::invalid_argument("a write job needs a file descriptor");
     }
     const LayoutOptions& options = layout_.options();
-    if (files_.buffered < 0 && (options.body_begin % options.offset_alignment != 0 ||
-                                options.body_end % options.offset_alignment != 0)) {
+    if (files_.buffered < 0 && (options.body_begin % options.alignment() != 0 ||
+                                options.body_end % options.alignment() != 0)) {
         throw std::invalid_argument("without a buffered descriptor the body must begin and end on the alignment");
     }
     for (std::size_t i = 0; i < request.extents.size(); ++i) {
@@ -59,6 +74,14 @@ WriteJob::WriteJob(const WriteRequest& request)
     for (std::uint64_t segment = 0; segment < segments.size(); ++segment) {
         list(segment);
     }
+    if (!device_.order.empty()) {
+        late_digests_ = std::make_unique<std::atomic<std::uint32_t>[]>(request.extents.size());
+        for (const std::uint32_t index : device_.order) {
+            for (std::uint32_t i = segments[index].first_extent; i < segments[index].last_extent; ++i) {
+                late_digests_[i].fetch_add(1, std::memory_order_relaxed);
+            }
+        }
+    }
 }
 
 WriteJob::~WriteJob() {
@@ -77,6 +100,12 @@ void WriteJob::record(TraceKind kind, std::int64_t begin_ns, std::uint64_t offse
     MutexLock lock(trace_mutex_);
     if (trace_.size() < kTraceEvents) {
         trace_.push_back({begin_ns, end_ns, offset, size, static_cast<std::int32_t>(kind), thread});
+    }
+}
+
+void WriteJob::add_digested(const Segment& segment) noexcept {
+    for (std::uint32_t i = segment.first_extent; i < segment.last_extent; ++i) {
+        late_digests_[i].fetch_sub(1, std::memory_order_release);
     }
 }
 
@@ -130,12 +159,12 @@ std::vector<std::uint32_t> WriteJob::recheck(std::span<const std::uint32_t> exte
             throw std::out_of_range("recheck of an extent that does not exist");
         }
         const std::uint64_t count = layout_.granules_of(layout_.extents()[extent]);
-        if (!captured(extent) || count == 0) {
+        if (!captured(extent) || !digested(extent) || count == 0) {
             continue;
         }
-        const bool all = samples == 0 || samples >= count;
-        for (std::uint64_t i = 0; i < (all ? count : samples); ++i) {
-            const std::uint64_t granule = all ? i : scramble(scramble(seed ^ extent) + i) % count;
+        const std::uint64_t looks = samples == 0 ? count : std::min(samples, count);
+        for (std::uint64_t i = 0; i < looks; ++i) {
+            const std::uint64_t granule = sampled_granule(i, looks, count, scramble(scramble(seed ^ extent) + i));
             if (granule_changed(extent, granule, scratch, copier)) {
                 changed.push_back(extent);
                 break;

@@ -86,8 +86,9 @@ public:
     std::vector<TraceEvent> trace() const;
     void record(TraceKind kind, std::int64_t begin_ns, std::uint64_t offset, std::uint64_t size, int thread);
 
-    // Which of `extents` differ in live memory from what was captured. Looks at `samples` granules of each, chosen by
-    // `seed` (0: all of them), and only at extents that are captured. Throws std::out_of_range, CudaError.
+    // Which of `extents` differ in live memory from what was captured. Looks at `samples` granules of each (0: all): the first, the
+    // last and others between, chosen by `seed`; only at extents that are captured and digested, which
+    // those in device memory (and what shares a segment with them) are once they are written. Throws std::out_of_range, CudaError.
     std::vector<std::uint32_t> recheck(std::span<const std::uint32_t> extents, std::uint64_t samples,
                                        std::uint64_t seed) const;
 
@@ -95,6 +96,10 @@ private:
     friend class Engine;
 
     void add_captured(const Segment& segment) noexcept;
+    void add_digested(const Segment& segment) noexcept;
+    bool digested(std::uint32_t extent) const noexcept {
+        return late_digests_ == nullptr || late_digests_[extent].load(std::memory_order_acquire) == 0;
+    }
     bool granule_changed(std::uint32_t extent, std::uint64_t granule, std::vector<std::uint8_t>& scratch,
                          std::unique_ptr<CudaCopier>& copier) const;
 
@@ -103,6 +108,8 @@ private:
     FilePair files_;
     std::uint64_t reserve_bytes_;
     std::unique_ptr<std::atomic<std::uint64_t>[]> uncaptured_;  // bytes per extent
+    // Segments of each extent that are digested after their capture; nullptr where there is no device memory.
+    std::unique_ptr<std::atomic<std::uint32_t>[]> late_digests_;
     std::atomic<std::uint64_t> captured_bytes_{0};
     std::atomic<std::uint64_t> written_bytes_{0};
     std::atomic<std::uint64_t> gathered_bytes_{0};

@@ -72,7 +72,7 @@ def _completed(address: str, spec: dict[str, Any], fingerprint: str, keys: list[
     with client:
         futures = [client.submit(run_remote_unit, frozen, fingerprint, key, pure=False) for key in keys]
         try:
-            for future in distributed.as_completed(futures):
+            for future in distributed.as_completed(futures, loop=client.loop):
                 try:
                     yield future.result()
                 except CheckpointError:

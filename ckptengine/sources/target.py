@@ -148,8 +148,7 @@ class LocalSink:
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
             os.close(fd)
-            if self._buffer is not None:
-                self._buffer.close()
+            self._buffer = None  # unmapped when the last view of it is gone
 
 
 _FLAGS = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW

@@ -1,0 +1,19 @@
+"""Temporary folders in memory where there is such a file system: these tests sync many tiny files."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    memory = "/dev/shm"
+    folder = Path(tempfile.mkdtemp(prefix="ckptengine-test-", dir=memory if os.access(memory, os.W_OK) else None))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)

@@ -3,8 +3,8 @@
 Memory is anonymous and shared pages; pages of files, which the kernel takes back at will and whose share changes with
 every other process that maps the same library, are counted apart.
 
-Run as a module with the process's id: it samples until its standard input closes, then prints a JSON list of
-[seconds on the monotonic clock, bytes of memory, bytes of file pages].
+Run as a module with the process's id: it prints a line after the first sample, and when its standard input closes a
+JSON list of [seconds on the monotonic clock, bytes of memory, bytes of file pages].
 """
 
 from __future__ import annotations
@@ -62,6 +62,8 @@ def sample(process: int, interval_s: float) -> list[tuple[float, int, int]]:
         members = [member for member in tree(process) if member != os.getpid()]
         sizes = [pss_bytes(member) for member in members]
         samples.append((time.monotonic(), sum(size[0] for size in sizes), sum(size[1] for size in sizes)))
+        if len(samples) == 1:
+            print("ready", flush=True)
         if select.select([sys.stdin], [], [], interval_s)[0]:
             return samples
 
@@ -77,6 +79,8 @@ class Sampler:
     def __enter__(self) -> Sampler:
         command = [sys.executable, "-m", __name__, str(os.getpid()), str(self.interval_s)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self._process.stdout is not None
+        self._process.stdout.readline()
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -68,6 +68,11 @@ class LiveState(abc.ABC):
         for tensor in self.tensors().values():
             tensor.fill_(77)
 
+    def settle(self) -> None:
+        """Wait for what a device still has to do, so that a clock that is read next tells the truth."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
     def digests(self) -> dict[str, str]:
         """A SHA-256 of every tensor's bytes, by path."""
         with concurrent.futures.ThreadPoolExecutor(max_workers=2) as pool:

@@ -43,6 +43,7 @@ def timed_restore(engine: Engine, job: Job) -> float:
     count(engine.path(step)) if engine.path(step).exists() else None
     start = time.perf_counter()
     engine.restore(step)
+    engine.state.settle()
     seconds = time.perf_counter() - start
     engine.discard(step)
     return seconds

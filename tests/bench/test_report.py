@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bench import arguments, curves, report
+from bench import agree, arguments, curves, report
 from bench.document import load
 from bench.plot import draw
 from bench.statistics import noise_warnings, ranking, ratio, summarise
@@ -155,3 +155,11 @@ def test_a_file_that_is_no_result(tmp_path: Path) -> None:
 
 def test_sizes_are_read() -> None:
     assert [arguments.size_bytes(text) for text in ("5", "1K", "1.5GiB", "2m")] == [5, 1024, 3 << 29, 2 << 20]
+
+
+def test_runs_contradict_each_other_only_where_both_tell_engines_apart(result: dict[str, Any], tmp_path: Path) -> None:
+    assert agree.contradictions([["a"], ["b", "c"]], [["a", "b"], ["c"]]) == []
+    assert agree.contradictions([["a"], ["b"], ["c"]], [["b"], ["a", "c"]]) == [("a", "b")]
+    (tmp_path / "one.json").write_text(json.dumps(result["document"]))
+    assert agree.main([str(tmp_path / "one.json")] * 2) == 0
+    assert agree.main([str(tmp_path / "none.json")]) == 2

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ckptengine.errors import Damaged, UnreadableFormat
-from ckptengine.sources.deepspeed.held import Chunk, Held, Number, Whole, cut_evenly, flat, number
 from ckptengine.sources.files import InlineFiles
+from ckptengine.sources.held import Chunk, Held, Number, Whole, cut_evenly, flat, number
 from ckptengine.sources.stored import StoredTensor
 
 Chunks = Callable[[Sequence[StoredTensor]], list[Chunk]]

@@ -7,8 +7,8 @@ from typing import Any
 
 from ckptengine.sources.deepspeed.groups import MASTER
 from ckptengine.sources.deepspeed.header import ModelStates, int_list
-from ckptengine.sources.deepspeed.held import Held, Whole, number
 from ckptengine.sources.files import InlineFiles
+from ckptengine.sources.held import Held, Whole, number
 from ckptengine.sources.stored import StoredTensor
 
 NAMELESS = "state"

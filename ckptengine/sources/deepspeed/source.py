@@ -17,7 +17,6 @@ from ckptengine.layout.tensor import LogicalTensor
 from ckptengine.sources.deepspeed.folder import StepFolder, check_ranks, read_folder
 from ckptengine.sources.deepspeed.groups import MASTER, entries
 from ckptengine.sources.deepspeed.header import ModelStates, read_model_states
-from ckptengine.sources.deepspeed.held import Held, Whole
 from ckptengine.sources.deepspeed.plainopt import plain_optimizer
 from ckptengine.sources.deepspeed.universal import read_universal
 from ckptengine.sources.deepspeed.weights import (
@@ -29,6 +28,7 @@ from ckptengine.sources.deepspeed.weights import (
 )
 from ckptengine.sources.deepspeed.zero import read_partitions
 from ckptengine.sources.files import InlineFiles
+from ckptengine.sources.held import Held, Whole
 from ckptengine.sources.plain import plain
 from ckptengine.sources.port import Files, Format, Opening, Source
 from ckptengine.sources.rules.assemble import Assembler

@@ -14,8 +14,8 @@ from ckptengine.errors import Damaged, UnreadableFormat
 from ckptengine.sources.deepspeed.folder import StepFolder
 from ckptengine.sources.deepspeed.groups import MASTER
 from ckptengine.sources.deepspeed.header import ModelStates, int_list, load_dict
-from ckptengine.sources.deepspeed.held import Chunk, Held, Whole, flat, number
 from ckptengine.sources.files import InlineFiles
+from ckptengine.sources.held import Chunk, Held, Whole, flat, number
 from ckptengine.sources.stored import StoredTensor
 from ckptengine.sources.torchzip import load_torch
 

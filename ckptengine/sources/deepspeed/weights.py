@@ -9,7 +9,7 @@ from ckptengine.errors import NotFound, UnreadableFormat
 from ckptengine.sources.deepspeed.folder import StepFolder
 from ckptengine.sources.deepspeed.groups import sliced
 from ckptengine.sources.deepspeed.header import ModelStates, load_dict, tensors_of
-from ckptengine.sources.deepspeed.held import Held, Whole
+from ckptengine.sources.held import Held, Whole
 from ckptengine.sources.stored import StoredTensor
 
 _TIED = "tied_modules."

@@ -166,8 +166,8 @@ class Rules:
             raise RuleError(f"{where}: the names of [let] refer to each other in a circle")
         for path in variable.paths:
             found = look_up(values, path)
-            if isinstance(found, int) and not isinstance(found, bool):
-                return found
+            if isinstance(found, int):  # true and false count as 1 and 0
+                return int(found)
         if variable.default is None:
             raise RuleError(
                 f"{where}: the checkpoint does not say {name!r}; give it, as {self.name}:{name}=<number> "

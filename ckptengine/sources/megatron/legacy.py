@@ -1,0 +1,219 @@
+"""Megatron's legacy checkpoints: one folder per tensor-, pipeline- and expert-parallel rank.
+
+What is cut over tensor-parallel ranks is put together as the rules say; layers and experts get their global numbers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ckptengine.errors import NotFound, UnreadableFormat
+from ckptengine.layout.tensor import LogicalTensor
+from ckptengine.sources.files import InlineFiles
+from ckptengine.sources.held import Held
+from ckptengine.sources.megatron.optimizer import Parameter, optimizer_states
+from ckptengine.sources.megatron.rankfile import RankFile, read_rank_file
+from ckptengine.sources.plain import plain
+from ckptengine.sources.port import Files, Opening
+from ckptengine.sources.rules.algebra import Placed
+from ckptengine.sources.rules.assemble import Assembler
+from ckptengine.sources.rules.average import AveragedFiles
+from ckptengine.sources.rules.parse import load_rules
+
+MODEL_FILE = "model_optim_rng.pt"
+OPTIMIZER_FILE = "distrib_optim.pt"
+_RANK = re.compile(r"mp_rank_(\d+)(?:_(\d+))?(?:_(\d+))?/")
+_LAYER = re.compile(r"(.*?\blayers\.)(\d+)(\..*)")
+_EXPERT = re.compile(r"(.*\.local_experts\.)(\d+)(\..*)|(.*\.experts\.linear_fc[12]\.(?:weight|bias))(\d+)()")
+_EXPERTS = ".experts."
+
+Rank = tuple[int, int, int]
+"""Tensor-, pipeline- and expert-parallel rank."""
+
+
+@dataclass(slots=True)
+class _Pieces:
+    """What ranks hold of one tensor, by (expert-parallel, tensor-parallel) rank."""
+
+    parameter: str
+    held: dict[tuple[int, int], Held] = field(default_factory=dict)
+
+
+class LegacySource:
+    """All ranks of one iteration."""
+
+    format = "megatron"
+
+    def __init__(self, opening: Opening) -> None:
+        base = opening.files
+        self._inline = InlineFiles(base)
+        self._averages = AveragedFiles(self._inline)
+        self.files: Files = self._averages
+        self.metrics: Mapping[str, float] = {}
+        self._ranks = {rank: _read(base, folder) for rank, folder in _numbered(base).items()}
+        first = self._ranks[0, 0, 0]
+        iteration = first.rest.get("iteration")
+        self.step = iteration if type(iteration) is int else opening.step
+        self._pieces: dict[str, _Pieces] = {}
+        groups = self._collect()
+        made = plain(dict(first.rest))
+        self._values: dict[Any, Any] = made if isinstance(made, dict) else {}
+        if groups:
+            self._values["optim"] = {"param_groups": plain(groups)}
+        rules = load_rules(opening.rules) if opening.rules is not None else None
+        names = list(dict.fromkeys(pieces.parameter for pieces in self._pieces.values()))
+        self._assembler = Assembler(rules, names, self._values, self._averages)
+        if len(self._ranks) > 1:
+            for name in self._pieces:
+                self.tensor(name)  # what no rule explains is refused now
+
+    def names(self) -> Sequence[str]:
+        return list(self._pieces)
+
+    def tensor(self, name: str) -> LogicalTensor:
+        pieces = self._pieces.get(name)
+        if pieces is None:
+            raise NotFound(f"{self.files.root} has no tensor {name!r}")
+        by_expert: list[Placed] = []
+        for ep in sorted({ep for ep, _ in pieces.held}):
+            placed = [held.placed() for (rank, _), held in sorted(pieces.held.items()) if rank == ep]
+            by_expert.append(placed[0] if not placed[0].shape else self._assembler.whole(pieces.parameter, placed))
+        if not by_expert[0].shape:
+            whole = by_expert[0]
+        else:
+            whole = self._assembler.whole_experts(pieces.parameter, by_expert)
+        return LogicalTensor(name, whole.dtype, whole.shape, whole.fragments)
+
+    def aliases(self) -> Mapping[str, str]:
+        return {}
+
+    def values(self) -> object:
+        return self._values
+
+    # reading
+
+    def _collect(self) -> list[dict[Any, Any]]:
+        """Fill the pieces of every tensor; returns the optimizer's groups of the first ranks, by name."""
+        offsets = self._layer_offsets()
+        groups: list[dict[Any, Any]] = []
+        for (tp, pp, ep), rank in self._ranks.items():
+            parameters: list[Parameter] = []
+            for number, chunk in enumerate(rank.chunks):
+                offset = offsets[ep, pp, number]
+                experts = _local_experts(chunk)
+                for name, tensor in chunk.items():
+                    shown = _global_name(name, offset, ep * experts)
+                    parameters.append(Parameter(shown, name, number, tensor))
+            for parameter in parameters:
+                self._add(f"model.{parameter.name}", parameter.name, (ep, tp), parameter.whole())
+            found, named = optimizer_states(rank, parameters, self._inline)
+            for name, state, held in found:
+                self._add(f"optim.{name}.{state}", name, (ep, tp), held)
+            if tp == 0:
+                _merge(groups, named)
+        return groups
+
+    def _add(self, name: str, parameter: str, rank: tuple[int, int], held: Held) -> None:
+        pieces = self._pieces.setdefault(name, _Pieces(parameter))
+        ep, tp = rank
+        if _EXPERTS not in parameter or _EXPERT.fullmatch(parameter):
+            ep = min((other for other, _ in pieces.held), default=ep)  # the same on all expert-parallel ranks
+            if rank[0] != ep:
+                return
+        pieces.held.setdefault((ep, tp), held)
+
+    def _layer_offsets(self) -> dict[tuple[int, int, int], int]:
+        """The global number of the first layer of each (expert-parallel rank, stage, chunk).
+
+        Layers go round the pipeline stages once for each virtual stage.
+        """
+        stages = 1 + max(pp for _, pp, _ in self._ranks)
+        offsets: dict[tuple[int, int, int], int] = {}
+        for ep in sorted({ep for _, _, ep in self._ranks}):
+            chunks = {pp: self._ranks[0, pp, ep].chunks for pp in range(stages)}
+            if len({len(held) for held in chunks.values()}) > 1:
+                raise UnreadableFormat(f"{self.files.root}: pipeline ranks have different numbers of virtual stages")
+            offset = 0
+            for number in range(len(chunks[0])):
+                for pp in range(stages):
+                    offsets[ep, pp, number] = offset
+                    offset += _layer_count(chunks[pp][number])
+        return offsets
+
+
+def rank_folders(files: Files) -> list[str]:
+    """The folders of ranks in a folder of one iteration."""
+    return [name for name in files.entries() if _RANK.fullmatch(name)]
+
+
+def _numbered(files: Files) -> dict[Rank, str]:
+    """Rank -> folder.  A second number is the pipeline's if the run had one, else the experts'."""
+    found: dict[tuple[int, ...], str] = {}
+    for folder in rank_folders(files):
+        match = _RANK.fullmatch(folder)
+        if match is not None:
+            found[tuple(int(text) for text in match.groups() if text is not None)] = folder
+    widths = {len(numbers) for numbers in found}
+    if len(widths) > 1:
+        raise UnreadableFormat(f"{files.root} mixes folders of runs with different parallelism")
+    (width,) = widths
+    pipeline = width != 2 or _has_pipeline(files, found[min(found)])
+    ranks: dict[Rank, str] = {}
+    for numbers, folder in found.items():
+        tp, second, third = (*numbers, 0, 0)[:3]
+        ranks[(tp, second, third) if pipeline else (tp, 0, second)] = folder
+    wanted = [
+        (tp, pp, ep)
+        for tp in range(1 + max(tp for tp, _, _ in ranks))
+        for pp in range(1 + max(pp for _, pp, _ in ranks))
+        for ep in range(1 + max(ep for _, _, ep in ranks))
+    ]
+    missing = [rank for rank in wanted if rank not in ranks]
+    if missing:
+        tp, pp, ep = missing[0]
+        raise NotFound(
+            f"{files.root} has no folder of tensor-parallel rank {tp}, pipeline rank {pp}, expert rank {ep}; "
+            f"{len(missing)} of {len(wanted)} ranks are missing"
+        )
+    return {rank: ranks[rank].rstrip("/") for rank in wanted}
+
+
+def _has_pipeline(files: Files, folder: str) -> bool:
+    arguments = _read(files, folder.rstrip("/")).arguments
+    stages, experts = (arguments.get(f"{axis}_model_parallel_size") for axis in ("pipeline", "expert"))
+    return not (stages in (None, 1) and isinstance(experts, int) and experts > 1)
+
+
+def _read(files: Files, folder: str) -> RankFile:
+    return read_rank_file(files, f"{folder}/{MODEL_FILE}", f"{folder}/{OPTIMIZER_FILE}")
+
+
+def _layer_count(chunk: Mapping[str, object]) -> int:
+    return 1 + max((int(match[2]) for name in chunk if (match := _LAYER.fullmatch(name))), default=-1)
+
+
+def _local_experts(chunk: Mapping[str, object]) -> int:
+    numbers = [int(match[2] or match[5]) for name in chunk if (match := _EXPERT.fullmatch(name))]
+    return 1 + max(numbers, default=-1)
+
+
+def _global_name(name: str, first_layer: int, first_expert: int) -> str:
+    if match := _LAYER.fullmatch(name):
+        name = f"{match[1]}{int(match[2]) + first_layer}{match[3]}"
+    if match := _EXPERT.fullmatch(name):
+        head, number, tail = (match[1], match[2], match[3]) if match[2] else (match[4], match[5], match[6])
+        name = f"{head}{int(number) + first_expert}{tail}"
+    return name
+
+
+def _merge(groups: list[dict[Any, Any]], named: Sequence[dict[Any, Any]]) -> None:
+    """Other ranks have the same groups with other parameters."""
+    for position, group in enumerate(named):
+        if position == len(groups):
+            groups.append({**group, "params": []})
+        held = groups[position]["params"]
+        known = set(held)
+        held += [name for name in group["params"] if name not in known]

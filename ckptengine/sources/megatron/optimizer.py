@@ -1,0 +1,224 @@
+"""Optimizer states of one rank of a legacy Megatron checkpoint, by parameter name.
+
+Megatron's optimizers know parameters by position only.  Positions follow from the order of the module's parameters,
+from what a group holds (``wd_mult``, ``is_expert_parallel``) and from how the distributed optimizer lays out its
+buffers; shapes and sizes must agree with that, else the checkpoint is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ckptengine.errors import UnreadableFormat
+from ckptengine.sources.files import InlineFiles
+from ckptengine.sources.held import Chunk, Held, Number, Whole, flat
+from ckptengine.sources.megatron.rankfile import RankFile
+from ckptengine.sources.megatron.steps import common_step
+from ckptengine.sources.stored import StoredTensor
+
+ALIGNMENT = 64
+MASTER = "master"
+Entry = tuple[str, str, Held]
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A parameter or buffer of this rank: its global and local name, its virtual stage and its tensor."""
+
+    name: str
+    local: str
+    chunk: int
+    tensor: StoredTensor
+
+    @property
+    def is_expert(self) -> bool:
+        return ".experts." in self.local
+
+    @property
+    def is_decayed(self) -> bool:
+        return not (self.local.endswith(".bias") or len(self.tensor.shape) == 1)
+
+    def whole(self) -> Held:
+        return Whole(self.tensor)
+
+
+def optimizer_states(
+    rank: RankFile, parameters: Sequence[Parameter], inline: InlineFiles
+) -> tuple[list[Entry], list[dict[Any, Any]]]:
+    """(parameter, state, what is held), and the optimizer's groups with names for positions."""
+    if rank.optimizer is None:
+        return [], []
+    chained = rank.optimizer if isinstance(rank.optimizer, list) else [rank.optimizer]
+    buffers = rank.buffers if isinstance(rank.buffers, list) else [rank.buffers]
+    found: list[Entry] = []
+    groups: list[dict[Any, Any]] = []
+    for number, state in enumerate(chained):
+        if not isinstance(state, dict):
+            continue
+        mine = [p for p in parameters if len(chained) == 1 or p.is_expert == (number > 0)]
+        made = _Optimizer(rank, state, mine, inline)
+        held = buffers[number] if number < len(buffers) else None
+        found += made.from_buffers(held) if isinstance(held, dict) else made.from_states()
+        groups += made.named_groups()
+    return found, groups
+
+
+class _Optimizer:
+    """One of a chain of optimizers."""
+
+    def __init__(
+        self, rank: RankFile, state: Mapping[Any, Any], parameters: Sequence[Parameter], inline: InlineFiles
+    ) -> None:
+        self._rank = rank
+        self._outer = state
+        inner = state.get("optimizer", state)
+        self._inner: Mapping[Any, Any] = inner if isinstance(inner, dict) else {}
+        self._parameters = parameters
+        self._inline = inline
+        groups = self._inner.get("param_groups")
+        self._groups = [group for group in groups if isinstance(group, dict)] if isinstance(groups, list) else []
+        self._members = [self._of_group(group) for group in self._groups]
+
+    def named_groups(self) -> list[dict[Any, Any]]:
+        return [
+            {**group, "params": [parameter.name for parameter in members]}
+            for group, members in zip(self._groups, self._members, strict=True)
+        ]
+
+    def from_states(self) -> Iterator[Entry]:
+        """States by position, and fp32 copies by group and position."""
+        states = self._inner.get("state")
+        masters = self._outer.get("fp32_from_fp16_params")
+        by_position: Mapping[Any, Any] = states if isinstance(states, dict) else {}
+        step = common_step(by_position.get("common_step"), self._inline)
+        for number, (group, members) in enumerate(zip(self._groups, self._members, strict=True)):
+            positions = group.get("params")
+            if not isinstance(positions, list) or len(positions) != len(members):
+                count = len(positions) if isinstance(positions, list) else 0
+                raise UnreadableFormat(
+                    f"{self._rank.path}: group {number} of the optimizer has {count} parameters, but {len(members)} of "
+                    "the module's parameters belong to it; the states cannot be named"
+                )
+            copies = masters[number] if isinstance(masters, list) and number < len(masters) else []
+            for at, (position, parameter) in enumerate(zip(positions, members, strict=True)):
+                if isinstance(copies, list) and at < len(copies) and isinstance(copies[at], StoredTensor):
+                    yield self._entry(parameter, MASTER, copies[at])
+                state = by_position.get(position)
+                for key, value in state.items() if isinstance(state, dict) else ():
+                    if isinstance(value, StoredTensor):
+                        yield self._entry(parameter, str(key), value)
+                if step is not None:
+                    yield parameter.name, "step", Number(*step)
+
+    def from_buffers(self, buffers: Mapping[Any, Any]) -> Iterator[Entry]:
+        """States of the distributed optimizer: one flat buffer per state, virtual stage and element type."""
+        step = common_step(self._groups, self._inline)
+        sets = self._buffer_sets()
+        held = [value for key, value in sorted(((k, v) for k, v in buffers.items() if type(k) is int))]
+        if len(held) != len(sets):
+            raise UnreadableFormat(f"{self._rank.path}: the optimizer has {len(held)} buffers, the module {len(sets)}")
+        for by_dtype, members in zip(held, sets, strict=True):
+            states = next(iter(by_dtype.values()), None) if isinstance(by_dtype, dict) else None
+            if not isinstance(states, dict):
+                raise UnreadableFormat(f"{self._rank.path}: a buffer of the distributed optimizer is not known")
+            tensors = {str(k): v for k, v in states.items() if isinstance(v, StoredTensor) and len(v.shape) == 1}
+            sizes = {tensor.size for tensor in tensors.values()}
+            starts = self._starts(members, sizes)
+            for key, tensor in tensors.items():
+                for parameter, start in zip(members, starts, strict=True):
+                    chunk = Chunk(tensor, start, 0, parameter.tensor.size)
+                    state = MASTER if key == "param" else key
+                    yield parameter.name, state, flat(parameter.name, parameter.tensor.shape, [chunk])
+            if step is not None:
+                yield from ((parameter.name, "step", Number(*step)) for parameter in members)
+
+    def _entry(self, parameter: Parameter, key: str, value: StoredTensor) -> Entry:
+        if value.size == 1 and key == "step":
+            value = StoredTensor(value.storage, value.dtype, value.start, (), ())
+        elif value.shape != parameter.tensor.shape:
+            raise UnreadableFormat(
+                f"{self._rank.path}: the state {key} at the place of {parameter.local} has shape {list(value.shape)} "
+                f"instead of {list(parameter.tensor.shape)}; the optimizer's order of parameters is not known"
+            )
+        return parameter.name, key, Whole(value)
+
+    def _trained(self) -> list[Parameter]:
+        """Parameters in the module's order, each storage once (a tied one is trained under its first name)."""
+        floats = ("float32", "bfloat16", "float16", "float64")
+        seen: set[tuple[object, ...]] = set()
+        found = []
+        for parameter in self._parameters:
+            if parameter.tensor.dtype in floats and parameter.tensor.identity not in seen:
+                seen.add(parameter.tensor.identity)
+                found.append(parameter)
+        return found
+
+    def _of_group(self, group: Mapping[Any, Any]) -> list[Parameter]:
+        """The parameters of a group, by the rule that Megatron groups them by."""
+        decayed = group.get("wd_mult", group.get("pre_wd_mult"))
+        members = self._trained()
+        if decayed is not None and len(self._groups) > 1:
+            members = [p for p in members if p.is_decayed == (decayed != 0)]
+        expert = group.get("is_expert_parallel")
+        return [p for p in members if expert is None or p.is_expert == expert or not self._has_experts()]
+
+    def _has_experts(self) -> bool:
+        return any(parameter.is_expert for parameter in self._parameters)
+
+    def _buffer_sets(self) -> list[list[Parameter]]:
+        """The parameters of each buffer, last first: there is one per virtual stage and element type."""
+        sets: dict[tuple[int, str], list[Parameter]] = {}
+        for parameter in self._trained():
+            sets.setdefault((parameter.chunk, parameter.tensor.dtype), []).append(parameter)
+        return [members[::-1] for members in sets.values()]
+
+    def _starts(self, members: Sequence[Parameter], sizes: set[int]) -> list[int]:
+        """Where each parameter starts in a buffer without the padding at the end of its buckets."""
+        if len(sizes) != 1:
+            raise UnreadableFormat(f"{self._rank.path}: the distributed optimizer's buffers have different lengths")
+        (total,) = sizes
+        for starts in (_aligned(members), _viewed(members)):
+            if starts is not None and _end(members, starts) == total:
+                return starts
+        raise UnreadableFormat(
+            f"{self._rank.path}: the distributed optimizer's buffers hold {total} elements, which does not fit the "
+            "module's parameters laid out in one or more buckets; save with --ckpt-format torch_dist instead"
+        )
+
+
+def _aligned(members: Sequence[Parameter]) -> list[int] | None:
+    """One bucket: every parameter starts at a multiple of `ALIGNMENT` elements."""
+    starts: list[int] = []
+    end = 0
+    for parameter in members:
+        start = -(-end // ALIGNMENT) * ALIGNMENT
+        starts.append(start)
+        end = start + parameter.tensor.size
+    return starts
+
+
+def _viewed(members: Sequence[Parameter]) -> list[int] | None:
+    """Several buckets: the weights are views of a buffer that still has the padding, which is taken out.
+
+    Padding shows as a gap wider than the alignment asks for.
+    """
+    if len({id(parameter.tensor.storage) for parameter in members}) != 1:
+        return None
+    starts: list[int] = []
+    end = removed = 0
+    for parameter in members:
+        start = parameter.tensor.start
+        if start < end:
+            return None
+        if start > -(-end // ALIGNMENT) * ALIGNMENT:
+            removed += start - end
+        starts.append(start - removed)
+        end = start + parameter.tensor.size
+    return starts
+
+
+def _end(members: Sequence[Parameter], starts: Sequence[int]) -> int:
+    return max((s + math.prod(p.tensor.shape) for s, p in zip(starts, members, strict=True)), default=0)

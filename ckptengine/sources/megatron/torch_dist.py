@@ -1,0 +1,138 @@
+"""Megatron-core's distributed checkpoints (``torch_dist``)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ckptengine.errors import CheckpointError, Damaged, NotFound, UnreadableFormat
+from ckptengine.layout.box import Box
+from ckptengine.layout.tensor import Fragment, LogicalTensor
+from ckptengine.sources.dcp.metadata import METADATA, Item, TensorRecord, read_metadata
+from ckptengine.sources.dcp.source import DcpItems
+from ckptengine.sources.files import InlineFiles
+from ckptengine.sources.megatron.flattened import is_flattened, unflatten
+from ckptengine.sources.megatron.naming import canonical_names
+from ckptengine.sources.megatron.steps import common_step
+from ckptengine.sources.plain import DROPPED, plain
+from ckptengine.sources.port import Files, Opening
+from ckptengine.sources.torchzip import load_torch
+
+MANIFEST = "metadata.json"
+COMMON = "common.pt"
+MAX_MANIFEST_BYTES = 1 << 20
+_BACKENDS = ("torch_dist",)
+
+
+class TorchDistSource:
+    """Tensors under Megatron's global keys, their layers stacked where Megatron stacks them.
+
+    Values are those of ``common.pt``; objects of single ranks (random states, extra states) lie under ``objects`` by
+    their keys.
+    """
+
+    format = "megatron"
+
+    def __init__(self, opening: Opening) -> None:
+        base = opening.files
+        check_manifest(base)
+        self._inline = InlineFiles(base)
+        self.files: Files = self._inline
+        self.metrics: Mapping[str, float] = {}
+        metadata = read_metadata(base)
+        self._records = metadata.tensors
+        self._objects = metadata.objects
+        self._items = DcpItems(base)
+        self._keys = canonical_names(metadata.tensors)
+        common = load_torch(base, COMMON) if base.exists(COMMON) else {}
+        if not isinstance(common, dict):
+            raise UnreadableFormat(f"{base.root}/{COMMON} does not hold a dictionary")
+        self._common: Mapping[Any, Any] = common
+        iteration = common.get("iteration")
+        self.step = iteration if type(iteration) is int else opening.step
+        self._step = common_step(common.get("optimizer"), self._inline)
+        self._steps = self._step_names() if self._step is not None else {}
+
+    def names(self) -> Sequence[str]:
+        return [*self._keys, *self._steps]
+
+    def tensor(self, name: str) -> LogicalTensor:
+        if name in self._steps and self._step is not None:
+            dtype, path = self._step
+            return LogicalTensor(name, dtype, (), [Fragment(Box((), ()), path, 0)])
+        key = self._keys.get(name)
+        if key is None:
+            raise NotFound(f"{self.files.root} has no tensor {name!r}")
+        record = self._records[key]
+        shape = self._shape(name, record)
+        try:
+            pieces = [self._items.fragment(key, record, chunk) for chunk in record.chunks if 0 not in chunk.shape]
+        except NotFound as error:
+            raise NotFound(f"{error}; it holds a part of {name!r}: fetch the missing file") from error
+        if shape != record.shape:
+            pieces = [part for p in pieces for part in unflatten(name, record.dtype, shape, record.shape, p)]
+        return LogicalTensor(name, record.dtype, shape, pieces, meta={"key": key})
+
+    def aliases(self) -> Mapping[str, str]:
+        """None: a tied output layer is stored under the embedding's key only."""
+        return {}
+
+    def values(self) -> object:
+        made = plain(dict(self._common))
+        values = made if isinstance(made, dict) else {}
+        objects = {}
+        for key, item in self._objects.items():
+            value = self._value(key, item)
+            if value is not DROPPED and value is not None:
+                objects[key] = value
+        return {**values, "objects": objects} if objects else values
+
+    def _value(self, key: str, item: Item | None) -> object:
+        if item is None:
+            raise Damaged(f"{self.files.root}: no file is recorded for the object {key!r}")
+        try:
+            return self._items.value(item)
+        except CheckpointError as error:
+            raise type(error)(f"object {key!r}: {error}") from error
+
+    def _shape(self, name: str, record: TensorRecord) -> tuple[int, ...]:
+        """The shape that a tensor has, which for flattened optimizer states is that of the weight."""
+        if not name.startswith("optim."):
+            return record.shape
+        parameter = name[len("optim.") :].rpartition(".")[0]
+        weight = self._keys.get(f"model.{parameter}")
+        if weight is None or self._records[weight].shape == record.shape:
+            return record.shape
+        shape = self._records[weight].shape
+        return shape if is_flattened(record.shape, shape) else record.shape
+
+    def _step_names(self) -> dict[str, None]:
+        parameters = dict.fromkeys(name[6:].rpartition(".")[0] for name in self._keys if name.startswith("optim."))
+        return {f"optim.{parameter}.step": None for parameter in parameters}
+
+
+def read_manifest(files: Files) -> dict[str, Any] | None:
+    """``metadata.json`` where it is Megatron's, else None."""
+    if not files.exists(MANIFEST) or files.size(MANIFEST) > MAX_MANIFEST_BYTES:
+        return None
+    try:
+        manifest = json.loads(files.read(MANIFEST, 0, files.size(MANIFEST)))
+    except (ValueError, RecursionError):
+        return None
+    return manifest if isinstance(manifest, dict) and "sharded_backend" in manifest else None
+
+
+def check_manifest(files: Files) -> None:
+    """`UnreadableFormat` for another backend or version than those that are read here."""
+    manifest = read_manifest(files) or {}
+    backend, version = manifest.get("sharded_backend"), manifest.get("sharded_backend_version")
+    if backend not in _BACKENDS:
+        raise UnreadableFormat(
+            f"{files.root} was written by Megatron's backend {backend!r}; this version reads {', '.join(_BACKENDS)}. "
+            "Convert it with Megatron's own tools"
+        )
+    if version != 1:
+        raise UnreadableFormat(f"{files.root} has version {version!r} of Megatron's {backend} format; 1 is read")
+    if not files.exists(METADATA):
+        raise NotFound(f"{files.root} has no {METADATA}: the checkpoint was not finished, or files are missing")

@@ -7,15 +7,18 @@ costs sending a part again.  Nothing is believed because it is written here: wha
 from __future__ import annotations
 
 import json
+import logging
 import os
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ckptengine.store.files import guarded
+from ckptengine.store.files import guarded, storage_failed
 from ckptengine.tiers.local import LocalTier
 from ckptengine.tiers.port import Receipt, TierPort
+
+log = logging.getLogger("ckptengine")
 
 
 @dataclass(slots=True)
@@ -88,12 +91,16 @@ class ProgressLog:
             return
         body = json.dumps(fact, separators=(",", ":")).encode()
         line = b"%08x %s\n" % (zlib.crc32(body), body)
-        path = self._path
-        fd = guarded("write", path, lambda: os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600))
         try:
-            guarded("write", path, lambda: os.write(fd, line))
-        finally:
-            os.close(fd)
+            fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            try:
+                os.write(fd, line)
+            finally:
+                os.close(fd)
+        except OSError as refusal:
+            # A full disk here must not keep a checkpoint from reaching a safer place.
+            log.warning("%s; this drain goes on, but could not be resumed", storage_failed("note", self._path, refusal))
+            self._path = None
 
 
 def progress_log(source: TierPort, target: TierPort, name: str, size_bytes: int) -> ProgressLog:

@@ -16,6 +16,8 @@ from ckptengine.tiers.port import TierPort, Upload
 
 _MEBIBYTE = 1 << 20
 _MAX_PARTS = 10_000
+_GRACE_S = 10.0
+"""How long parts that are on their way may go on after another one has failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,28 +237,39 @@ class Transfer:
         await self._each([part for part, receipt in sorted(sent.receipts.items()) if not receipt.proven], check)
 
     async def _each(self, parts: Iterable[int], work: Callable[[int], Awaitable[None]]) -> None:
-        """``work`` on every part, several at once; the first error stops the others and is raised.
+        """``work`` on every part, several at once; after an error no further part is begun, and it is raised.
 
         A worker gets its memory before it takes the next part, so that the lowest parts never wait for higher ones:
         a tier that takes parts in order only would be stuck otherwise.
         """
         waiting = iter(parts)
+        stop = asyncio.Event()
 
         async def worker() -> None:
-            while True:
+            while not stop.is_set():
                 async with self.budget.hold(self._part_bytes()):
-                    part = next(waiting, None)
+                    part = None if stop.is_set() else next(waiting, None)
                     if part is None:
                         return
-                    await work(part)
+                    try:
+                        await work(part)
+                    except BaseException:
+                        stop.set()
+                        raise
 
         workers = [asyncio.create_task(worker()) for _ in range(self.budget.limit_parts)]
         try:
-            await asyncio.gather(*workers)
+            _, running = await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
+            if running:
+                # What is on its way may still arrive, and need not be sent again then.
+                await asyncio.wait(running, timeout=_GRACE_S)
         finally:
             for task in workers:
                 task.cancel()
-            await asyncio.gather(*workers, return_exceptions=True)
+            outcomes = await asyncio.gather(*workers, return_exceptions=True)
+        for outcome in outcomes:
+            if isinstance(outcome, Exception):
+                raise outcome
 
     def _check_digest(self, sent: Sent) -> None:
         if self.file.digest is None:

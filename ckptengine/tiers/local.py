@@ -21,6 +21,7 @@ from typing import IO, Any, cast
 import aiofiles
 
 from ckptengine.errors import NotFound, StorageFailed, UnusableRequest
+from ckptengine.tiers.cancelling import unbroken
 from ckptengine.tiers.local_files import (
     NO_LINKS,
     allocate,
@@ -114,7 +115,8 @@ class LocalTier:
         if entry is not None and entry.size_bytes < offset + size_bytes:
             raise too_short(self.label, name, offset, size_bytes)  # before anything of a wild size is allocated
         pieces: list[bytes] = []
-        with refusals("read", f"{self.root}/{name}"):
+
+        async def fill() -> None:
             async with aiofiles.open(str(self.root / name), "rb", buffering=0, opener=self._opener(name)) as file:
                 await file.seek(offset)
                 missing = size_bytes
@@ -124,12 +126,16 @@ class LocalTier:
                         raise too_short(self.label, name, offset, size_bytes)
                     pieces.append(piece)
                     missing -= len(piece)
+
+        with refusals("read", f"{self.root}/{name}"):
+            await unbroken(fill())
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     async def read_into(self, name: str, offset: int, view: memoryview) -> None:
         check_range(name, offset, 0)
-        rest = view.cast("B")
-        with refusals("read", f"{self.root}/{name}"):
+
+        async def fill() -> None:
+            rest = view.cast("B")
             async with aiofiles.open(str(self.root / name), "rb", buffering=0, opener=self._opener(name)) as file:
                 await file.seek(offset)
                 while len(rest):
@@ -137,6 +143,9 @@ class LocalTier:
                     if not got:
                         raise too_short(self.label, name, offset, len(view))
                     rest = rest[got:]
+
+        with refusals("read", f"{self.root}/{name}"):
+            await unbroken(fill())
 
     def _opener(self, name: str) -> Any:
         def opener(_: str, flags: int) -> int:
@@ -170,7 +179,18 @@ class LocalTier:
 
     async def upload(self, name: str, size_bytes: int, part_bytes: int, token: str | None = None) -> LocalUpload:
         check_name(name)
-        return await asyncio.to_thread(self._upload, name, size_bytes, part_bytes, token)
+        started: list[LocalUpload] = []
+
+        async def start() -> None:
+            started.append(await asyncio.to_thread(self._upload, name, size_bytes, part_bytes, token))
+
+        try:
+            await unbroken(start())
+        except asyncio.CancelledError:
+            for upload in started:
+                await upload.release()
+            raise
+        return started[0]
 
     def _upload(self, name: str, size_bytes: int, part_bytes: int, token: str | None) -> LocalUpload:
         with refusals("write", f"{self.root}/{name}"), self._directory_of(name, create=True) as (directory, base):

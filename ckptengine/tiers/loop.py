@@ -9,6 +9,7 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from ckptengine.errors import StorageFailed, UnusableRequest
+from ckptengine.tiers.cancelling import cancel_all
 from ckptengine.tiers.port import Abilities, Bytes, Entry, TierPort
 
 T = TypeVar("T")
@@ -81,14 +82,6 @@ class IoLoop:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
             loop.close()
-
-
-async def cancel_all() -> None:
-    """Cancel every other task of the running loop, and wait until they have ended."""
-    tasks = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class BlockingTier:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from ckptengine.tiers.loop import cancel_all
+from ckptengine.tiers.cancelling import cancel_all
 
 USER = "testuser"
 SECRET = "test-secret-9f8e7d6c"

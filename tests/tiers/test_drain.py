@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -178,8 +180,9 @@ def test_resumes_without_sending_parts_again(loop: IoLoop, source: LocalTier, tm
     step = write_step(source.root, 100)
     flaky = Recording(tmp_path / "target")
     flaky.fail_after = 4
+    one_by_one = replace(SMALL, parallel_parts=1)  # so that none is cut off in the middle
     with pytest.raises(StorageFailed, match="dead"):
-        drain_one(loop, source, flaky, step)
+        drain_one(loop, source, flaky, step, one_by_one)
     before = list(flaky.parts)
     flaky.fail_after = None
     report = drain_one(loop, source, flaky, step)
@@ -397,6 +400,22 @@ def test_a_source_that_vanishes(loop: IoLoop, source: LocalTier, target: LocalTi
         drain.submit(1, [step.drain_file()], step.named).result(30)
     drain.close()
     assert BlockingTier(target, loop).entries() == []
+
+
+def test_a_full_source_can_still_be_drained(
+    loop: IoLoop, source: LocalTier, target: LocalTier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = write_step(source.root, 1)
+    real = os.open
+
+    def refuse(path: object, flags: int, *args: object, **kwargs: object) -> int:
+        if flags & os.O_CREAT and ".drain-" in str(path):
+            raise OSError(errno.ENOSPC, "")
+        return real(path, flags, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "open", refuse)
+    drain_one(loop, source, target, step)
+    assert_equal(loop, source, target, step)
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="mounting a file system of limited size needs root")

@@ -101,11 +101,11 @@ def _stall_table(document: Document, figures: Figures, threads: int, every: int)
             f"{threads} compute thread(s), plain step {spread(step, 1e3)} ms"
         ),
         columns=(
-            "engine", "blocked ms", "slower ms", "stolen ms", f"stolen / {REFERENCE}", f"blocked / {REFERENCE}",
-            "durable after s", "durable / limit", "end to end / none", "durability", "bits",
+            "engine", "blocked ms", "slower ms", "stolen ms", "stolen/dcp", "blocked/dcp",
+            "durable after s", "durable/limit", "end to end/none", "durability", "bits",
         ),
         rows=rows,
-        notes=noise_warnings("stolen", stolen_samples, noise),
+        notes=[f"dcp is {REFERENCE}", *noise_warnings("stolen", stolen_samples, noise)],
     )  # fmt: skip
 
 
@@ -143,7 +143,7 @@ def durable(document: Document, samples: Sequence[Mapping[str, Any]]) -> list[Ta
     return [
         Table(
             title=f"durable: {size(state_bytes)}, nothing else running",
-            columns=("engine", "call ms", "durable after s", "GB/s", "of raw pwrite", f"/ {REFERENCE}", "first save s",
+            columns=("engine", "call ms", "durable after s", "GB/s", "of raw pwrite", f"/{REFERENCE}", "first save s",
                      "on disk", "files", "durability", "bits"),
             rows=[rows[engine] for engine in _by_median(summaries)],
         )
@@ -203,7 +203,7 @@ def memory(document: Document, samples: Sequence[Mapping[str, Any]]) -> list[Tab
     return [
         Table(
             title=f"memory: {size(state_bytes)} of state; anonymous and shared memory of all processes (PSS)",
-            columns=("engine", "extra at peak", "extra / state", f"extra / {REFERENCE}", "training alone"),
+            columns=("engine", "extra at peak", "extra/state", f"extra/{REFERENCE}", "training alone"),
             rows=rows,
             notes=["extra includes setting the engine up and its own processes; file pages are in the raw samples"],
         )
@@ -236,7 +236,7 @@ def restore(document: Document, samples: Sequence[Mapping[str, Any]]) -> list[Ta
     return [
         Table(
             title=f"restore: {size(state_bytes)} into touched tensors",
-            columns=("engine", "cold s", "cold GB/s", "of raw direct read", f"/ {REFERENCE}", "warm s", "bits"),
+            columns=("engine", "cold s", "cold GB/s", "of raw direct read", f"/{REFERENCE}", "warm s", "bits"),
             rows=[rows[engine] for engine in _by_median(colds)],
         )
     ]
@@ -284,7 +284,7 @@ def reshard(document: Document, samples: Sequence[Mapping[str, Any]]) -> list[Ta
     return [
         Table(
             title=f"reshard: {size(some['state_bytes'])} saved on {ranks[0]} ranks, restored on {ranks[1]}, cold",
-            columns=("engine", "restore s", "/ dcp-save", "save s", "read / needed", "on disk", "files", "bits"),
+            columns=("engine", "restore s", "/dcp-save", "save s", "read/needed", "on disk", "files", "bits"),
             rows=[rows[engine] for engine in _by_median(summaries)],
             notes=["read / needed counts read calls; what is read through a memory map is not seen"],
         )

@@ -85,4 +85,4 @@ def verdict(checks: Sequence[str]) -> str:
         return "-"
     if not bad:
         return "equal"
-    return bad[0] if bad[0].startswith("not ") else f"{len(bad)} of {len(checks)}: {bad[0]}"
+    return "-" if bad[0].startswith("not ") else f"{len(bad)} of {len(checks)}: {bad[0]}"

@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ckptengine.errors import Damaged, NotFound, UnreadableFormat
 from ckptengine.layout.box import Box
 from ckptengine.layout.tensor import Fragment, LogicalTensor
+from ckptengine.sources.jsonvalues import from_json
 from ckptengine.sources.port import Files, Format, Opening, Source
 from ckptengine.sources.safetensors.header import Entry, Header, read_header
 
@@ -20,6 +22,7 @@ SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 SHARDING_KEY = "DCP_SHARDING_INFO"
 OWN_KEY = "ckptengine"
+OWN_FILE = "ckptengine.json"
 MAX_INDEX_BYTES = 1 << 30
 MAX_VALUES_BYTES = 64 << 20
 _NUMBERED = re.compile(r"(.*)-(\d{5,})-of-(\d{5,})\.safetensors")
@@ -36,19 +39,25 @@ class SafetensorsSource:
 
     format = "safetensors"
 
-    def __init__(self, files: Files, headers: Mapping[str, Header], step: int | None = None) -> None:
+    def __init__(
+        self, files: Files, headers: Mapping[str, Header], step: int | None = None, own: Mapping[str, Any] | None = None
+    ) -> None:
         self.files = files
-        self.step = step
-        self.metrics: Mapping[str, float] = {}
+        self._own = own or {}
+        self.step: int | None = self._own.get("step", step)
+        self.metrics: Mapping[str, float] = self._own.get("metrics", {})
         self._pieces = _collect(files, headers)
+        self._aliases = {
+            alias: name for alias, name in self._own.get("aliases", {}).items() if name in self._pieces
+        }  # ties that our writer recorded
 
     def names(self) -> Sequence[str]:
         """Canonical names, in the order of the files."""
-        return list(self._pieces)
+        return [*self._pieces, *self._aliases]
 
     def tensor(self, name: str) -> LogicalTensor:
         """The tensor under a canonical name; `Damaged` when its pieces cannot be one tensor."""
-        pieces = self._pieces.get(name)
+        pieces = self._pieces.get(self._aliases.get(name, name))
         if pieces is None:
             raise NotFound(f"{self.files.root} has no tensor {name!r}")
         first = pieces[0][1]
@@ -66,16 +75,34 @@ class SafetensorsSource:
         return LogicalTensor(name, first.dtype, whole, fragments)
 
     def aliases(self) -> Mapping[str, str]:
-        """None: the format keeps every name's bytes apart."""
-        return {}
+        """Those that our own writer recorded; the format itself keeps every name's bytes apart."""
+        return self._aliases
 
     def values(self) -> object:
         """The model's configuration files, by name without ``.json``; of our own files, the values saved with them."""
-        own = _json(self.files, "ckptengine.json")
-        if isinstance(own, dict) and "values" in own:
-            return own["values"]
+        if "values" in self._own:
+            return from_json(self._own["values"])
         found = ((name.removesuffix(".json"), _json(self.files, name)) for name in _VALUES)
         return {name: value for name, value in found if value is not None}
+
+
+def _own_record(files: Files) -> Mapping[str, Any]:
+    """What our own writer left beside the tensors; empty where it did not write them."""
+    own: Any = _json(files, OWN_FILE)
+    if own is None:
+        return {}
+    shown = f"{files.root.rstrip('/')}/{OWN_FILE}"
+    try:
+        if own["version"] != 1:
+            raise UnreadableFormat(f"{shown} is of version {own['version']!r}; update ckptengine to read it")
+        state, step = own["state"], own["step"]
+        proper = isinstance(own["aliases"], dict) and isinstance(own["metrics"], dict) and isinstance(state, list)
+        proper = proper and all(isinstance(path, str) for path in state) and (step is None or type(step) is int)
+    except (TypeError, KeyError):
+        proper = False
+    if not proper:
+        raise Damaged(f"{shown} is not what this package writes; restore or remove it")
+    return dict(own)
 
 
 def _json(files: Files, path: str) -> object:
@@ -120,11 +147,19 @@ def _offsets(text: str | None, shown: str) -> dict[str, tuple[int, ...]] | None:
     return made
 
 
-def _members(files: Files, entry: str | None) -> dict[str, Header]:
+def _members(files: Files, entry: str | None, state: Sequence[str] = ()) -> dict[str, Header]:
     """The headers of the files that make one checkpoint; `UnreadableFormat` where that cannot be told."""
     if entry is not None:
         return _of_index(files, entry) if entry.endswith(INDEX_SUFFIX) else {entry: read_header(files, entry)}
-    present = files.entries()
+    if state:
+        beside = {path: read_header(files, path) for path in state}
+        weights = any(name.endswith(SUFFIX) and name not in beside for name in files.entries())
+        return (_of_folder(files, beside) if weights else {}) | beside
+    return _of_folder(files, {})
+
+
+def _of_folder(files: Files, beside: Mapping[str, Header]) -> dict[str, Header]:
+    present = [name for name in files.entries() if name not in beside]
     indexes = [name for name in present if name.endswith(INDEX_SUFFIX)]
     if len(indexes) > 1 and "model" + INDEX_SUFFIX in indexes:
         indexes = ["model" + INDEX_SUFFIX]
@@ -188,7 +223,9 @@ def _probe(opening: Opening) -> bool:
 
 
 def _open(opening: Opening) -> Source:
-    return SafetensorsSource(opening.files, _members(opening.files, opening.entry), opening.step)
+    own = _own_record(opening.files) if opening.entry is None else {}
+    headers = _members(opening.files, opening.entry, own.get("state", ()))
+    return SafetensorsSource(opening.files, headers, opening.step, own)
 
 
 FORMAT = Format("safetensors", _probe, _open)

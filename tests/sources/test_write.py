@@ -1,0 +1,160 @@
+"""Writers: what the real libraries load, and what we read again, is what was converted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from ckptengine.errors import AlreadyExists, CheckpointError, UnusableRequest
+from ckptengine.layout.box import Box
+from ckptengine.operations.convert import convert
+from ckptengine.sources.detect import open_source
+from ckptengine.sources.jsonvalues import from_json, to_json
+from ckptengine.sources.stream import cut_rows
+
+from .trees import counting, holds
+
+VALUES = {"epoch": 3, "names": ["a", {"b": 2.5}], "betas": (0.9, 0.999), "raw": b"xy", "none": None}
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    """Weights, moments, counters, odd shapes, several dtypes."""
+    made = {
+        "model.emb.weight": counting(13, 6, dtype=torch.bfloat16),
+        "model.layers.0.weight": counting(10, 6, dtype=torch.bfloat16),
+        "model.layers.0.bias": counting(10, dtype=torch.bfloat16),
+        "model.flags": counting(7, dtype=torch.bool),
+        "model.count": torch.tensor(5),
+        "model.empty": torch.zeros(0, 3),
+    }
+    for name in ("emb.weight", "layers.0.weight", "layers.0.bias"):
+        shape = made[f"model.{name}"].shape
+        made |= {f"optim.{name}.{kind}": counting(*shape, start=i) for i, kind in enumerate(("exp_avg", "exp_avg_sq"))}
+        made[f"optim.{name}.step"] = torch.tensor(2.0)
+    return made
+
+
+def groups() -> list[dict[str, Any]]:
+    return [
+        {"params": ["emb.weight", "layers.0.weight"], "lr": 0.1, "betas": (0.9, 0.999)},
+        {"params": ["layers.0.bias"], "lr": 0.2, "betas": (0.9, 0.999)},
+    ]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A state with an optimizer and a tie, in a format that holds all of it."""
+    made = tensors()
+    state: dict[str, Any] = {"model": {}, "optim": {"state": {}, "param_groups": groups()}, "extra": VALUES}
+    for name, tensor in made.items():
+        if name.startswith("model."):
+            state["model"][name.removeprefix("model.")] = tensor
+        else:
+            parameter, _, kind = name.removeprefix("optim.").rpartition(".")
+            state["optim"]["state"].setdefault(parameter, {})[kind] = tensor
+    state["model"]["head.weight"] = state["model"]["emb.weight"]
+    torch.save(state, tmp_path / "source.pt")
+    return tmp_path / "source.pt"
+
+
+def everything() -> dict[str, torch.Tensor]:
+    return tensors() | {"model.head.weight": tensors()["model.emb.weight"]}
+
+
+def check_values(path: Path) -> None:
+    values: Any = open_source(path).values()
+    assert values["extra"] == VALUES
+    assert [group["lr"] for group in values["optim"]["param_groups"]] == [0.1, 0.2]
+
+
+class TestSafetensors:
+    def test_everything_comes_back(self, source: Path, tmp_path: Path) -> None:
+        target = tmp_path / "out"
+        plan = convert(source, target, to="safetensors", verify=True)
+        assert plan.state == "committed"
+        made = open_source(target)
+        assert made.aliases() == {"model.head.weight": "model.emb.weight"}
+        holds(made, everything())
+        check_values(target)
+
+    @pytest.mark.parametrize("shard_bytes", [1, 100, 10_000])
+    def test_the_real_library_loads_the_weights(self, source: Path, tmp_path: Path, shard_bytes: int) -> None:
+        target = tmp_path / "out"
+        convert(source, target, to="safetensors", options={"shard_bytes": shard_bytes, "weights_only": True})
+        index = target / "model.safetensors.index.json"
+        assert index.exists() == (shard_bytes < 10_000)
+        files = {"model.safetensors"}
+        if index.exists():
+            document = json.loads(index.read_text())
+            files = set(document["weight_map"].values())
+            assert document["metadata"]["total_size"] == sum(t.nbytes for n, t in tensors().items() if n[0] == "m")
+        assert {path.name for path in target.glob("*.safetensors")} == files
+        loaded = {name: tensor for file in files for name, tensor in load_file(target / file).items()}
+        expected = {n.removeprefix("model."): t for n, t in tensors().items() if n.startswith("model.")}
+        assert loaded.keys() == expected.keys()
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
+        if not index.exists():
+            holds(open_source(target), {n: t for n, t in everything().items() if n.startswith("model.")})
+
+    def test_dtypes_that_it_lacks(self, tmp_path: Path) -> None:
+        torch.save({"z": torch.zeros(2, dtype=torch.complex128)}, tmp_path / "x.pt")
+        with pytest.raises(UnusableRequest, match=r"complex128.*model\.z"):
+            convert(tmp_path / "x.pt", tmp_path / "out", to="safetensors")
+        torch.save({"z": torch.zeros(2)}, tmp_path / "y.pt")
+        with pytest.raises(UnusableRequest, match="shard_bytes"):
+            convert(tmp_path / "y.pt", tmp_path / "out", to="safetensors", options={"shard_bytes": "5GB"})
+        assert not (tmp_path / "out").exists()
+
+    def test_a_target_that_exists(self, source: Path, tmp_path: Path) -> None:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "x").write_text("mine")
+        with pytest.raises(AlreadyExists):
+            convert(source, tmp_path / "out", to="safetensors")
+
+    def test_damage_to_our_own_record(self, source: Path, tmp_path: Path) -> None:
+        convert(source, tmp_path / "out", to="safetensors")
+        record = tmp_path / "out" / "ckptengine.json"
+        good = json.loads(record.read_text())
+        for bad in (
+            [],
+            {},
+            good | {"state": 5},
+            good | {"version": 9},
+            good | {"state": ["../x"]},
+            good | {"step": "1"},
+        ):
+            record.write_text(json.dumps(bad))
+            with pytest.raises(CheckpointError):
+                open_source(tmp_path / "out")
+
+
+@given(
+    st.lists(st.integers(0, 7), max_size=4),
+    st.lists(st.integers(0, 3), min_size=4, max_size=4),
+    st.integers(1, 4),
+    st.integers(1, 200),
+)
+@settings(max_examples=200, deadline=None)
+def test_rows_tile_a_box_in_order(shape: list[int], corner: list[int], item_bytes: int, chunk_bytes: int) -> None:
+    box = Box(tuple(corner[: len(shape)]), tuple(shape))
+    size = torch.Size([a + n for a, n in zip(corner, shape, strict=False)])
+    numbers = torch.arange(size.numel()).reshape(size)
+    window = numbers[tuple(slice(a, a + n) for a, n in zip(box.offsets, box.shape, strict=True))].reshape(-1)
+    seen = []
+    for part in cut_rows(box, item_bytes, chunk_bytes):
+        assert 0 < part.size <= max(chunk_bytes // item_bytes, 1)
+        cut = tuple(slice(a, a + n) for a, n in zip(part.offsets, part.shape, strict=True))
+        seen.append(numbers[cut].reshape(-1))
+    assert torch.equal(torch.cat(seen) if seen else window[:0], window)
+
+
+def test_values_as_json() -> None:
+    value = {**VALUES, "inf": float("inf"), "set": {1, 2}, "c": 1j, 5: "int key", "d": {"$x": 1}}
+    assert from_json(json.loads(json.dumps(to_json(value)))) == value

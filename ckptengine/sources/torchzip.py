@@ -56,7 +56,7 @@ class TorchZip:
         if len(pickles) != 1:
             raise UnreadableFormat(f"{self.shown} is a zip, but not one of torch.save (no data.pkl)")
         self._prefix = pickles[0][: -len("data.pkl")]
-        if self._prefix + "constants.pkl" in self.entries:
+        if self.has("constants.pkl"):
             raise UnreadableFormat(f"{self.shown} is a TorchScript program, not a checkpoint; save its state_dict")
         self._check_byte_order()
 
@@ -74,6 +74,10 @@ class TorchZip:
                 f"record {name!r} of {self.shown} has {entry.nbytes} bytes, too many to read at once"
             )
         return self._read(self.data_offset(name), entry.nbytes)
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a record."""
+        return self._prefix + name in self.entries
 
     def data_offset(self, name: str) -> int:
         """The absolute offset of a record's data in the file (reads the record's local header once)."""
@@ -124,7 +128,7 @@ class TorchZip:
         return entry
 
     def _check_byte_order(self) -> None:
-        if self._prefix + "byteorder" in self.entries and self.record("byteorder") != b"little":
+        if self.has("byteorder") and self.record("byteorder") != b"little":
             raise UnreadableFormat(f"{self.shown} was written on a big-endian machine; save it again on another")
 
     def _read_directory(self) -> Mapping[str, Entry]:
@@ -223,6 +227,15 @@ def load_torch(files: Files, path: str) -> object:
     if head[257:262] == b"ustar":
         raise UnreadableFormat(f"{shown} is in the tar format of torch before 0.2; load and save it again with torch")
     raise UnreadableFormat(f"{shown} is not a file of torch.save")
+
+
+def own_record(files: Files, path: str, name: str) -> bytes | None:
+    """A record of a torch.save zip that torch does not know; None where there is none."""
+    head = files.read(path, 0, min(files.size(path), 4))
+    if head != b"PK\x03\x04":
+        return None
+    zipped = TorchZip(files, path)
+    return zipped.record(name) if zipped.has(name) else None
 
 
 def is_torch_file(files: Files, path: str) -> bool:

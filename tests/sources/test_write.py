@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from ckptengine.errors import AlreadyExists, CheckpointError, UnusableRequest
+from ckptengine.errors import AlreadyExists, CheckpointError, UnsupportedValue, UnusableRequest
 from ckptengine.layout.box import Box
 from ckptengine.operations.convert import convert
 from ckptengine.sources.detect import open_source
+from ckptengine.sources.emit import dumps
 from ckptengine.sources.jsonvalues import from_json, to_json
 from ckptengine.sources.stream import cut_rows
 
-from .trees import counting, holds
+from .trees import counting, holds, raw
 
+DTYPES = [
+    torch.bool, torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64,
+    torch.uint64, torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128,
+    torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz,
+]  # fmt: skip
 VALUES = {"epoch": 3, "names": ["a", {"b": 2.5}], "betas": (0.9, 0.999), "raw": b"xy", "none": None}
 
 
@@ -133,6 +140,67 @@ class TestSafetensors:
             record.write_text(json.dumps(bad))
             with pytest.raises(CheckpointError):
                 open_source(tmp_path / "out")
+
+
+class TestTorch:
+    @pytest.mark.parametrize("name", ["out.pt", "out"])
+    def test_everything_comes_back(self, source: Path, tmp_path: Path, name: str) -> None:
+        convert(source, tmp_path / name, to="torch", verify=True)
+        assert (tmp_path / name).is_file() == name.endswith(".pt")
+        made = open_source(tmp_path / name)
+        assert made.aliases() == {"model.head.weight": "model.emb.weight"}
+        holds(made, everything())
+        check_values(tmp_path / name)
+
+    def test_torch_loads_it(self, source: Path, tmp_path: Path) -> None:
+        convert(source, tmp_path / "out.pt", to="torch")
+        for mmap in (False, True):
+            loaded = torch.load(tmp_path / "out.pt", weights_only=True, mmap=mmap)
+            weights = {n.removeprefix("model."): t for n, t in everything().items() if n.startswith("model.")}
+            assert loaded["model"].keys() == weights.keys()
+            assert all(torch.equal(loaded["model"][name], tensor) for name, tensor in weights.items())
+            assert loaded["model"]["head.weight"].data_ptr() == loaded["model"]["emb.weight"].data_ptr()
+            assert loaded["extra"] == VALUES
+            assert loaded["optim"]["param_groups"][0]["params"] == [0, 1]
+            assert torch.equal(loaded["optim"]["state"][1]["exp_avg"], tensors()["optim.layers.0.weight.exp_avg"])
+
+    def test_an_optimizer_loads_it(self, tmp_path: Path) -> None:
+        model = torch.nn.Linear(3, 2)
+        optimizer = torch.optim.AdamW(model.named_parameters(), lr=0.3)
+        model(torch.randn(4, 3)).sum().backward()
+        optimizer.step()
+        torch.save({"model": model.state_dict(), "optim": optimizer.state_dict()}, tmp_path / "x.pt")
+        convert(tmp_path / "x.pt", tmp_path / "y.pt", to="torch")
+        loaded = torch.load(tmp_path / "y.pt", weights_only=True)
+        other = torch.nn.Linear(3, 2)
+        other.load_state_dict(loaded["model"])
+        again = torch.optim.AdamW(other.named_parameters())
+        again.load_state_dict(loaded["optim"])
+        for one, two in zip(optimizer.state.values(), again.state.values(), strict=True):
+            assert all(torch.equal(one[kind], two[kind]) for kind in one)
+        assert again.param_groups[0]["lr"] == 0.3
+
+    def test_every_dtype(self, tmp_path: Path) -> None:
+        made = {str(dtype): counting(3, dtype=dtype) for dtype in DTYPES}
+        torch.save({"model": made}, tmp_path / "x.pt")
+        convert(tmp_path / "x.pt", tmp_path / "y.pt", to="torch", options={"weights_only": True})
+        loaded = torch.load(tmp_path / "y.pt", weights_only=True)
+        assert {name: (t.dtype, raw(t)) for name, t in loaded.items()} == {
+            n: (t.dtype, raw(t)) for n, t in made.items()
+        }
+        holds(open_source(tmp_path / "y.pt"), {f"model.{name}": tensor for name, tensor in made.items()})
+
+    @pytest.mark.parametrize("protocol_value", [0, 255, 256, -1, 1 << 40, -(1 << 80), 1 << 3000, 0.1, "é", "\ud800"])
+    def test_emitted_values_are_read_by_pickle(self, protocol_value: object) -> None:
+        value = {"v": [protocol_value, (protocol_value,), {"k": protocol_value}], "e": [[], (), {}], 5: {1, 2}}
+        assert pickle.loads(dumps(value)) == value
+
+    def test_values_that_torch_refuses(self, tmp_path: Path) -> None:
+        class Source:
+            pass
+
+        with pytest.raises(UnsupportedValue, match=r"value\.a\[1\]: a Source"):
+            dumps({"a": [1, Source()]})
 
 
 @given(

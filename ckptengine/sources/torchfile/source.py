@@ -11,7 +11,7 @@ from ckptengine.layout.tensor import LogicalTensor
 from ckptengine.sources.plain import plain, walk_tensors
 from ckptengine.sources.port import Files, Format, Opening, Source
 from ckptengine.sources.stored import StoredTensor
-from ckptengine.sources.torchzip import is_torch_file, load_torch
+from ckptengine.sources.torchzip import is_torch_file, load_torch, own_record
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 INDEX = "pytorch_model.bin.index.json"
@@ -31,14 +31,15 @@ class TorchSource:
 
     def __init__(self, files: Files, paths: Sequence[str], step: int | None = None) -> None:
         self.files = files
-        self.step = step
+        own = _own(files, paths)
+        self.step: int | None = step if own is None else own.get("step", step)
         self.metrics: Mapping[str, float] = {}
         self._roots = [load_torch(files, path) for path in paths]
         self._tensors: dict[str, StoredTensor] = {}
         self._aliases: dict[str, str] = {}
         first: dict[tuple[object, ...], str] = {}
         for root in self._roots:
-            for name, tensor in _named(root):
+            for name, tensor in _named(root, own is not None):
                 if name in self._tensors:
                     raise Damaged(f"tensor {name!r} occurs twice in {files.root}")
                 self._tensors[name] = tensor
@@ -68,9 +69,25 @@ class TorchSource:
         return {key: value for part in made if isinstance(part, dict) for key, value in part.items()}
 
 
-def _named(root: object) -> list[tuple[str, StoredTensor]]:
+def _own(files: Files, paths: Sequence[str]) -> dict[str, Any] | None:
+    """What our own writer adds to its file, whose names are canonical as they are; None for files of others."""
+    data = own_record(files, paths[0], OWN_RECORD) if len(paths) == 1 else None
+    if data is None:
+        return None
+    try:
+        own = json.loads(data)
+        if own["version"] != 1 or not (own["step"] is None or type(own["step"]) is int):
+            raise ValueError
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise UnreadableFormat(
+            f"{files.root}/{paths[0]}: its record of what wrote it is damaged, or of a newer version"
+        ) from None
+    return dict(own)
+
+
+def _named(root: object, own: bool) -> list[tuple[str, StoredTensor]]:
     found = list(walk_tensors(root))
-    if all(len(path) == 1 for path, _ in found):
+    if not own and all(len(path) == 1 for path, _ in found):
         return [(f"model.{path[0]}", tensor) for path, tensor in found]
     groups: dict[tuple[Any, ...], Mapping[object, str]] = {}
     named = []

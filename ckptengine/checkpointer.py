@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 import weakref
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
@@ -15,27 +13,28 @@ from torch.distributed import ProcessGroup
 from torch.optim.optimizer import Optimizer
 
 from ckptengine.coordination.choose import choose
+from ckptengine.coordination.port import Coordinator
 from ckptengine.errors import CheckpointError, RestoreIncomplete, UnusableRequest
 from ckptengine.operations.attempts import Claims
 from ckptengine.operations.handle import SaveHandle
+from ckptengine.operations.metrics import metrics_of
+from ckptengine.operations.opening import open_any
 from ckptengine.operations.overlap import Overlap, OverlapPolicy
 from ckptengine.operations.restore import RestoreRequest, restore_from, restore_newest
 from ckptengine.operations.rhythm import Rhythm
 from ckptengine.operations.save import SaveJob, Saver, SaveSettings
-from ckptengine.policy.failure import FailurePolicy, Raise, Trouble, failure_policy
+from ckptengine.operations.troubles import Troubles
+from ckptengine.policy.failure import FailurePolicy, failure_policy
 from ckptengine.policy.interval import Interval
 from ckptengine.policy.keep import Keep
 from ckptengine.snapshot import fence
 from ckptengine.snapshot.engines import engine_for
 from ckptengine.snapshot.register import EagerPool, register
-from ckptengine.sources.detect import open_source
 from ckptengine.sources.files import open_files
-from ckptengine.state.flatten import Walker
+from ckptengine.state.flatten import flatten
 from ckptengine.store.files import FileOps
 from ckptengine.store.root import Root
 from ckptengine.tiers.spec import Tier
-
-log = logging.getLogger("ckptengine")
 
 CLOSE_AFTER_ERROR_S = 30.0
 """How long `close` waits for saves in flight when the training loop ended with an exception."""
@@ -97,22 +96,182 @@ class Checkpointer:
         self._pid = os.getpid()
         self._closed = False
         self._broken: RestoreIncomplete | None = None
-        self._state, self._start_from = state, start_from
-        self._walker = Walker(state, random=random)
-        self._random, self._timeout_s = random, rank_timeout_s
-        self._failure = failure_policy(on_failure)
+        self._state, self._start_from, self._random = state, start_from, random
+        self._timeout_s = rank_timeout_s
         self._root = Root(root, file_ops, mode)
         self._port = choose(process_group, rank_timeout_s)
         self._pool = EagerPool()
         self._saves = self._restores = 0
-        self._pending: list[SaveHandle] = []
-        self._durable_step: int | None = None
-        self._durable_s = time.monotonic()
         self._rhythm = Rhythm(interval, self._port, rank_timeout_s)
+        self._troubles = Troubles(failure_policy(on_failure))
         self._claims = Claims(self._root, run, linear=linear) if self._port.rank == 0 else None
         settings = SaveSettings(rank_timeout_s=rank_timeout_s, stall_budget_s=stall_budget_s, paranoid=paranoid)
-        engine = engine_for(arena_bytes, file_ops)
-        self._saver = Saver(self._root, self._port, engine, settings, self._claims)
+        self._saver = Saver(self._root, self._port, engine_for(arena_bytes, file_ops), settings, self._claims)
+        del keep
         self._overlap = Overlap(overlap, self._saver, self._port, rank_timeout_s)
+        del tiers
         fence.watch(self)
-        self._finalizer = weakref.finalize(self, _shut, self._saver, self._claims, self._pid)
+        # Nothing here may refer to self: a checkpointer that nobody closed ends when it is collected, or at exit.
+        self._finalizer = weakref.finalize(self, _shut, self._saver, self._claims, self._port, self._pid)
+
+    # ---- saving
+
+    def save(self, step: int, *, metrics: Mapping[str, Any] | None = None) -> SaveHandle:
+        """Start one checkpoint of ``step`` now; returns as soon as the capture is registered.
+
+        Raises the error of an earlier save, as ``on_failure`` says, and `UnsupportedValue` for a value in the state that
+        has no encoding; everything that goes wrong later is on the handle.
+        """
+        self._usable()
+        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+            raise UnusableRequest(f"step {step!r} is not a whole number from 0 on")
+        self._troubles.surface(step)
+        started_s = time.perf_counter()
+        self._saves += 1
+        handle = SaveHandle(step)
+        if not self._overlap.admit(self._saves):
+            handle.advance("skipped")
+            return handle
+        flat = flatten(self._state, random=self._random)
+        job = SaveJob(
+            step=step,
+            number=self._saves,
+            flat=flat,
+            registered=register(flat.tensors, self._pool),
+            metrics=metrics_of(metrics),
+            handle=handle,
+        )
+        self._troubles.watch(handle)
+        self._rhythm.saved(step)
+        self._saver.submit(job)
+        handle.add_ms("blocked_ms", (time.perf_counter() - started_s) * 1e3)
+        handle.event("save", started_s, thread="training")
+        return handle
+
+    def step(self, step: int, *, metrics: Mapping[str, Any] | None = None) -> SaveHandle | None:
+        """The training-loop hook: saves when the interval says so, else returns None.
+
+        Also where the error of a background save surfaces, according to ``on_failure``.  Metrics are read only when it
+        saves.
+        """
+        self._usable()
+        self._troubles.surface(step)
+        return self.save(step, metrics=metrics) if self._rhythm.due(step) else None
+
+    def fence(self) -> None:
+        """Block until everything that the next update overwrites has been captured.
+
+        Runs by itself before every torch optimizer's step; call it before any other in-place change of the state (an
+        EMA, a CUDA graph replay, an update that torch's optimizers do not make).
+        """
+        self.before_update(None)
+
+    def before_update(self, optimizer: Optimizer | None) -> None:
+        """For the optimizer hooks; see `fence`."""
+        if os.getpid() == self._pid:
+            self._saver.fence(optimizer)
+
+    def after_update(self, optimizer: Optimizer) -> None:
+        """For the optimizer hooks: an update of the captured state has happened."""
+        if os.getpid() == self._pid:
+            self._saver.after_update(optimizer)
+
+    def wait(self, stage: str = "durable", timeout_s: float | None = None) -> bool:
+        """Wait until every save in flight has reached ``stage``.  False when the time ran out; raises what failed."""
+        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+        for job in self._saver.in_flight():
+            left_s = None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
+            if not job.handle.wait(stage, left_s):
+                return False
+        return True
+
+    # ---- restoring
+
+    def restore(
+        self, step: int | None = None, *, names: Sequence[str] | None = None, strict: bool = True
+    ) -> int | None:
+        """Fill the state in place from the newest step that verifies, or from ``step``, or only ``names`` of it.
+
+        Falls back over damaged steps and says so in the log.  None only when no checkpoint exists at all.  All ranks
+        agree on one step; every rank must call it.  After an older step than the newest, what came after belongs to an
+        abandoned line of history.
+
+        Raises:
+            NotFound: there is no such step.
+            StateMismatch: the state does not fit; every difference in one report, nothing was changed.
+            Damaged: checkpoints exist and none is good; nothing was changed.
+            RestoreIncomplete: damage showed while filling and no copy is left; further steps and saves are refused.
+        """
+        self._usable()
+        self._saver.wait_below(1)
+        self._restores += 1
+        request = RestoreRequest(
+            state=self._state, names=names, strict=strict, random=self._random, timeout_s=self._timeout_s
+        )
+        files = open_files(self._root.path)
+        try:
+            restored = restore_newest(self._root, files, self._port, request, self._restores, step)
+            if restored is None and self._start_from is not None and step is None:
+                restore_from(open_any(self._start_from), self._port, request, self._restores)
+                return None
+        except RestoreIncomplete as error:
+            self._broken = error
+            raise
+        finally:
+            files.close()
+        if restored is None:
+            return None
+        if self._claims is not None and names is None:
+            self._claims.restored(restored.step)
+        self._broken = None
+        return restored.step
+
+    # ---- ending
+
+    def close(self, timeout_s: float | None = None) -> None:
+        """Finish what is in flight and let the root go.  Raises the error of a failed save nobody has heard of."""
+        self._close(timeout_s)
+        if os.getpid() == self._pid:
+            self._troubles.surface(None)
+
+    def _close(self, timeout_s: float | None) -> None:
+        if self._closed or os.getpid() != self._pid:
+            return
+        self._closed = True
+        fence.unwatch(self)
+        self._finalizer.detach()
+        _shut(self._saver, self._claims, self._port, self._pid, timeout_s)
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if value is None:
+            self.close()
+            return
+        try:
+            self._close(CLOSE_AFTER_ERROR_S)
+        except CheckpointError as error:
+            # The exception of the training loop is the one to see; this one goes with it.
+            value.add_note(f"closing the checkpointer failed too: {error}")
+
+    def _usable(self) -> None:
+        if self._closed:
+            raise UnusableRequest("this Checkpointer is closed; make a new one")
+        if os.getpid() != self._pid:
+            raise UnusableRequest("this Checkpointer belongs to the parent process; a forked child cannot use it")
+        if self._broken is not None:
+            raise RestoreIncomplete(f"the live state was left incomplete by a failed restore: {self._broken}")
+
+
+def _shut(
+    saver: Saver, claims: Claims | None, port: Coordinator, pid: int, timeout_s: float | None = CLOSE_AT_EXIT_S
+) -> None:
+    if os.getpid() != pid:
+        return
+    saver.close(timeout_s)
+    if claims is not None:
+        claims.close()
+    port.close()

@@ -170,14 +170,14 @@ def saved_state(source: Source, port: Coordinator) -> SavedState:
         world = source.manifest.world
         rank_values = [source.rank_values(rank) for rank in _ranks_wanted(port, world)]
         return SavedState(
-            tensors=tensors, aliases=aliases, values=source.encoded_values(), rank_values=rank_values[0], world=world
+            tensors=tensors, aliases=aliases, values=source.encoded_values(), rank_values=rank_values[0]
         )
     tensors = {}
     for name in source.names():
         if name not in aliases:
             tensor = source.tensor(name)
             tensors[name] = (tensor.dtype, tensor.shape)
-    return SavedState(tensors=tensors, aliases=aliases, values=source.values(), rank_values=None, world=None)
+    return SavedState(tensors=tensors, aliases=aliases, values=None, rank_values=None)
 
 
 def _ranks_wanted(port: Coordinator, world: int) -> list[int]:

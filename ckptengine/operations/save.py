@@ -18,7 +18,7 @@ from torch.optim.optimizer import Optimizer
 
 from ckptengine import native
 from ckptengine.coordination.port import Coordinator, gather, publish, receive
-from ckptengine.errors import CheckpointError, SaveFailed
+from ckptengine.errors import CheckpointError, RanksDisagree, SaveFailed
 from ckptengine.layout.digest import raw_to_standard
 from ckptengine.operations.attempts import Claims
 from ckptengine.operations.handle import SaveHandle
@@ -28,7 +28,6 @@ from ckptengine.snapshot.capture import Capture
 from ckptengine.snapshot.port import CaptureEngine
 from ckptengine.snapshot.register import Registered, extents_of
 from ckptengine.state.leaves import FlatState
-from ckptengine.state.merge import merge_values
 from ckptengine.store import names
 from ckptengine.store.envelope import canonical
 from ckptengine.store.files import make_dirs
@@ -81,6 +80,7 @@ class Saver:
         self._jobs: list[SaveJob] = []
         self._changed = threading.Condition()
         self._on_commit: list[Callable[[SaveJob], None]] = []
+        self._onward: object | None = None
         self._threads = [
             threading.Thread(target=self._loop, args=(self._to_capture, self._capture), name="ckptengine-save", daemon=True),
             threading.Thread(target=self._loop, args=(self._to_commit, self._commit), name="ckptengine-commit", daemon=True),
@@ -115,6 +115,13 @@ class Saver:
             if job.capture is not None:
                 job.capture.after_update(optimizer)
 
+    def give_up(self, error: CheckpointError) -> None:
+        """Cancel what is in flight, for ``error``."""
+        for job in self.in_flight():
+            job.cancelled = error
+            if job.capture is not None:
+                job.capture.cancel()
+
     def in_flight(self) -> list[SaveJob]:
         """Saves that have not ended, oldest first."""
         with self._changed:
@@ -133,10 +140,7 @@ class Saver:
         """Finish what is in flight, then stop the threads.  Past ``timeout_s`` saves are cancelled; False then."""
         finished = self.wait_below(1, timeout_s)
         if not finished:
-            for job in self.in_flight():
-                job.cancelled = SaveFailed(f"the save of step {job.step} was cut off: the checkpointer was closed")
-                if job.capture is not None:
-                    job.capture.cancel()
+            self.give_up(SaveFailed("the save was cut off: the checkpointer was closed"))
         self._to_capture.put(None)
         for thread in self._threads:
             thread.join(timeout=10.0)
@@ -222,9 +226,11 @@ class Saver:
         self._publish(job, job.structure, sealed)
         job.handle.event("commit", started_s)
         job.handle.advance("committed")
+        if self._onward is None:
+            job.handle.advance("durable")
+        self._forget(job)
         for call in self._on_commit:
             call(job)
-        self._forget(job)
 
     def _report(self, job: SaveJob, error: CheckpointError) -> None:
         """Tell the other ranks that this one failed, so that nobody waits for it."""
@@ -269,7 +275,7 @@ class Saver:
             aliases.update(one["aliases"])
         values = notes[0]["values"]
         if any(one["values_crc"] != notes[0]["values_crc"] for one in notes):
-            values = merge_values([one["values"] for one in notes])
+            raise RanksDisagree("plain values differ between ranks")
         tensors = [
             TensorRecord(t.name, t.dtype, t.shape, t.layout, t.writer, raw_to_standard(raw, t.nbytes))
             for t, raw in zip(structure.tensors, raws, strict=True)

@@ -8,13 +8,15 @@ from typing import Any, overload
 
 from ckptengine.plan.write import stored_overlapping, stored_pieces, writer_to_json
 
+import numpy as np
+
 from ckptengine.errors import NotFound, UnreadableFormat
 from ckptengine.layout import layout_json
 from ckptengine.layout.box import Box
 from ckptengine.layout.dtypes import itemsize
 from ckptengine.layout.sharding import Layout
 from ckptengine.layout.tensor import Fragment, LogicalTensor
-from ckptengine.sources.plain import decode_values
+from ckptengine.state.readable import readable
 from ckptengine.sources.port import Files, Format, Opening
 from ckptengine.store import manifest as manifests
 from ckptengine.store import names
@@ -121,7 +123,17 @@ class NativeSource:
         return self.reader.values(rank)
 
     def values(self) -> object:
-        return decode_values(self.manifest.values)
+        return readable(self.manifest.values, self._array)
+
+    def _array(self, name: str, dtype: str, shape: tuple[int, ...]) -> object:
+        """A large numpy array of the state, which is stored like a tensor."""
+        data = bytearray(self.tensor(name).nbytes)
+        done = 0
+        for fragment in self.tensor(name).fragments:
+            count = fragment.box.size * itemsize(self.tensor(name).dtype)
+            self.reader.read_verified(fragment.file, fragment.offset, memoryview(data)[done : done + count])
+            done += count
+        return np.frombuffer(data, np.dtype(dtype)).reshape(shape)
 
     def read_verified(self, path: str, offset: int, view: memoryview) -> None:
         self.reader.read_verified(path, offset, view)

@@ -81,6 +81,12 @@ class Reader:
         name = self.manifest.tensors[tensor].name
         raise DigestMismatch(f"{self.path(rank)}: piece {piece} of tensor {name!r} is not in its index")
 
+    def row_at(self, path: str, offset: int) -> Any:
+        """The index record of the extent that begins at ``offset`` of a rank file, None where there is none."""
+        index = self.tail(self._ranks[path]).index
+        found = np.flatnonzero(index["offset"] == offset)
+        return index[int(found[0])] if len(found) else None
+
     # ---- verified bytes
 
     def read_verified(self, path: str, offset: int, view: memoryview) -> None:

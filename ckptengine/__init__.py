@@ -1,0 +1,60 @@
+"""Asynchronous multi-level checkpoints of PyTorch training states: saved lazily, verified always, restored onto any layout.
+
+Names are loaded when first used, so that the command line starts without torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ckptengine.version import version as __version__
+
+if TYPE_CHECKING:
+    from ckptengine.api import Checkpoint, load, save, steps
+    from ckptengine.api import open_checkpoint as open
+    from ckptengine.checkpointer import Checkpointer
+    from ckptengine.errors import CheckpointError
+    from ckptengine.operations.convert import convert
+    from ckptengine.operations.handle import SaveHandle
+    from ckptengine.policy.failure import Tolerate
+    from ckptengine.policy.interval import AutoInterval, Every
+    from ckptengine.policy.keep import Keep
+    from ckptengine.state.registry import register
+    from ckptengine.state.sharded import PerRank, Sharded
+    from ckptengine.tiers.spec import Tier
+
+_HOMES = {
+    "AutoInterval": "policy.interval",
+    "Checkpoint": "api",
+    "CheckpointError": "errors",
+    "Checkpointer": "checkpointer",
+    "Every": "policy.interval",
+    "Keep": "policy.keep",
+    "PerRank": "state.sharded",
+    "SaveHandle": "operations.handle",
+    "Sharded": "state.sharded",
+    "Tier": "tiers.spec",
+    "Tolerate": "policy.failure",
+    "convert": "operations.convert",
+    "load": "api",
+    "open": "api",
+    "register": "state.registry",
+    "save": "api",
+    "steps": "api",
+}
+
+__all__ = [*sorted(_HOMES), "__version__"]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'ckptengine' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"ckptengine.{home}"), "open_checkpoint" if name == "open" else name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

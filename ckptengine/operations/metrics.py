@@ -1,0 +1,19 @@
+"""Metrics of a save, read as plain numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ckptengine.errors import UnsupportedValue
+
+
+def metrics_of(metrics: Mapping[str, Any] | None) -> dict[str, float]:
+    """Name -> number; tensors and numpy scalars of one element are read (which waits for their device)."""
+    found: dict[str, float] = {}
+    for name, value in (metrics or {}).items():
+        number = value.item() if hasattr(value, "item") else value
+        if not isinstance(name, str) or isinstance(number, complex) or not isinstance(number, (int, float)):
+            raise UnsupportedValue(f"metrics[{name!r}] is {type(value).__name__}; a metric is a number under a text name")
+        found[name] = number if number == number and abs(number) != float("inf") else str(number)  # type: ignore[assignment]
+    return found

@@ -1,0 +1,107 @@
+"""The verb verify: every byte of a checkpoint against its digest, and exact cover of every tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+
+from ckptengine import native
+from ckptengine.errors import CheckpointError, DigestMismatch
+from ckptengine.layout.box import Box
+from ckptengine.layout.cover import prove_cover
+from ckptengine.operations.convert_digests import digest_of
+from ckptengine.operations.read import BoxReader
+from ckptengine.sources.native import NativeSource
+from ckptengine.sources.port import Source
+from ckptengine.store import rankfile
+
+_CHUNK_BYTES = 8 << 20
+Progress = Callable[[int, int], None]
+"""Called with bytes done and bytes in all."""
+
+
+def verify(source: Source, progress: Progress | None = None) -> list[CheckpointError]:
+    """Every problem of a checkpoint; an empty list says that it holds.
+
+    Of our own format every byte is checked: headers, extents, padding, granule tables, indexes, the tensors' digests
+    and their cover.  Of a foreign one: cover, and that every byte can be read (and its digest where one is recorded).
+    """
+    problems: list[CheckpointError] = []
+    if isinstance(source, NativeSource):
+        done = 0
+        for rank, record in enumerate(source.manifest.files):
+            problems += _verify_rank_file(source, rank, progress, done)
+            done += record.nbytes
+        if problems:
+            return problems
+    for name in source.names():
+        try:
+            _verify_tensor(source, name, recompute=not isinstance(source, NativeSource))
+        except CheckpointError as error:
+            problems.append(error)
+    if isinstance(source, NativeSource) and not problems:
+        problems += _verify_digests(source)
+    return problems
+
+
+def _verify_rank_file(
+    source: NativeSource, rank: int, progress: Progress | None, done: int
+) -> list[CheckpointError]:
+    """Header, tail, every extent, every gap of one rank file."""
+    reader = source.reader
+    path, total = reader.path(rank), source.manifest.nbytes
+    problems: list[CheckpointError] = []
+    try:
+        tail = reader.tail(rank)
+    except CheckpointError as error:
+        return [error]
+    cursor = rankfile.HEADER_BYTES
+    buffer = memoryview(bytearray(_CHUNK_BYTES))
+    while cursor < tail.table:
+        count = min(_CHUNK_BYTES, tail.table - cursor)
+        try:
+            reader.read_verified(path, cursor, buffer[:count])
+        except CheckpointError as error:
+            problems.append(error)
+        cursor += count
+        if progress is not None:
+            progress(done + cursor, total)
+    for row in range(len(tail.index)):
+        try:
+            reader.granules(rank, row)
+        except CheckpointError as error:
+            problems.append(error)
+            break
+    return problems
+
+
+def _verify_tensor(source: Source, name: str, *, recompute: bool) -> None:
+    tensor = source.tensor(name)
+    if not recompute or name in source.aliases():
+        prove_cover(name, tensor.shape, [fragment.box for fragment in tensor.fragments])
+        return
+    reader = BoxReader(source, tensor)
+    found = digest_of(tensor, lambda _, box, out: reader.read(box, out), _CHUNK_BYTES)
+    if tensor.digest is not None and found != tensor.digest:
+        raise DigestMismatch(f"tensor {name!r} has the digest {found}, {tensor.digest} was recorded")
+
+
+def _verify_digests(source: NativeSource) -> list[CheckpointError]:
+    """The digest of every logical tensor, recomputed from its verified bytes where fragments are not whole runs."""
+    problems: list[CheckpointError] = []
+    for record in source.manifest.tensors:
+        tensor = source.tensor(record.name)
+        fragments = list(tensor.fragments)
+        if len(fragments) == 1 and fragments[0].box == Box.whole(tensor.shape):
+            row = source.reader.row_at(fragments[0].file, fragments[0].offset)
+            same = row is not None and int(row["crc"]) == record.crc
+        elif not fragments:
+            same = record.crc == native.crc64(b"")
+        else:
+            reader = BoxReader(source, tensor)
+            same = digest_of(tensor, lambda _, box, out, r=reader: r.read(box, out), _CHUNK_BYTES) == record.digest  # type: ignore[misc]
+        if not same:
+            problems.append(DigestMismatch(f"tensor {record.name!r} does not have the digest in the manifest"))
+    return problems
+
+

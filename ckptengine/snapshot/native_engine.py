@@ -1,0 +1,176 @@
+"""The native capture engine behind the port: extents as arrays, direct I/O where the file system grants it."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ckptengine import native
+from ckptengine.layout.digest import GRANULE_BYTES
+from ckptengine.layout.runs import runs_of
+from ckptengine.snapshot.port import Digests, Extent, Progress
+
+WORKERS = 2
+
+
+class NativeJob:
+    """See `WriteJob`."""
+
+    def __init__(self, job: native.WriteJob, extents: int, direct_fd: int) -> None:
+        self._job, self._extents, self._direct_fd = job, extents, direct_fd
+        self._guard = threading.Lock()
+
+    def wait_captured(self, extents: Sequence[int] | None = None, timeout_s: float | None = None) -> bool:
+        if extents is not None:
+            self._job.hurry(extents)
+        return self._job.wait_captured(extents, timeout_s)
+
+    def wait_written(self, timeout_s: float | None = None) -> bool:
+        try:
+            finished = self._job.wait_written(timeout_s)
+        except BaseException:
+            self._close_direct()
+            raise
+        if finished:
+            self._close_direct()
+        return finished
+
+    def _close_direct(self) -> None:
+        with self._guard:
+            fd, self._direct_fd = self._direct_fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def recheck(self, extents: Sequence[int], samples: int | None) -> list[int]:
+        return [int(extent) for extent in self._job.recheck(extents, samples=samples or 0)]
+
+    def digests(self) -> Digests:
+        return Digests(
+            granules=self._job.granules(),
+            extents=self._job.extent_digests(),
+            contributions=self._job.tensor_contributions(),
+        )
+
+    def progress(self) -> Progress:
+        now = self._job.progress
+        return Progress(
+            captured_bytes=now.captured_bytes,
+            written_bytes=now.written_bytes,
+            total_bytes=now.body_bytes,
+            copied_bytes=now.gathered_bytes,
+            peak_bytes=now.peak_buffer_bytes,
+        )
+
+    def trace(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "ph": "X",
+                "name": native.TRACE_KINDS[int(event["kind"])],
+                "ts": int(event["begin_ns"]) / 1e3,
+                "dur": int(event["end_ns"] - event["begin_ns"]) / 1e3,
+                "tid": f"native {int(event['thread'])}",
+                "args": {"bytes": int(event["size_bytes"]), "offset": int(event["file_offset"])},
+            }
+            for event in self._job.trace()
+        ]
+
+    def cancel(self) -> None:
+        self._job.cancel()
+        self._close_direct()
+
+
+class NativeEngine:
+    """See `CaptureEngine`.  ``arena_bytes``: all the host memory that it takes."""
+
+    name = "native"
+    direct = True
+
+    def __init__(self, arena_bytes: int) -> None:
+        segment = native.SEGMENT_BYTES
+        self._engine = native.Engine(
+            workers=WORKERS,
+            buffers=max(2, arena_bytes // segment),
+            pin=torch.cuda.is_available(),
+        )
+        self._support: dict[int, native.DirectSupport] = {}
+
+    def start(self, fd: int, path: Path, extents: Sequence[Extent], begin: int, end: int) -> NativeJob:
+        table, loops, slots = _table(extents)
+        files = self._files(fd, path)
+        try:
+            job = self._engine.submit(
+                files,
+                table,
+                body=(begin, end),
+                loops=loops,
+                granule_slots=slots,
+                compute_streams=_streams(extents),
+                keep=list(extents),
+            )
+        except BaseException:
+            if files.direct >= 0:
+                os.close(files.direct)
+            raise
+        return NativeJob(job, len(extents), files.direct)
+
+    def _files(self, fd: int, path: Path) -> native.Files:
+        device = os.fstat(fd).st_dev
+        if device not in self._support:
+            self._support[device] = native.probe_direct(str(path.parent))
+        support = self._support[device]
+        direct = -1
+        if support.supported:
+            try:
+                direct = os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
+            except OSError:
+                direct = -1  # refused for this file after all: the buffered descriptor does it
+        return native.Files(
+            name=str(path),
+            direct=direct,
+            buffered=fd,
+            memory_alignment=support.memory_alignment,
+            offset_alignment=support.offset_alignment,
+        )
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+def _streams(extents: Sequence[Extent]) -> list[tuple[int, int]]:
+    """(device, stream) of the current compute stream of every CUDA device that extents lie on."""
+    devices = {e.region.device.index for e in extents if e.region.device.type == "cuda"}
+    return [(device, int(torch.cuda.current_stream(device).cuda_stream)) for device in sorted(devices)]
+
+
+def _table(extents: Sequence[Extent]) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64], int]:
+    """The extents as the library wants them, their loops, and the number of granules."""
+    rows: list[tuple[int, ...]] = []
+    loops: list[tuple[int, int]] = []
+    granule = 0
+    for extent in extents:
+        region, item = extent.region, extent.itemsize
+        source_begin = len(loops)
+        if not region.is_contiguous():
+            loops.extend((n, s * item) for n, s in zip(region.shape, region.stride(), strict=True))
+        source_dims = len(loops) - source_begin
+        runs = runs_of(extent.box, extent.global_shape)
+        run_begin = len(loops)
+        loops.extend((count, stride * item) for count, stride in runs.loops)
+        total = 1
+        for n in extent.global_shape:
+            total *= n
+        device = region.device.index if region.device.type == "cuda" else -1
+        rows.append(
+            (region.data_ptr(), extent.nbytes, extent.offset, granule, runs.length * item, 0, (total - runs.stop) * item)
+            + (item, source_begin, source_dims, run_begin, len(loops) - run_begin, device)
+        )  # fmt: skip
+        granule += -(-extent.nbytes // GRANULE_BYTES)
+    table = np.array(rows, native.EXTENT) if rows else np.zeros(0, native.EXTENT)
+    return table, np.array(loops, np.int64).reshape(-1, 2), granule

@@ -33,7 +33,7 @@ from ckptengine.tiers.local_files import (
     write_all,
 )
 from ckptengine.tiers.mounts import is_volatile
-from ckptengine.tiers.port import PARTIAL, Abilities, Bytes, Entry, Receipt, check_name, check_range
+from ckptengine.tiers.port import PARTIAL, Abilities, Bytes, Entry, Receipt, Spare, check_name, check_range, nothing
 from ckptengine.tiers.refusals import refusals
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -240,16 +240,17 @@ class LocalTier:
                 self._sync(directory)
             self._drop_if_empty(name)
 
-    async def sweep(self, prefix: str) -> list[str]:
-        return await asyncio.to_thread(self._sweep, prefix)
+    async def sweep(self, prefix: str, spare: Spare = nothing) -> list[str]:
+        return await asyncio.to_thread(self._sweep, prefix, spare)
 
-    def _sweep(self, prefix: str) -> list[str]:
+    def _sweep(self, prefix: str, spare: Spare) -> list[str]:
         removed: list[str] = []
         with refusals("sweep", str(self.root)):
             for name, _ in list(walk(self.root, self.root, hidden=True)):
                 folder, slash, base = name.rpartition("/")
                 target = _UNPUBLISHED.fullmatch(base)
-                if target and (folder + slash + (target[1] or target[2] or target[3])).startswith(prefix):
+                object_name = folder + slash + (target[1] or target[2] or target[3]) if target else ""
+                if target and object_name.startswith(prefix) and not spare(object_name):
                     os.unlink(self.root / name)
                     removed.append(name)
             for folder, _, _ in os.walk(self.root, topdown=False):

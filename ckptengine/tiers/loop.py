@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from ckptengine.errors import StorageFailed, UnusableRequest
 from ckptengine.tiers.cancelling import cancel_all
-from ckptengine.tiers.port import Abilities, Bytes, Entry, TierPort
+from ckptengine.tiers.port import Abilities, Bytes, Entry, Spare, TierPort, nothing
 
 T = TypeVar("T")
 
@@ -118,8 +118,8 @@ class BlockingTier:
     def delete(self, name: str) -> None:
         self._loop.run(self.tier.delete(name), self._timeout_s)
 
-    def sweep(self, prefix: str) -> list[str]:
-        return self._loop.run(self.tier.sweep(prefix), self._timeout_s)
+    def sweep(self, prefix: str, spare: Spare = nothing) -> list[str]:
+        return self._loop.run(self.tier.sweep(prefix, spare), self._timeout_s)
 
     def close(self) -> None:
         self._loop.run(self.tier.close(), self._timeout_s)

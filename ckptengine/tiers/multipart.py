@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from ckptengine.errors import AlreadyExists, NotFound, UnusableRequest
-from ckptengine.tiers.port import Abilities, Bytes, Entry, Receipt
+from ckptengine.tiers.port import Abilities, Bytes, Entry, Receipt, Spare
 
 MIN_PART_BYTES = 5 << 20
 MAX_PARTS = 10_000
@@ -127,9 +127,11 @@ class S3Upload:
         await self._tier.guard("abandon", self._name, lambda _: _abort(self._tier.fs, self._where, self.token))
 
 
-async def sweep_multipart(tier: S3Place, path_prefix: str) -> list[str]:
-    """Abort every unfinished upload whose path (bucket and key) begins with ``path_prefix``; their keys."""
-    bucket, _, key_prefix = path_prefix.partition("/")
+async def sweep_multipart(tier: S3Place, base: str, prefix: str, spare: Spare) -> list[str]:
+    """Abort unfinished uploads of objects beneath ``base`` (bucket and path) whose name begins with ``prefix``."""
+    bucket, _, folder = base.partition("/")
+    beneath = f"{folder}/" if folder else ""
+    key_prefix = beneath + prefix
 
     async def find(_: int) -> list[tuple[str, str]]:
         found: list[tuple[str, str]] = []
@@ -143,10 +145,10 @@ async def sweep_multipart(tier: S3Place, path_prefix: str) -> list[str]:
 
     removed = []
     for key, upload_id in await tier.guard("list the unfinished uploads of", "", find):
-        if key.startswith(key_prefix):
+        if key.startswith(key_prefix) and not spare(key[len(beneath) :]):
             where = {"Bucket": bucket, "Key": key}
             await tier.guard("abandon", key, lambda _, w=where, u=upload_id: _abort(tier.fs, w, u))
-            removed.append(key)
+            removed.append(key[len(beneath) :])
     return removed
 
 

@@ -8,7 +8,7 @@ Every method raises only errors of `ckptengine.errors`; none of their messages h
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -60,6 +60,15 @@ class Receipt:
 
     tag: str = ""
     proven: bool = False
+
+
+Spare = Callable[[str], bool]
+
+
+def nothing(name: str) -> bool:
+    """Spares nothing."""
+    del name
+    return False
 
 
 class Upload(Protocol):
@@ -126,8 +135,11 @@ class TierPort(Protocol):
         """Remove an object; nothing happens where there is none."""
         ...
 
-    async def sweep(self, prefix: str) -> list[str]:
-        """Remove unfinished uploads under ``prefix``, which nobody may be using, and directories left empty."""
+    async def sweep(self, prefix: str, spare: Spare = nothing) -> list[str]:
+        """Remove unfinished uploads under ``prefix``, and directories left empty; what was removed.
+
+        ``spare``: says of the name that an upload is for whether it must stay, as somebody may still be sending it.
+        """
         ...
 
     async def close(self) -> None:

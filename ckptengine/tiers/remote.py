@@ -18,7 +18,7 @@ import fsspec
 
 from ckptengine.errors import AlreadyExists, CheckpointError, NotFound, StorageFailed, Truncated, UnusableRequest
 from ckptengine.tiers.multipart import begin_multipart, speaks_s3, sweep_multipart
-from ckptengine.tiers.port import PARTIAL, Abilities, Bytes, Entry, Upload, check_name, check_range
+from ckptengine.tiers.port import PARTIAL, Abilities, Bytes, Entry, Spare, Upload, check_name, check_range, nothing
 from ckptengine.tiers.redact import Scrubber, redacted_url, secrets_in, split_url
 from ckptengine.tiers.retry import Retry, is_bucket_missing, kind_of, with_retry
 from ckptengine.tiers.stream import StreamUpload
@@ -236,15 +236,16 @@ class RemoteTier:
         except FileNotFoundError:
             return
 
-    async def sweep(self, prefix: str) -> list[str]:
+    async def sweep(self, prefix: str, spare: Spare = nothing) -> list[str]:
         if self._abilities.resumable_parts:
-            return await sweep_multipart(self, f"{self._base}/{prefix}")
+            return await sweep_multipart(self, self._base, prefix, spare)
         found = await self.guard("list", prefix, lambda _: self._hidden())
         removed = []
         for path in found:
             folder, _, base = path[len(self._base) + 1 :].rpartition("/")
             target = base[len(PARTIAL) + 17 :]
-            if base.startswith(PARTIAL) and (f"{folder}/{target}" if folder else target).startswith(prefix):
+            name = f"{folder}/{target}" if folder else target
+            if base.startswith(PARTIAL) and name.startswith(prefix) and not spare(name):
                 await self.guard("remove", base, lambda _, path=path: self._remove(path))  # type: ignore[misc]
                 removed.append(path[len(self._base) + 1 :])
         return removed

@@ -212,6 +212,7 @@ class TierContract:
         token = loop.run(first(), 60)
         flat.create("step-000000009/keep.bin", b"kept")
         assert flat.sweep("step-000000009/") == []
+        assert flat.sweep("step-", lambda name: name == "step-000000008/r.bin") == []
         assert len(flat.sweep("step-000000008/")) == 1
         with pytest.raises(NotFound):
             loop.run(tier.upload("step-000000008/r.bin", len(BIG), PART, token), 60)

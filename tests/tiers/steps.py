@@ -36,15 +36,21 @@ class Step:
 
 
 def write_step(
-    root: Path, step: int, *, world: int = 1, extents: tuple[int, ...] = (100_000, 3, 0, 2_000_000), attempt: int = 1
+    root: Path,
+    step: int,
+    *,
+    world: int = 1,
+    extents: tuple[int, ...] = (100_000, 3, 0, 2_000_000),
+    attempt: int = 1,
+    save: int = 1,
 ) -> Step:
     """A step of ``world`` ranks beneath ``root``, each with tensors of these many bytes, committed."""
     folder = root / names.step_dir(step)
     folder.mkdir(parents=True)
     records, files = [], []
     for rank in range(world):
-        name = names.rank_file(rank, attempt, 1)
-        identity = rankfile.FileIdentity(run="r", attempt=attempt, save=1, step=step, rank=rank, world=world)
+        name = names.rank_file(rank, attempt, save)
+        identity = rankfile.FileIdentity(run="r", attempt=attempt, save=save, step=step, rank=rank, world=world)
         offsets, end = rankfile.place(extents, [0] * len(extents))
         body = bytearray(end)
         body[: rankfile.HEADER_BYTES] = rankfile.encode_header(identity)
@@ -62,7 +68,7 @@ def write_step(
     manifest = Manifest(
         run="r",
         attempt=attempt,
-        save=1,
+        save=save,
         step=step,
         world=world,
         created="2000-01-01T00:00:00+00:00",

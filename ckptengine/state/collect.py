@@ -50,6 +50,7 @@ class Walk:
     values: Json = None
     per_rank: dict[str, Json] = field(default_factory=dict)
     keep: list[object] = field(default_factory=list)
+    in_containers: dict[str, TensorLike] = field(default_factory=dict)
 
 
 class Collector:
@@ -65,6 +66,7 @@ class Collector:
         self._eager = False
         self._pending: list[tuple[Optimizer, str, dict[str, Json]]] = []
         self._tied: dict[tuple[Any, ...], Found] = {}
+        self._bare: dict[int, tuple[torch.Tensor, str, Described]] = {}
 
     def run(self, state: object) -> Walk:
         walk = self.walk
@@ -93,22 +95,29 @@ class Collector:
         stateful = objects.as_stateful(value)
         return NotImplemented if stateful is None else self._object(stateful, name)
 
-    def _tensor(self, value: TensorLike, name: str) -> str:
+    def _tensor(self, value: TensorLike, name: str, *, in_container: bool = True) -> str:
         if self._parameter is not None and isinstance(value, torch.Tensor):
             described = optimizers.describe_state(value, name, self._parameter)
-            return self._add(name, described, value, "optimizer", False)
+            return self._add(name, described, value, "optimizer", False, in_container=in_container)
         described = describe(value, name)
         if self._in_object:
             return self._add(name, described, None, "other", True)
         tensor = value.tensor if isinstance(value, Sharded) else value
         role: Role = "parameter" if isinstance(tensor, nn.Parameter) else "other"
-        stored = self._add(name, described, value, role, self._eager)
-        head, _, tail = _split_head(name)
-        entry = ParameterEntry(tensor, name, head if tail else "", tail or head, described)
-        self.walk.parameters.setdefault(id(tensor), entry)
+        stored = self._add(name, described, value, role, self._eager, in_container=True)
+        self._bare.setdefault(id(tensor), (tensor, name, described))
         return stored
 
-    def _add(self, name: str, described: Described, live: TensorLike | None, role: Role, eager: bool) -> str:
+    def _add(
+        self,
+        name: str,
+        described: Described,
+        live: TensorLike | None,
+        role: Role,
+        eager: bool,
+        *,
+        in_container: bool = False,
+    ) -> str:
         """Record a tensor; the name it is stored under."""
         if self._rank is not None:
             name = names.join(name, names.escape(names.RankMark(self._rank)))
@@ -117,6 +126,8 @@ class Collector:
             raise UnsupportedValue(f"{where(name)}: two tensors of the state have this name; rename one of the keys")
         eager = eager or (not described.global_shape and tensor.device.type == "cpu")
         found = Found(name, described, live, role, eager, self._owned)
+        if in_container and live is not None:
+            walk.in_containers[name] = live
         if live is not None and tensor.numel():
             key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, described.global_shape, self._rank)
             owner = self._tied.setdefault(key, found)
@@ -131,7 +142,12 @@ class Collector:
         return name
 
     def _module(self, module: nn.Module, name: str) -> Json:
-        view = modules.view(module)
+        try:
+            view = modules.view(module)
+        except CheckpointError:
+            raise
+        except Exception as error:
+            raise UnsupportedValue(f"{where(name)}: state_dict() of this module failed: {error!r}") from error
         self.walk.modules[name] = view
         prefix = f"{name}." if name else ""
         by_id: dict[int, Described] = {}
@@ -153,17 +169,14 @@ class Collector:
         return node
 
     def _optimizer(self, optimizer: Optimizer, name: str, node: dict[str, Json]) -> None:
+        for member in (id(parameter) for group in optimizer.param_groups for parameter in group["params"]):
+            if member not in self.walk.parameters and member in self._bare:
+                self.walk.parameters[member] = _bare_entry(*self._bare[member])
         view = optimizers.view(optimizer, name, self.walk.parameters)
         self.walk.optimizers[name] = view
         self.walk.optimizer_at[id(optimizer)] = name
-        groups: list[Json] = []
-        self._eager, self._owned = True, view.ids  # schedulers change hyper-parameters at any time
-        for index, group in enumerate(view.groups):
-            prefix = f"{name}.param_groups.{index}" if name else f"param_groups.{index}"
-            values = {key: part for key, part in group.live.items() if key not in optimizers.NOT_VALUES}
-            groups.append({"params": list(group.params), "values": self.encoder.encode(values, prefix)})
-        node["groups"] = groups
-        self._eager = False
+        self._owned = view.ids
+        node["groups"] = self._groups(view)
         keys = {id(entry.parameter): key for key, entry in view.entries.items()}
         state: dict[str, Json] = {}
         shared: dict[object, object] = {}
@@ -184,6 +197,16 @@ class Collector:
                 stored.owners = _union(stored.owners, view.ids)
         self._owned = ()
 
+    def _groups(self, view: optimizers.OptimizerView) -> list[Json]:
+        groups: list[Json] = []
+        self._eager = True  # schedulers change hyper-parameters at any time
+        for index, group in enumerate(view.groups):
+            prefix = names.join(view.name, f"param_groups.{index}")
+            values = {key: part for key, part in group.live.items() if key not in optimizers.NOT_VALUES}
+            groups.append({"params": list(group.params), "values": self.encoder.encode(values, prefix)})
+        self._eager = False
+        return groups
+
     def _state_of(self, entry: ParameterEntry, prefix: str, parts: dict[Any, Any]) -> Json:
         """Record the state tensors of one parameter; the encoding of the rest."""
         self._parameter = entry.described
@@ -191,7 +214,8 @@ class Collector:
             plain: dict[Any, Any] = {}
             for key, part in parts.items():
                 if isinstance(part, torch.Tensor):
-                    self._tensor(part, names.join(prefix, self.encoder.key_component(key, prefix)))
+                    component = self.encoder.key_component(key, prefix)
+                    self._tensor(part, names.join(prefix, component), in_container=False)
                 else:
                     plain[key] = part
             return self.encoder.encode(plain, prefix) if plain else None
@@ -269,6 +293,12 @@ class Collector:
 
 def _union(first: tuple[int, ...], second: tuple[int, ...]) -> tuple[int, ...]:
     return first if set(second) <= set(first) else (*first, *(one for one in second if one not in first))
+
+
+def _bare_entry(tensor: torch.Tensor, name: str, described: Described) -> ParameterEntry:
+    """A parameter that hangs in a container: its root is the top-level key."""
+    head, _, tail = _split_head(name)
+    return ParameterEntry(tensor, name, head if tail else "", tail or head, described)
 
 
 def _split_head(name: str) -> tuple[str, str, str]:

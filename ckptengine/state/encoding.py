@@ -210,13 +210,20 @@ def _set(encoder: Encoder, value: set[Any] | frozenset[Any], name: str) -> Json:
     return {"$": type(value).__name__, "v": members}
 
 
+def _keys_are_simple(value: dict[Any, Any]) -> bool:
+    for key in value:  # noqa: SIM110 - all(...) is slower, and this runs for every tensor of a large state
+        if type(key) is not str or key[:1] == "$" or not key.isascii():
+            return False
+    return True
+
+
 def _items(encoder: Encoder, value: dict[Any, Any], name: str) -> Json:
     """The shared form of mappings: a plain object where every key is a simple string, else a list of pairs."""
     encoder.enter(value, name)
     try:
-        if all(type(key) is str and not key.startswith("$") and key.isascii() for key in value):
-            encode, prefix = encoder.encode, f"{name}." if name else ""
-            return {key: encode(part, prefix + names.escape(key)) for key, part in value.items()}
+        if _keys_are_simple(value):
+            encode, prefix, escape = encoder.encode, f"{name}." if name else "", names.escape
+            return {key: encode(part, prefix + escape(key)) for key, part in value.items()}
         pairs: list[Json] = []
         for key, part in value.items():
             component = encoder.key_component(key, name)

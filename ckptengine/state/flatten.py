@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from ckptengine.errors import UnusableRequest
 from ckptengine.layout.sharding import Layout
@@ -19,7 +22,8 @@ def flatten(state: object, *, random: bool) -> FlatState:
     too.  Nothing is copied: the leaves alias live memory.  Raises `UnsupportedValue`, naming the place in the state,
     for whatever has no encoding.
     """
-    return freeze(collect(state), random=random)
+    with no_collection():
+        return freeze(collect(state), random=random)
 
 
 def collect(state: object) -> Walk:
@@ -27,6 +31,19 @@ def collect(state: object) -> Walk:
     if state is None or isinstance(state, str | bytes | int | float):
         raise UnusableRequest(f"a state is a dict of what to save, not a {type(state).__name__}")
     return Collector().run(state)
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Keep the cyclic garbage collector from running: it would scan a large walk's objects over and over."""
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def freeze(walk: Walk, *, random: bool) -> FlatState:
@@ -65,19 +82,3 @@ def structure_key(leaves: tuple[TensorLeaf, ...], aliases: dict[str, str]) -> st
     lines = [f"{leaf.name}\0{leaf.dtype}\0{leaf.global_shape}\0{text(leaf.sharding)}" for leaf in leaves]
     lines += [f"{alias}\0{owner}" for alias, owner in aliases.items()]
     return hashlib.blake2b("\n".join(lines).encode("utf-8", "backslashreplace"), digest_size=16).hexdigest()
-
-
-class Walker:
-    """Flattens one state again and again.
-
-    A second `flatten` reuses the first one's leaves as long as the state is structurally the same (the same tensors at
-    the same addresses under the same names), and always reads plain values, hooks and objects anew.
-    """
-
-    def __init__(self, state: object, *, random: bool = True) -> None:
-        self.state = state
-        self.random = random
-
-    def flatten(self) -> FlatState:
-        """As `flatten(state, random=random)`."""
-        return flatten(self.state, random=self.random)

@@ -53,9 +53,9 @@ def _escape_match(match: re.Match[str]) -> str:
 def escape(key: Component) -> str:
     """One component of a name; the inverse is `split`."""
     if type(key) is str:
-        if not key:
-            return "\\e"
-        return _SPECIAL.sub(_escape_match, key) if _SPECIAL.search(key) else key
+        if key.isascii() and "." not in key and "\\" not in key:
+            return key or "\\e"
+        return _SPECIAL.sub(_escape_match, key)
     if isinstance(key, TypedKey):
         return "\\=" + _SPECIAL.sub(_escape_match, key.text)
     if isinstance(key, RankMark):

@@ -15,8 +15,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ckptengine.errors import LayoutError, StateMismatch, UnsupportedValue
 from ckptengine.layout.sharding import Irregular, Sharding
-from ckptengine.state.flatten import Walker, flatten
+from ckptengine.state.flatten import flatten
 from ckptengine.state.sharded import Sharded
+from ckptengine.state.walker import Walker
 
 from .helpers import MemoryCheckpoint, region, save, slices
 

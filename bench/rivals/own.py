@@ -36,11 +36,9 @@ class CkptEngine(Engine):
     def __init__(self, root: Path, state: LiveState) -> None:
         super().__init__(root, state)
         self._ce = require("ckptengine")
-        self._checkpointer: Any = None
+        self._checkpointer: Any = self._ce.Checkpointer(state.live(), str(root), random=False)
 
     def save(self, step: int) -> Wait:
-        if self._checkpointer is None:
-            self._checkpointer = self._ce.Checkpointer(self.state.live(), str(self.root), random=False)
         handle = self._checkpointer.save(step)
 
         def wait() -> None:
@@ -49,12 +47,10 @@ class CkptEngine(Engine):
         return wait
 
     def before_update(self) -> None:
-        if self._checkpointer is not None:
-            self._checkpointer.fence()
+        self._checkpointer.fence()
 
     def restore(self, step: int) -> None:
         self._ce.load(self.state.live(), str(self.root), step)
 
     def close(self) -> None:
-        if self._checkpointer is not None:
-            self._checkpointer.close()
+        self._checkpointer.close()

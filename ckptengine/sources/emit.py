@@ -1,6 +1,6 @@
 """Pickles written opcode by opcode, for the formats that consist of them.  Nothing of torch is imported to do so.
 
-Protocol 2, as torch.save writes it, with nothing in it that ``torch.load(weights_only=True)`` refuses.
+Protocol 2, as torch.save writes it, with nothing in it that ``torch.load(weights_only=True)`` refuses but numpy arrays.
 """
 
 from __future__ import annotations
@@ -52,6 +52,13 @@ class Instance:
 
     kind: Global
     state: object
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """A dict whose keys are records of this module."""
+
+    items: Sequence[tuple[object, object]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +129,9 @@ class _Emitter:
 
     def _compound(self, value: object, name: str, depth: int) -> None:
         if isinstance(value, dict):
-            self._dict(value, name, depth)
+            self._dict(list(value.items()), name, depth)
+        elif isinstance(value, Pairs):
+            self._dict(value.items, name, depth)
         elif isinstance(value, list):
             self.parts.append(b"]")
             if value:
@@ -134,6 +143,10 @@ class _Emitter:
             self.value(Call(Global("__builtin__", "set"), (sorted(value, key=repr),)), name, depth)
         elif isinstance(value, complex):
             self.value(Call(Global("__builtin__", "complex"), (value.real, value.imag)), name, depth)
+        elif isinstance(value, np.ndarray) and not value.dtype.hasobject and value.dtype.fields is None:
+            little = value.astype(value.dtype.newbyteorder("<"))
+            array = Call(Global("numpy", "ndarray"), (value.shape, little.dtype.str, little.tobytes()))
+            self.value(array, name, depth)
         elif isinstance(value, Call):
             self._global(value.function)
             self._tuple(value.args, name, depth)
@@ -162,12 +175,12 @@ class _Emitter:
         self._marked(items, name, depth)
         self.parts.append(b"t")
 
-    def _dict(self, items: dict[object, object], name: str, depth: int) -> None:
+    def _dict(self, items: Sequence[tuple[object, object]], name: str, depth: int) -> None:
         self.parts.append(b"}")
         if not items:
             return
         self.parts.append(b"(")
-        for key, item in items.items():
+        for key, item in items:
             self.value(key, name, depth)
             self.value(item, f"{name}.{key}" if isinstance(key, str | int) else name, depth)
         self.parts.append(b"u")

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ckptengine.errors import CheckpointError, UnreadableFormat
+from ckptengine.sources.writer import Job
 
 MAX_DEPTH = 200
 DROPPED = object()
@@ -33,6 +34,11 @@ def decode_values(document: Any) -> object:
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, struct.error) as error:
         raise UnreadableFormat(f"the stored values are malformed: {type(error).__name__}: {error}") from error
     return {} if made is DROPPED else made
+
+
+def plain_values(job: Job) -> object:
+    """The values of a conversion as plain values, from the typed encoding where the source holds that."""
+    return job.values if job.encoded_values is None else decode_values(job.encoded_values)
 
 
 def _decode(data: Any, depth: int) -> Any:

@@ -103,6 +103,8 @@ class _NumpyDtype:
             raise UnreadableFormat(f"unknown numpy element type {self._text!r}") from None
         if dtype.hasobject or dtype.fields is not None:
             raise UnreadableFormat(f"numpy arrays of {self._text!r} cannot be read without running code")
+        if self._text[:1] in "<>|=":
+            return dtype
         return dtype.newbyteorder("<" if self._order == "=" else self._order)  # type: ignore[arg-type]
 
 
@@ -111,6 +113,8 @@ class NumpyArray:
 
     def __init__(self, *args: object) -> None:
         self._state: tuple[Any, ...] = (1, (0,), None, False, b"")
+        if len(args) == 3 and isinstance(args[1], str) and isinstance(args[2], bytes):  # shape, dtype, buffer
+            self._state = (1, args[0], _NumpyDtype(args[1]), False, args[2])
 
     def __setstate__(self, state: object) -> None:
         if not isinstance(state, tuple) or len(state) != 5:

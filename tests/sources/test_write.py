@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from ckptengine.errors import AlreadyExists, CheckpointError, UnsupportedValue, UnusableRequest
 from ckptengine.layout.box import Box
@@ -201,6 +205,80 @@ class TestTorch:
 
         with pytest.raises(UnsupportedValue, match=r"value\.a\[1\]: a Source"):
             dumps({"a": [1, Source()]})
+
+
+class TestDcp:
+    @pytest.mark.parametrize(
+        ("layout", "options"),
+        [(None, {}), (None, {"file_bytes": 64}), (None, {"file_bytes": 1}), ("dp=3", {}), ("dp=4,tp=2", {})],
+    )
+    def test_everything_comes_back(
+        self, source: Path, tmp_path: Path, layout: str | None, options: dict[str, object]
+    ) -> None:
+        convert(source, tmp_path / "out", to="dcp", layout=layout, options=options, verify=True)
+        made = open_source(tmp_path / "out")
+        assert made.format == "dcp"
+        holds(made, everything())
+        check_values(tmp_path / "out")
+
+    @pytest.mark.parametrize("layout", [None, "dp=3"])
+    def test_torch_loads_it(self, source: Path, tmp_path: Path, layout: str | None) -> None:
+        convert(source, tmp_path / "out", to="dcp", layout=layout)
+        live: dict[str, Any] = {"model": {}, "optim": {"state": {}, "param_groups": [{"lr": 0.0}, {"lr": 0.0}]}}
+        for name, tensor in everything().items():
+            if name.startswith("model."):
+                live["model"][name.removeprefix("model.")] = torch.zeros_like(tensor)
+            else:
+                parameter, _, kind = name.removeprefix("optim.").rpartition(".")
+                live["optim"]["state"].setdefault(parameter, {})[kind] = torch.zeros_like(tensor)
+        live["extra"] = {"epoch": 0, "names": ["", {"b": 0.0}], "betas": (), "raw": b"", "none": 0}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp.load(live, storage_reader=dcp.FileSystemReader(tmp_path / "out"), no_dist=True)
+        for name, tensor in everything().items():
+            if name.startswith("model."):
+                found = live["model"][name.removeprefix("model.")]
+            else:
+                parameter, _, kind = name.removeprefix("optim.").rpartition(".")
+                found = live["optim"]["state"][parameter][kind]
+            assert torch.equal(found, tensor), name
+        assert live["optim"]["param_groups"] == [{"lr": 0.1}, {"lr": 0.2}]
+        assert live["extra"] == VALUES
+
+    def test_arrays_among_the_values(self, tmp_path: Path) -> None:
+        array = np.arange(6, dtype=">i2").reshape(2, 3)
+        torch.save({"model": {"w": counting(2)}, "rng": {"keys": array}}, tmp_path / "x.pt")
+        convert(tmp_path / "x.pt", tmp_path / "out", to="dcp")
+        values: Any = open_source(tmp_path / "out").values()
+        assert np.array_equal(values["rng"]["keys"], array)
+        live = {"rng": {"keys": None}}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp.load(live, storage_reader=dcp.FileSystemReader(tmp_path / "out"), no_dist=True)
+        assert np.array_equal(live["rng"]["keys"], array)  # type: ignore[arg-type]
+        convert(tmp_path / "x.pt", tmp_path / "y.pt", to="torch")
+        assert torch.load(tmp_path / "y.pt", weights_only=True)["rng"] == {"keys": array.tolist()}
+
+    def test_torch_turns_it_into_one_file(self, source: Path, tmp_path: Path) -> None:
+        convert(source, tmp_path / "out", to="dcp")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp_to_torch_save(tmp_path / "out", tmp_path / "x.pt")
+        loaded = torch.load(tmp_path / "x.pt", weights_only=True)
+        assert torch.equal(loaded["model"]["emb.weight"], tensors()["model.emb.weight"])
+        assert torch.equal(loaded["optim"]["state"]["emb.weight"]["step"], torch.tensor(2.0))
+        assert loaded["extra"] == VALUES
+
+    def test_every_dtype(self, tmp_path: Path) -> None:
+        made = {f"model.{dtype}": counting(3, 2, dtype=dtype) for dtype in DTYPES}
+        torch.save({"model": {name.removeprefix("model."): t for name, t in made.items()}}, tmp_path / "x.pt")
+        convert(tmp_path / "x.pt", tmp_path / "out", to="dcp")
+        holds(open_source(tmp_path / "out"), made)
+        live = {"model": {name.removeprefix("model."): torch.zeros_like(tensor) for name, tensor in made.items()}}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp.load(live, storage_reader=dcp.FileSystemReader(tmp_path / "out"), no_dist=True)
+        assert all(raw(live["model"][name.removeprefix("model.")]) == raw(tensor) for name, tensor in made.items())
 
 
 @given(

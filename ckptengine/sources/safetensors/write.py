@@ -21,6 +21,7 @@ from ckptengine.sources.jsonvalues import to_json
 from ckptengine.sources.safetensors.header import DTYPES
 from ckptengine.sources.safetensors.source import INDEX_SUFFIX, OWN_FILE, OWN_KEY, SUFFIX
 from ckptengine.sources.stream import group_by_size, stream_boxes, stream_memory_bytes
+from ckptengine.sources.typed import plain_values
 from ckptengine.sources.writer import Document, Job, Target, Unit
 
 SHARD_BYTES = 5_000_000_000
@@ -63,7 +64,8 @@ class SafetensorsWriter:
             total = sum(job.tensor(name).nbytes for names in shards.values() for name in names)
             index = {name.removeprefix(_WEIGHTS): path for path, names in shards.items() for name in names}
             _write_json(target, "model" + INDEX_SUFFIX, {"metadata": {"total_size": total}, "weight_map": index})
-        values = job.values if isinstance(job.values, dict) else {}
+        plain = plain_values(job)
+        values = plain if isinstance(plain, dict) else {}
         for name in _CONFIGURATIONS:
             if isinstance(values.get(name), dict):
                 _write_json(target, f"{name}.json", to_json(values[name]))
@@ -73,7 +75,7 @@ class SafetensorsWriter:
             "step": job.step,
             "metrics": to_json(dict(job.metrics), "metrics"),
             "aliases": {alias: name for alias, name in job.aliases.items() if name in written},
-            "values": to_json(job.values),
+            "values": to_json(plain),
             "state": [path for path in _shards(job) if not path.startswith("model")],
             "digests": dict(job.digests),
             "provenance": dict(job.provenance),

@@ -23,6 +23,7 @@ from ckptengine.sources.emit import Tensor, dumps, storage_of
 from ckptengine.sources.optimizers import Optimizer, optimizers_in, split_names
 from ckptengine.sources.stream import stream_boxes, stream_memory_bytes
 from ckptengine.sources.torchfile.source import OWN_RECORD, SUFFIXES
+from ckptengine.sources.typed import plain_values
 from ckptengine.sources.writer import Document, Job, Target, Unit
 from ckptengine.sources.zipwriter import ALIGNMENT, ZipWriter, zip_bytes
 
@@ -103,7 +104,7 @@ def _tensor(job: Job, name: str, number: int) -> Tensor:
 
 
 def _nested(job: Job, tensors: Mapping[str, Tensor]) -> dict[Any, Any]:
-    values = _loadable(job.values, "values")
+    values = _loadable(plain_values(job), "values")
     root: dict[Any, Any] = values if isinstance(values, dict) else {} if values is None else {"values": values}
     found = optimizers_in(root)
     states = split_names(tensors, found)

@@ -1,0 +1,288 @@
+"""Write a checkpoint of torch.distributed.checkpoint, which ``torch.distributed.checkpoint.load`` loads.
+
+Each file holds items one after another, each a small file of torch.save with one box of one tensor; ``.metadata`` says
+what lies where and is written last.  Optimizers get torch's own keys (``<key>.state.<parameter>.<state>`` and
+``<key>.param_groups``).  Tied names share one item.
+
+With ``--layout`` every tensor is cut on its first dimension for as many ranks as the layout has, as FSDP does; without,
+files are cut by size.  DCP loads either onto any layout.
+
+Options: ``file_bytes`` (default 1 GiB: the most data in one file without a layout).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from ckptengine.errors import UnusableRequest
+from ckptengine.layout.box import Box, row_major_strides
+from ckptengine.layout.dtypes import itemsize
+from ckptengine.layout.tensor import LogicalTensor
+from ckptengine.sources.dcp.metadata import METADATA
+from ckptengine.sources.emit import Call, Global, Instance, Pairs, Tensor, dumps, size, storage_of
+from ckptengine.sources.optimizers import Optimizer, optimizers_in, split_names
+from ckptengine.sources.stream import stream_boxes, stream_memory_bytes
+from ckptengine.sources.typed import plain_values
+from ckptengine.sources.writer import Document, Job, Sink, Target, Unit
+from ckptengine.sources.zipwriter import ALIGNMENT, ZipWriter, zip_bytes
+
+FILE_BYTES = 1 << 30
+VERSION = "1.0.0"
+_METADATA = "torch.distributed.checkpoint.metadata"
+
+Part = tuple[str, Box]
+Path = tuple[object, ...]
+
+
+class DcpWriter:
+    """The writer of ``--to dcp``."""
+
+    format = "dcp"
+
+    def units(self, job: Job) -> Sequence[Unit]:
+        """One unit per file."""
+        return [_unit(job, path, parts) for path, parts in _files(job).items()]
+
+    def write(self, job: Job, unit: Unit, target: Target) -> Document:
+        """The items of one file; says where each lies."""
+        parts = _files(job)[unit.key]
+        with target.create(unit.key) as sink:
+            writer = _ItemWriter(job, parts, sink)
+            stream_boxes(job, parts, writer.write, writer.begin)
+            writer.finish()
+        return {"items": writer.items}
+
+    def finish(self, job: Job, results: Mapping[str, Document], target: Target) -> None:
+        """The values, and the metadata last."""
+        keys, paths = _keys(job)
+        places: dict[str, list[tuple[tuple[int, ...], tuple[int, ...], str, int, int]]] = {}
+        for path, result in results.items():
+            for name, offsets, shape, offset, nbytes in result["items"]:
+                places.setdefault(name, []).append((tuple(offsets), tuple(shape), path, offset, nbytes))
+        records: list[tuple[object, object]] = []
+        storage: list[tuple[object, object]] = []
+        for name, key in keys.items():
+            chunks = sorted(places[job.aliases.get(name, name)])
+            records.append((key, _tensor_record(job.tensor(name), chunks)))
+            storage += [
+                (_index(key, offsets, number), _place(path, offset, nbytes))
+                for number, (offsets, _, path, offset, nbytes) in enumerate(chunks)
+            ]
+        path = f"__{len(results)}_0.distcp"
+        for key, nesting, place in _write_values(job, path, target):
+            records.append((key, Instance(Global(_METADATA, "BytesStorageMetadata"), {})))
+            storage.append((_index(key), place))
+            paths[key] = nesting
+        state = {
+            "state_dict_metadata": Pairs(records),
+            "planner_data": dict(paths),
+            "storage_data": Pairs(storage),
+            "storage_meta": None,
+            "version": VERSION,
+        }
+        with target.create(METADATA) as sink:
+            sink.write(dumps(Instance(Global(_METADATA, "Metadata"), state), METADATA))
+
+
+class _ItemWriter:
+    """Appends one zip per part to a sink, as the parts' bytes come."""
+
+    def __init__(self, job: Job, parts: Sequence[Part], sink: Sink) -> None:
+        self._job = job
+        self._parts = parts
+        self._sink = sink
+        self._zip: ZipWriter | None = None
+        self._start = 0
+        self.items: list[list[Any]] = []
+
+    def begin(self, number: int) -> None:
+        """End the item before and begin that of part ``number``."""
+        self.finish()
+        name, box = self._parts[number]
+        self._start = self._sink.position
+        self._zip = ZipWriter(self._sink)
+        for record, data in _small_records(self._job.tensor(name).dtype, box).items():
+            self._zip.add(record, data)
+        self.items.append([name, list(box.offsets), list(box.shape), self._start, 0])
+        self._zip.begin("data/0")
+
+    def write(self, data: memoryview) -> None:
+        """Append to the item that was begun."""
+        assert self._zip is not None
+        self._zip.write(data)
+
+    def finish(self) -> None:
+        """End the last item."""
+        if self._zip is not None:
+            self._zip.finish()
+            self.items[-1][-1] = self._sink.position - self._start
+            self._zip = None
+
+
+def _small_records(dtype: str, box: Box) -> dict[str, bytes]:
+    nbytes = box.size * itemsize(dtype)
+    storage = storage_of("0", dtype, nbytes, itemsize(dtype))
+    return _wrapped(dumps(Tensor(storage, dtype, box.shape, row_major_strides(box.shape))))
+
+
+def _wrapped(pickle: bytes) -> dict[str, bytes]:
+    """The records of a torch.save file but its data."""
+    return {
+        "data.pkl": pickle,
+        ".format_version": b"1",
+        ".storage_alignment": str(ALIGNMENT).encode(),
+        "byteorder": b"little",
+        "version": b"3\n",
+    }
+
+
+def _item_bytes(dtype: str, box: Box) -> int:
+    records = _small_records(dtype, box)
+    return zip_bytes([*records, "data/0"], [*map(len, records.values()), box.size * itemsize(dtype)])
+
+
+def _unit(job: Job, path: str, parts: Sequence[Part]) -> Unit:
+    read_bytes = sum(box.size * itemsize(job.tensor(name).dtype) for name, box in parts)
+    write_bytes = sum(_item_bytes(job.tensor(name).dtype, box) for name, box in parts)
+    names = tuple(dict.fromkeys(name for name, _ in parts))
+    return Unit(path, names, read_bytes, write_bytes, stream_memory_bytes(job), (path,))
+
+
+def _files(job: Job) -> dict[str, list[Part]]:
+    """The boxes in each file; every tensor once, without its aliases."""
+    layout = job.layout
+    world = layout.dp * layout.tp * layout.pp * layout.cp
+    names = [name for name in job.names if name not in job.aliases]
+    groups = _by_rank(job, names, world) if world > 1 else _by_size(job, names)
+    return {f"__{number}_0.distcp": parts for number, parts in enumerate(groups) if parts or not number}
+
+
+def _by_rank(job: Job, names: Sequence[str], world: int) -> list[list[Part]]:
+    """The first dimension in ``world`` parts of ceil(n / world) rows; scalars in turn."""
+    ranks: list[list[Part]] = [[] for _ in range(world)]
+    scalars = 0
+    for name in names:
+        shape = job.tensor(name).shape
+        if not shape or 0 in shape:
+            ranks[scalars % world].append((name, Box.whole(shape)))
+            scalars += 1
+            continue
+        step = math.ceil(shape[0] / world)
+        for rank, start in enumerate(range(0, shape[0], step)):
+            rows = min(step, shape[0] - start)
+            ranks[rank].append((name, Box((start, *(0 for _ in shape[1:])), (rows, *shape[1:]))))
+    return ranks
+
+
+def _by_size(job: Job, names: Sequence[str]) -> list[list[Part]]:
+    most = job.options.get("file_bytes", FILE_BYTES)
+    if type(most) is not int or most <= 0:
+        raise UnusableRequest(f"option file_bytes must be a positive number of bytes, not {most!r}")
+    groups: list[list[Part]] = [[]]
+    room = most
+    for name in names:
+        tensor = job.tensor(name)
+        for box in _slabs(tensor, most):
+            nbytes = box.size * itemsize(tensor.dtype)
+            if nbytes > room and groups[-1]:
+                groups.append([])
+                room = most
+            groups[-1].append((name, box))
+            room -= nbytes
+    return groups
+
+
+def _slabs(tensor: LogicalTensor, most: int) -> Iterator[Box]:
+    """The tensor cut on its first dimension of more than one element into parts of at most ``most`` bytes."""
+    whole = Box.whole(tensor.shape)
+    dim = next((d for d, n in enumerate(tensor.shape) if n > 1), None)
+    if tensor.nbytes <= most or dim is None:
+        yield whole
+        return
+    step = max(most * tensor.shape[dim] // tensor.nbytes, 1)
+    for start in range(0, tensor.shape[dim], step):
+        offsets, shape = list(whole.offsets), list(whole.shape)
+        offsets[dim], shape[dim] = start, min(step, tensor.shape[dim] - start)
+        yield Box(tuple(offsets), tuple(shape))
+
+
+def _keys(job: Job) -> tuple[dict[str, str], dict[str, Path]]:
+    """Each name's key in torch's terms, aliases included, and each key's path in the nested state."""
+    states = split_names(job.names, optimizers_in(plain_values(job)))
+    keys: dict[str, str] = {}
+    paths: dict[str, Path] = {}
+    for name in job.names:
+        state: tuple[Optimizer, str, str] | None = states.get(name)
+        first, dot, rest = name.partition(".")
+        path: Path = (first, rest) if dot else (name,)
+        if state is not None:
+            optimizer, parameter, kind = state
+            path = (*optimizer.path, "state", parameter, kind)
+        keys[name] = ".".join(map(str, path))
+        paths[keys[name]] = path
+    return keys, paths
+
+
+def _write_values(job: Job, file: str, target: Target) -> list[tuple[str, Path, Instance]]:
+    """Write one item per value; their keys, paths and places."""
+    leaves = list(_leaves(plain_values(job), ()))
+    made: list[tuple[str, Path, Instance]] = []
+    if not leaves:
+        return made
+    with target.create(file) as sink:
+        for path, value in leaves:
+            start = sink.position
+            key = ".".join(map(str, path))
+            zipped = ZipWriter(sink)
+            for record, data in _wrapped(dumps(value, key)).items():
+                zipped.add(record, data)
+            zipped.finish()
+            made.append((key, path, _place(file, start, sink.position - start)))
+    return made
+
+
+def _leaves(value: object, path: Path) -> Iterator[tuple[Path, object]]:
+    """Values as torch flattens them: dicts always, lists where a dict is in them."""
+    if isinstance(value, dict) and (value or not path):
+        for key, item in value.items():
+            yield from _leaves(item, (*path, str(key)))
+    elif isinstance(value, list) and _holds_dict(value):
+        for number, item in enumerate(value):
+            yield from _leaves(item, (*path, number))
+    elif path or value is not None:
+        yield path or ("values",), value
+
+
+def _holds_dict(value: list[Any]) -> bool:
+    return any(isinstance(item, dict) or (isinstance(item, list) and _holds_dict(item)) for item in value)
+
+
+def _tensor_record(tensor: LogicalTensor, chunks: Sequence[tuple[Any, ...]]) -> Instance:
+    layout = Call(Global("torch.serialization", "_get_layout"), ("torch.strided",))
+    contiguous = Call(Global(_METADATA, "_MEM_FORMAT_ENCODING"), (0,))
+    properties = (Global("torch", tensor.dtype), layout, False, contiguous, False)
+    boxes = [
+        Instance(Global(_METADATA, "ChunkStorageMetadata"), {"offsets": size(chunk[0]), "sizes": size(chunk[1])})
+        for chunk in chunks
+    ]
+    state = {
+        "properties": Instance(Global(_METADATA, "TensorProperties"), properties),
+        "size": size(tensor.shape),
+        "chunks": boxes,
+    }
+    return Instance(Global(_METADATA, "TensorStorageMetadata"), state)
+
+
+def _index(key: str, offsets: tuple[int, ...] | None = None, number: int | None = None) -> Instance:
+    offset = None if offsets is None else size(offsets)
+    return Instance(Global(_METADATA, "MetadataIndex"), {"fqn": key, "index": number, "offset": offset})
+
+
+def _place(path: str, offset: int, nbytes: int) -> Instance:
+    state = {"relative_path": path, "offset": offset, "length": nbytes}
+    return Instance(Global("torch.distributed.checkpoint.filesystem", "_StorageInfo"), state)
+
+
+WRITER = DcpWriter

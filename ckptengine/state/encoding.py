@@ -1,8 +1,9 @@
 """Typed encoding of plain values as JSON data: exact, closed, and never executed when read.
 
 A value that JSON has is itself: None, bool, int below 2**63, finite float, string, list, and a dict whose keys are
-strings not starting with ``$``.  Everything else is an object ``{"$": <tag>, ...}``; the tags are the keys of
-`ckptengine.state.decoding.DECODERS`.  Order of keys is meaning: writers must not sort.
+ASCII strings in sorted order, none starting with ``$``.  A dict in any other order is a list of pairs, so that
+documents may be written with sorted keys.  Everything else is an object ``{"$": <tag>, ...}``; the tags are the keys of
+`ckptengine.state.decoding.DECODERS`.
 
 Values that are not plain (tensors, modules, optimizers, objects with a state) are given to a *leaf hook*, which
 returns their encoding, and come back through the decoder's leaf hook.
@@ -211,14 +212,16 @@ def _set(encoder: Encoder, value: set[Any] | frozenset[Any], name: str) -> Json:
 
 
 def _keys_are_simple(value: dict[Any, Any]) -> bool:
-    for key in value:  # noqa: SIM110 - all(...) is slower, and this runs for every tensor of a large state
-        if type(key) is not str or key[:1] == "$" or not key.isascii():
+    last = ""
+    for key in value:
+        if type(key) is not str or key < last or key[:1] == "$" or not key.isascii():
             return False
+        last = key
     return True
 
 
 def _items(encoder: Encoder, value: dict[Any, Any], name: str) -> Json:
-    """The shared form of mappings: a plain object where every key is a simple string, else a list of pairs."""
+    """The shared form of mappings: a plain object where sorting its keys changes nothing, else a list of pairs."""
     encoder.enter(value, name)
     try:
         if _keys_are_simple(value):
@@ -226,6 +229,9 @@ def _items(encoder: Encoder, value: dict[Any, Any], name: str) -> Json:
             return {key: encode(part, prefix + escape(key)) for key, part in value.items()}
         pairs: list[Json] = []
         for key, part in value.items():
+            if type(key) is str:
+                pairs.append([_str(encoder, key, name), encoder.encode(part, names.join(name, names.escape(key)))])
+                continue
             component = encoder.key_component(key, name)
             pairs.append([encoder.plain(key, f"{name} (a key)"), encoder.encode(part, names.join(name, component))])
         return pairs

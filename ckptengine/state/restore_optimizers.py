@@ -67,11 +67,11 @@ def _read(context: Context, name: str, data: Json | Absent) -> SavedOptimizer | 
     groups: list[tuple[tuple[str, ...], dict[str, Json]]] = []
     listed = items.get("groups" if native else "param_groups") or []
     for group in listed if isinstance(listed, list) else []:
-        parts = group if isinstance(group, dict) else {}
+        parts = (group if native and isinstance(group, dict) else mapping_items(context, group)) or {}
         params = parts.get("params")
-        values = parts.get("values") if native else {k: v for k, v in parts.items() if k not in NOT_VALUES and k != "$"}
+        values = mapping_items(context, parts.get("values")) if native else parts
         named = [one for one in params if isinstance(one, str)] if isinstance(params, list) else []
-        if named != params or not isinstance(values, dict):
+        if named != params or values is None:
             context.problems.append(f"{name}: the checkpoint does not name the parameters of its groups")
             return SavedOptimizer((), {}, {}, False)
         groups.append((tuple(named), values))

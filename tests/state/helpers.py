@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,11 @@ def region(local: torch.Tensor, piece: Any) -> torch.Tensor:
     return local.as_strided(piece.box.shape, piece.strides, piece.start)
 
 
+def through_text(data: Any) -> Any:
+    """As a manifest does: with sorted keys."""
+    return loads(json.dumps(data, sort_keys=True, allow_nan=False))
+
+
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
 
@@ -39,8 +45,8 @@ class MemoryCheckpoint:
         self.data: dict[str, torch.Tensor] = {}  # as integers of the same size
         self.dtypes: dict[str, str] = {}
         self.aliases: dict[str, str] = {}
-        self.values = loads(dumps(flats[0].values))
-        self.rank_values = [loads(dumps(flat.rank_values)) for flat in flats]
+        self.values = through_text(flats[0].values)
+        self.rank_values = [through_text(flat.rank_values) for flat in flats]
         for flat in flats:
             self.aliases.update(flat.aliases)
             for leaf in flat.tensors:

@@ -6,6 +6,7 @@ import decimal
 import enum
 import fractions
 import io
+import json
 import math
 import pathlib
 import random
@@ -69,7 +70,7 @@ class Custom:
 def there_and_back(value):
     """Through JSON text, with the types of the live value known."""
     encoder = Encoder()
-    data = loads(dumps(encoder.encode(value)))
+    data = loads(json.dumps(encoder.encode(value), sort_keys=True, allow_nan=False))  # sorting must not matter
     return Decoder(types=encoder.types).decode(data)
 
 

@@ -192,7 +192,8 @@ def test_an_object_that_fails_is_named():
 
 def test_an_object_that_refuses_its_state_leaves_a_clear_error():
     saved = save({"l": Loader()})
-    saved.values["l"]["state"]["position"] = 5
+    assert saved.values["l"]["state"]["items"][0] == ["position", 0]
+    saved.values["l"]["state"]["items"][0][1] = 5
     with pytest.raises(RestoreIncomplete, match="must not be used"):
         saved.restore({"l": Loader()})
 

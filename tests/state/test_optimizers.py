@@ -88,7 +88,7 @@ def test_state_is_named_by_parameter():
         for state in ("step", "exp_avg", "exp_avg_sq")
     ]
     assert flat.values["optim"]["groups"][0]["params"] == ["0.weight", "0.bias", "2.weight"]
-    assert flat.values["optim"]["groups"][0]["values"]["lr"] == 0.001
+    assert flat.values["optim"]["groups"][0]["values"]["items"][0] == ["lr", 0.001]
 
 
 def test_order_of_the_state_and_of_the_parameters_does_not_matter():

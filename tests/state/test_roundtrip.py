@@ -216,7 +216,7 @@ def test_growing_lists_and_values_that_change_kind():
 
 
 def test_per_rank_values():
-    source = {"mine": PerRank({"cursor": 3, "t": torch.ones(2)}), "all": 1}
+    source = {"all": 1, "mine": PerRank({"cursor": 3, "t": torch.ones(2)})}
     saved = save(source)
     assert list(saved.data) == [r"mine.t.\@0"]
     assert saved.values == {"mine": {"$": "per_rank"}, "all": 1}

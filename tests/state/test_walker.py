@@ -162,7 +162,7 @@ def test_an_unsupported_value_is_found_the_second_time_too():
     with pytest.raises(UnsupportedValue, match=r"'data\.n'"):
         walker.flatten()
     state["data"]["n"] = 3
-    assert walker.flatten().values["data"]["n"] == 3
+    assert ["n", 3] in dict(walker.flatten().values["items"])["data"]["items"]
 
 
 def test_random_streams_are_captured_anew():

@@ -17,7 +17,8 @@ from ckptengine.layout.box import Box
 from ckptengine.layout.cover import prove_cover
 from ckptengine.layout.tensor import LogicalTensor
 from ckptengine.operations.read import SCRATCH_BYTES, BoxReader, default_workers
-from ckptengine.sources.port import Source
+from ckptengine.sources.direct import BUFFER_BYTES, DirectReads
+from ckptengine.sources.port import Source, Verifying
 from ckptengine.sources.writer import Job, Layout, Unit, Writer
 from ckptengine.version import version
 
@@ -25,6 +26,10 @@ CHUNK_BYTES = 16 << 20
 """Largest box that a writer asks for at a time, where memory allows."""
 
 LEAST_CHUNK_BYTES = 256 << 10
+
+_THREAD_BYTES = SCRATCH_BYTES + BUFFER_BYTES
+"""What each thread reads through beside what its unit needs."""
+
 CACHED_TENSORS = 512
 
 _WRITERS = {
@@ -160,9 +165,9 @@ def make_plan(
     )
     units = writer.units(job)
     largest = sorted((unit.memory_bytes for unit in units), reverse=True)[:threads]
-    if largest and largest[0] + SCRATCH_BYTES > memory_bytes:
+    if largest and largest[0] + _THREAD_BYTES > memory_bytes:
         raise UnusableRequest(
-            f"converting to {to} needs {largest[0] + SCRATCH_BYTES} bytes of memory for one of its files and may use "
+            f"converting to {to} needs {largest[0] + _THREAD_BYTES} bytes of memory for one of its files and may use "
             f"{memory_bytes}; allow more memory"
         )
     plan = Plan(
@@ -177,7 +182,7 @@ def make_plan(
         files=len({file for unit in units for file in unit.files}),
         read_bytes=sum(unit.read_bytes for unit in units),
         write_bytes=sum(unit.write_bytes for unit in units),
-        peak_memory_bytes=min(memory_bytes, sum(largest) + threads * SCRATCH_BYTES),
+        peak_memory_bytes=min(memory_bytes, sum(largest) + threads * _THREAD_BYTES),
         workers=threads,
         covered=covered,
     )
@@ -225,6 +230,7 @@ class _Tensors:
     def __init__(self, source: Source) -> None:
         self._source = source
         self._lock = threading.Lock()
+        self._direct = DirectReads(source.files)
         self._recent: OrderedDict[str, tuple[LogicalTensor, BoxReader]] = OrderedDict()
 
     def _opened(self, name: str) -> tuple[LogicalTensor, BoxReader]:
@@ -232,7 +238,10 @@ class _Tensors:
             found = self._recent.get(name)
             if found is None:
                 tensor = self._source.tensor(name)
-                found = self._recent[name] = (tensor, BoxReader(self._source, tensor))
+                # What the whole tensor's digest will be compared with need not be verified range by range too.
+                checked = tensor.digest is None and isinstance(self._source, Verifying)
+                reader = BoxReader(self._source, tensor, read_into=None if checked else self._direct.read_into)
+                found = self._recent[name] = (tensor, reader)
                 while len(self._recent) > CACHED_TENSORS:
                     self._recent.popitem(last=False)
             else:

@@ -98,10 +98,13 @@ def default_workers() -> int:
 class BoxReader:
     """Reads boxes of one tensor; indexes its fragments once, so that many boxes of many fragments stay cheap."""
 
-    def __init__(self, source: HasFiles, tensor: LogicalTensor) -> None:
+    def __init__(self, source: HasFiles, tensor: LogicalTensor, *, read_into: ReadInto | None = None) -> None:
+        """``read_into`` replaces the source's own way of reading, its verification included."""
         self.tensor = tensor
         self.item_bytes = itemsize(tensor.dtype)
-        self._read_into = source.read_verified if isinstance(source, Verifying) else source.files.read_into
+        if read_into is None:
+            read_into = source.read_verified if isinstance(source, Verifying) else source.files.read_into
+        self._read_into = read_into
         self._corners: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]] | None = None
 
     def _overlapping(self, box: Box) -> Iterable[Fragment]:

@@ -14,6 +14,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ckptengine.errors import CheckpointError, StorageFailed
 from ckptengine.sources.files import beneath, without_credentials
 from ckptengine.sources.writer import Sink
@@ -99,6 +101,7 @@ class LocalSink:
             self._direct = _set_direct(self._fd, True)
             small, self._small = self._small, bytearray()
             self.write(small)
+        view = view[self._write_in_place(view) :]
         while len(view):
             part = min(len(view), BUFFER_BYTES - self._filled)
             self._buffer[self._filled : self._filled + part] = view[:part]
@@ -107,6 +110,16 @@ class LocalSink:
             if self._filled == BUFFER_BYTES:
                 self._flush(BUFFER_BYTES)
                 self._filled = 0
+
+    def _write_in_place(self, view: memoryview) -> int:
+        """Write what needs no buffer: whole pages at an aligned address, while nothing waits in the buffer."""
+        pages = len(view) // _ALIGNMENT * _ALIGNMENT
+        if pages < DIRECT_BYTES or self._filled or not self._direct or self._flushed % _ALIGNMENT:
+            return 0
+        if np.frombuffer(view, np.uint8).ctypes.data % _ALIGNMENT:
+            return 0
+        self._write_all(view[:pages])
+        return pages
 
     def _flush(self, nbytes: int) -> None:
         assert self._buffer is not None

@@ -19,6 +19,8 @@ from ckptengine.universal.metadata import BYTES_CODEC, Json, chunk_key
 SHARD_BYTES = 1 << 30
 """Files are at most about this large where a tensor is sharded."""
 
+PAGE_BYTES = 4096
+
 MISSING = (1 << 64) - 1
 """What an index holds, as offset and as length, for a chunk that lies outside of the array."""
 
@@ -171,5 +173,9 @@ def padded_bytes(tensor: LogicalTensor, cut: Cut) -> int:
 
 
 def zeros_like_chunk(cut: Cut, item_bytes: int) -> np.ndarray[Any, Any]:
-    """A chunk of zeros, in units of the element size."""
-    return np.zeros(cut.inner, np.dtype("V16") if item_bytes == 16 else np.dtype(f"u{item_bytes}"))
+    """A chunk of zeros, in units of the element size, at an address that direct I/O takes."""
+    size_bytes = math.prod(cut.inner) * item_bytes
+    room = np.zeros(size_bytes + PAGE_BYTES, np.uint8)
+    skip = -room.ctypes.data % PAGE_BYTES
+    unit = np.dtype("V16") if item_bytes == 16 else np.dtype(f"u{item_bytes}")
+    return room[skip : skip + size_bytes].view(unit).reshape(cut.inner)

@@ -22,7 +22,6 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "dist_dp2_dp_reshardable": (2, {"bf16": True, "distributed": "dp_reshardable"}),
     "dist_vpp2_pp2": (2, {"pp": 2, "vpp": 2, "bf16": True}),
     "dist_moe_ep2": (2, {"ep": 2, "experts": 4, "bf16": True, "swiglu": True}),
-    "dist_moe_ep2_grouped": (2, {"ep": 2, "experts": 4, "grouped": True}),
     "dist_homogeneous": (2, {"tp": 2, "per_layer": True}),
     "flat_tp2_dp2": (4, {"tp": 2, "bf16": True, "distributed": "fully_sharded_model_space", "swiglu": True}),
     "legacy_tp2_pp2": (4, {"tp": 2, "pp": 2, "legacy": True, "swiglu": True, "groups": 2, "untied": True}),
@@ -31,7 +30,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "legacy_pp2_vpp2": (2, {"pp": 2, "vpp": 2, "legacy": True}),
     "legacy_moe_pp2_ep2": (4, {"pp": 2, "ep": 2, "experts": 4, "legacy": True, "swiglu": True}),
 }
-LAYERS, WIDTH, HEADS, VOCABULARY = 4, 16, 4, 61
+LAYERS, WIDTH, HEADS, VOCABULARY, PADDED = 4, 8, 4, 29, 32
 
 
 def main(out: Path, wanted: list[str]) -> None:
@@ -57,7 +56,9 @@ def pretend_cuda(torch: Any) -> None:
     plain_type = torch.Tensor.type
 
     def type_(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return plain_type(self, *args, **kwargs) if args or kwargs else plain_type(self).replace("torch.", "torch.cuda.")
+        if args or kwargs:
+            return plain_type(self, *args, **kwargs)
+        return plain_type(self).replace("torch.", "torch.cuda.")
 
     torch.Tensor.type = type_
 
@@ -72,9 +73,8 @@ def on_cpu(function: Any) -> Any:
 
 
 def worker(case: str, out: Path) -> None:
-    import torch
-
     import numpy
+    import torch
 
     numpy.product = numpy.prod  # megatron-core 0.13 on numpy 2
     pretend_cuda(torch)
@@ -133,7 +133,7 @@ def arguments(options: dict[str, Any]) -> argparse.Namespace:
         num_query_groups=options.get("groups", HEADS),
         kv_channels=WIDTH // HEADS,
         vocab_size=VOCABULARY,
-        padded_vocab_size=64,
+        padded_vocab_size=PADDED,
         tensor_model_parallel_size=options.get("tp", 1),
         pipeline_model_parallel_size=options.get("pp", 1),
         virtual_pipeline_model_parallel_size=options.get("vpp"),
@@ -160,7 +160,7 @@ def build(torch: Any, options: dict[str, Any]) -> Any:
         hidden_size=WIDTH,
         num_attention_heads=HEADS,
         num_query_groups=options.get("groups", HEADS),
-        ffn_hidden_size=24,
+        ffn_hidden_size=12,
         gated_linear_unit=options.get("swiglu", False),
         activation_func=torch.nn.functional.silu if options.get("swiglu") else torch.nn.functional.gelu,
         add_bias_linear=not options.get("swiglu") and not options.get("grouped"),
@@ -190,7 +190,7 @@ def build(torch: Any, options: dict[str, Any]) -> Any:
         model = GPTModel(
             config,
             spec,
-            vocab_size=64,
+            vocab_size=PADDED,
             max_sequence_length=8,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, **extra),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, **extra),
@@ -252,8 +252,9 @@ def gather(torch: Any, states: dict[str, Any], optimizer: Any, options: dict[str
     mine = []
     for value in nested_values(states):
         if isinstance(value, ShardedTensor) and value.data is not None and ".distributed." not in value.key:
-            mine.append((value.key, value.data.detach(), value.global_shape, value.global_offset,
-                         value.prepend_axis_num, getattr(value, "flattened_range", None), value.local_shape))  # fmt: skip
+            place = (value.global_shape, value.global_offset, value.prepend_axis_num)
+            flat = getattr(value, "flattened_range", None)
+            mine.append((value.key, value.data.detach(), *place, flat, value.local_shape))
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, mine)
     truth: dict[str, Any] = {}

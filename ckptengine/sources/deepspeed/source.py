@@ -204,7 +204,14 @@ class _Reader:
             masters = {name: held for name, key, held in found if key == MASTER}
             part.add_weights(stage3_weights(folder, mp, models, masters))
         else:
-            part.add_weights(module_weights(models[0]))
+            weights = module_weights(models[0])
+            twice = next((name for name in weights.held if name in part.weights), None)
+            if twice is not None:
+                raise UnreadableFormat(
+                    f"{folder.files.root}: mp_rank {mp:02d} holds {twice!r} again, though the files say that it is "
+                    "another pipeline stage; files of another run lie between them"
+                )
+            part.add_weights(weights)
         part.add_weights(expert_weights(folder, mp))
 
     def _module(self, mp: int, sizes: Mapping[str, int]) -> Mapping[str, StoredTensor]:

@@ -9,12 +9,14 @@ from collections.abc import Sequence
 
 from ckptengine.errors import NotFound, UnreadableFormat
 from ckptengine.sources.dcp.source import FORMAT as DCP
+from ckptengine.sources.deepspeed.source import FORMAT as DEEPSPEED
 from ckptengine.sources.files import LocalFiles, is_url, open_files
+from ckptengine.sources.megatron.source import FORMAT as MEGATRON
 from ckptengine.sources.port import Files, Format, Opening, Source
 from ckptengine.sources.safetensors.source import FORMAT as SAFETENSORS
 from ckptengine.sources.torchfile.source import FORMAT as TORCH
 
-FORMATS: tuple[Format, ...] = (DCP, SAFETENSORS, TORCH)
+FORMATS: tuple[Format, ...] = (DEEPSPEED, MEGATRON, DCP, SAFETENSORS, TORCH)
 """In the order in which they are tried: what also holds files of a plainer format comes first."""
 
 LATEST = {"latest": "", "latest_checkpointed_iteration.txt": "iter_", "latest_universal": ""}

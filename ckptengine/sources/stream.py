@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -50,8 +51,8 @@ def stream_boxes(
         for number, (name, box) in enumerate(boxes)
         for first, part in _marked(box, itemsize(job.tensor(name).dtype), job.chunk_bytes)
     )
-    free = [bytearray(job.chunk_bytes) for _ in range(BUFFERS)]
-    waiting: list[tuple[Future[memoryview], bytearray]] = []
+    free = [mmap.mmap(-1, max(job.chunk_bytes, 1)) for _ in range(BUFFERS)]  # aligned, for reads past the page cache
+    waiting: list[tuple[Future[memoryview], mmap.mmap]] = []
     with ThreadPoolExecutor(1, thread_name_prefix="ckptengine-read") as reader:
 
         def drain() -> None:
@@ -86,7 +87,7 @@ def _announce(start: int | None, begin: Callable[[int], None]) -> None:
         begin(start)
 
 
-def _read(job: Job, name: str, part: Box, buffer: bytearray) -> memoryview:
+def _read(job: Job, name: str, part: Box, buffer: mmap.mmap) -> memoryview:
     nbytes = part.size * itemsize(job.tensor(name).dtype)
     view = memoryview(buffer)[:nbytes] if nbytes <= len(buffer) else memoryview(bytearray(nbytes))
     if nbytes:

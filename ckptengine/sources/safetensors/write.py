@@ -28,6 +28,10 @@ SHARD_BYTES = 5_000_000_000
 VERSION = 1
 _NAMES = {dtype: kind for kind, dtype in DTYPES.items()}
 _WEIGHTS = "model."
+_PAGE_BYTES = 4096
+_LARGE_BYTES = 16 << 20
+"""From this much data on, it begins at a page: so it can be written without a copy."""
+
 _CONFIGURATIONS = ("config", "generation_config", "adapter_config")
 
 
@@ -135,7 +139,7 @@ def _header(job: Job, names: Sequence[str], own: bool) -> tuple[bytes, list[str]
         document[stored] = {"dtype": _NAMES[tensor.dtype], "shape": shape, "data_offsets": [position, end]}
         position = end
     text = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % (_PAGE_BYTES if position >= _LARGE_BYTES else 8))
     return len(text).to_bytes(8, "little") + text, order
 
 

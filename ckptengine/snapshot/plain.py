@@ -5,7 +5,6 @@ Same walk, same digests and same bytes as the native engine, slower.  Tests inje
 
 from __future__ import annotations
 
-import ctypes
 import threading
 import time
 from collections import deque
@@ -28,11 +27,11 @@ CHUNK_BYTES = 4 << 20
 
 
 def live_bytes(region: torch.Tensor) -> npt.NDArray[np.uint8]:
-    """The bytes of a contiguous CPU tensor, without a copy (shape ``(nbytes,)``)."""
-    nbytes = region.numel() * region.element_size()
-    if nbytes == 0:
+    """The bytes of a contiguous CPU tensor, without a copy (shape ``(nbytes,)``); the array keeps the memory alive."""
+    if region.numel() == 0:
         return np.empty(0, np.uint8)
-    return np.frombuffer((ctypes.c_uint8 * nbytes).from_address(region.data_ptr()), np.uint8)
+    octets: npt.NDArray[np.uint8] = region.detach().reshape(-1).view(torch.uint8).numpy()
+    return octets
 
 
 def _rows(extent: Extent) -> Iterator[tuple[torch.Tensor, Box]]:
@@ -117,7 +116,7 @@ class PlainJob:
             if self._stop:
                 raise SaveFailed(f"{self._path}: the save was cancelled")
             started_s = time.perf_counter()
-            data = live_bytes(region.detach().to("cpu", copy=True).contiguous()).copy()
+            data = live_bytes(region.detach().to("cpu", copy=True).contiguous())
             self._captured_bytes += len(data)
             self._peak_bytes = max(self._peak_bytes, len(data))
             if not one_run:

@@ -23,7 +23,6 @@ CASES = [
     "zero1_dp2_fp32_sgd",
     "zero3_dp3_frozen_tied",
     "pipeline_pp2_dp1_tied",
-    "zero2_dp3_elastic",
 ]
 
 
@@ -75,7 +74,7 @@ def test_values_keep_groups_by_name_and_what_the_user_saved(written: Path) -> No
 
 
 def test_opening_reads_no_tensor(written: Path) -> None:
-    source = open_(written / "zero2_dp3_elastic" / "checkpoint")
+    source = open_(written / "zero2_dp3_roundrobin" / "checkpoint")
     tensor = source.tensor("optim.embed.weight.exp_avg")
     assert {fragment.file.partition("zero_pp_rank")[0] for fragment in tensor.fragments} == {"bf16_"}
     assert len(read_bytes(source.files, tensor)) == tensor.nbytes
@@ -108,7 +107,7 @@ def test_files_of_another_run_between_them(copy: Any) -> None:
 
 
 def test_cut_off_files(copy: Any) -> None:
-    folder = copy("zero2_dp3_elastic")
+    folder = copy("zero2_dp3_roundrobin")
     victim = folder / "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
     victim.write_bytes(victim.read_bytes()[:-700])
     with pytest.raises((Truncated, Damaged), match="rank_1"):

@@ -8,16 +8,17 @@ transient one, becomes one of `ckptengine.errors` whose text holds no credential
 from __future__ import annotations
 
 import asyncio
+import importlib
 import inspect
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
-from typing import Any, TypeVar
+from types import ModuleType
+from typing import Any, TypeVar, cast
 
 import fsspec
 
 from ckptengine.errors import AlreadyExists, CheckpointError, NotFound, StorageFailed, Truncated, UnusableRequest
-from ckptengine.tiers.multipart import begin_multipart, speaks_s3, sweep_multipart
 from ckptengine.tiers.port import PARTIAL, Abilities, Bytes, Entry, Spare, Upload, check_name, check_range, nothing
 from ckptengine.tiers.redact import Scrubber, redacted_url, secrets_in, split_url
 from ckptengine.tiers.retry import Retry, is_bucket_missing, kind_of, with_retry
@@ -42,6 +43,7 @@ class RemoteTier:
         self._scrubber = scrubber
         self._create_lock = asyncio.Lock()
         self._awaits = speaks_s3(fs)
+        self.checks_payload = False
         self._publishes_whole = not _protocols(fs).isdisjoint(_WHOLE_OBJECTS)
 
     def __repr__(self) -> str:
@@ -215,7 +217,8 @@ class RemoteTier:
     async def upload(self, name: str, size_bytes: int, part_bytes: int, token: str | None = None) -> Upload:
         path = self.path(check_name(name))
         if self._abilities.resumable_parts:
-            return await begin_multipart(self, name, path, size_bytes, part_bytes, token)
+            begun = await _multipart().begin_multipart(self, name, path, size_bytes, part_bytes, token)
+            return cast("Upload", begun)
         if token is not None:
             raise NotFound(f"{self._label} cannot go on with an unfinished upload; start anew")
         if self._publishes_whole:
@@ -238,7 +241,8 @@ class RemoteTier:
 
     async def sweep(self, prefix: str, spare: Spare = nothing) -> list[str]:
         if self._abilities.resumable_parts:
-            return await sweep_multipart(self, self._base, prefix, spare)
+            swept = await _multipart().sweep_multipart(self, self._base, prefix, spare)
+            return cast("list[str]", swept)
         found = await self.guard("list", prefix, lambda _: self._hidden())
         removed = []
         for path in found:
@@ -324,6 +328,10 @@ class RemoteTier:
 
         try:
             conditional = await self.guard("write to", "", honoured)
+            if self._abilities.resumable_parts:
+                self.checks_payload = await self.guard(
+                    "write to", "", lambda _: _multipart().checks_payload(self.fs, path)
+                )
             if not conditional:
                 await self.guard("write to", "", lambda _: self.call("pipe_file", path, b"3"))
         finally:
@@ -331,6 +339,16 @@ class RemoteTier:
         # Elsewhere "create" is a look followed by a write, which two writers can both pass.
         exclusive = self._publishes_whole or not _protocols(self.fs).isdisjoint(_FORGETS)
         self._abilities = replace(self._abilities, conditional_put=conditional and exclusive)
+
+
+def speaks_s3(fs: Any) -> bool:
+    """Whether a file system (or its class) passes plain S3 calls through."""
+    return hasattr(fs, "_call_s3")
+
+
+def _multipart() -> ModuleType:
+    # Needs what comes with an S3 file system only.
+    return importlib.import_module("ckptengine.tiers.multipart")
 
 
 def _connect(

@@ -61,7 +61,9 @@ def below(opened: RemoteTier) -> RemoteTier:
     """An empty tier over the same connection: making a client takes a while."""
     name = uuid.uuid4().hex
     url, base = f"{opened.label}/{name}", opened.path(name)
-    return RemoteTier(url, opened.fs, base, opened.abilities, opened._retry, opened._scrubber)
+    tier = RemoteTier(url, opened.fs, base, opened.abilities, opened._retry, opened._scrubber)
+    tier.checks_payload = opened.checks_payload
+    return tier
 
 
 class TestMemoryUrl(TierContract):
@@ -105,6 +107,7 @@ class TestUnconditionalS3(TierContract):
     def test_abilities(self, tier: RemoteTier) -> None:
         assert not tier.abilities.conditional_put
         assert tier.abilities.resumable_parts
+        assert tier.checks_payload, "this server refuses what is not what was signed"
 
 
 def test_probing_leaves_nothing(loop: IoLoop, moto: str, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import argparse
 import collections
 import enum
 import io
+import os
 import pickle
 import zipfile
 from pathlib import Path
@@ -16,10 +17,12 @@ import pytest
 import torch
 
 from ckptengine.errors import CheckpointError, Damaged, Truncated, UnreadableFormat
+from ckptengine.sources.emit import Tensor, dumps, storage_of
 from ckptengine.sources.files import LocalFiles
 from ckptengine.sources.plain import plain, walk_tensors
 from ckptengine.sources.stored import StoredTensor
 from ckptengine.sources.torchzip import TorchZip, load_torch
+from ckptengine.sources.zipwriter import ZipWriter, zip_bytes
 
 DTYPES = [
     torch.bool, torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64,
@@ -192,3 +195,53 @@ def test_a_tensor_beyond_its_storage_is_damage(tmp_path: Path) -> None:
             new.writestr(name, data[:-1] if name.endswith("data/0") else data)
     with pytest.raises((Damaged, Truncated), match="storage '0'"):
         load_torch(LocalFiles(str(tmp_path)), "short.pt")
+
+
+class SparseSink:
+    """A file of which only what is written takes room."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = open(path, "wb")  # noqa: SIM115  closed by the test
+        self.position = 0
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        os.pwrite(self.file.fileno(), data, self.position)
+        self.position += len(data)
+
+
+def test_files_beyond_four_gigabytes(tmp_path: Path) -> None:
+    count = (5 << 30) // 4
+    sink = SparseSink(tmp_path / "x.pt")
+    zipped = ZipWriter(sink)
+    tensors = [Tensor(storage_of(str(i), "float32", 4 * n, 4), "float32", (n,), (1,)) for i, n in enumerate([count, 3])]
+    zipped.add("data.pkl", dumps(dict(zip("ab", tensors, strict=True))))
+    zipped.begin("data/0")
+    sink.position += 4 * count  # a hole
+    last = torch.arange(3.0)
+    zipped.add("data/1", raw(last))
+    zipped.add("version", b"3\n")
+    zipped.finish()
+    sink.file.close()
+    names = ["data.pkl", "data/0", "data/1", "version"]
+    sizes = [len(dumps(dict(zip("ab", tensors, strict=True)))), 4 * count, 12, 2]
+    assert zip_bytes(names, sizes) == sink.position == (tmp_path / "x.pt").stat().st_size
+    with zipfile.ZipFile(tmp_path / "x.pt") as standard:
+        assert [info.file_size for info in standard.infolist()] == sizes
+    files = LocalFiles(str(tmp_path))
+    stored: Any = load_torch(files, "x.pt")
+    assert stored["a"].shape == (count,)
+    assert stored["b"].read(files) == raw(last)
+    loaded = torch.load(tmp_path / "x.pt", mmap=True, weights_only=True)
+    assert torch.equal(loaded["b"], last)
+    assert loaded["a"].shape == (count,)
+    assert loaded["a"].untyped_storage().nbytes() == 4 * count
+
+
+def test_zip64_of_another_writer(tmp_path: Path) -> None:
+    """The standard library writes zip64 in its own way."""
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as made:
+        made.writestr("x/data.pkl", pickle.dumps({"a": 1}, 2))
+        with made.open("x/data/0", "w", force_zip64=True) as record:
+            record.write(b"12345678")
+    zipped = TorchZip(LocalFiles(str(tmp_path)), "x.pt")
+    assert zipped.record("data/0") == b"12345678"

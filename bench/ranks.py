@@ -45,19 +45,21 @@ def launch(job: Job, phase: str, ranks: int) -> list[dict[str, Any]]:
     finally:
         for process in processes:
             process.kill()
-    return [_result(folder, rank) for rank in range(ranks)]
+    results = [_result(folder, rank) for rank in range(ranks)]
+    reasons = [f"rank {rank}: {one['reason']}" for rank, one in enumerate(results) if one["status"] != "ok"]
+    if reasons:
+        # A rank that loses its peers says so; the one that went first says why.
+        raise RuntimeError(next((reason for reason in reasons if "closed by peer" not in reason), reasons[0]))
+    return [result["figures"] for result in results]
 
 
 def _result(folder: Path, rank: int) -> dict[str, Any]:
     path = folder / f"result-{rank}.json"
-    if not path.exists():
-        tail = (folder / f"log-{rank}.txt").read_text(errors="replace").strip().splitlines()[-1:]
-        raise RuntimeError(f"rank {rank} died: {tail[0][:300] if tail else 'it printed nothing'}")
-    result = json.loads(path.read_text())
-    if result["status"] != "ok":
-        raise RuntimeError(f"rank {rank}: {result['reason']}")
-    figures: dict[str, Any] = result["figures"]
-    return figures
+    if path.exists():
+        result: dict[str, Any] = json.loads(path.read_text())
+        return result
+    tail = (folder / f"log-{rank}.txt").read_text(errors="replace").strip().splitlines()[-1:]
+    return {"status": "failed", "reason": f"it died: {tail[0][:300] if tail else 'it printed nothing'}"}
 
 
 def join_group(job: Job) -> int:

@@ -15,7 +15,7 @@ import torch
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from ..durability import count, evict, make_durable
+from ..durability import count, evict, files_under, make_durable
 from ..engine import Unavailable, require
 from ..memory import Sampler
 from ..names import LIMIT
@@ -103,7 +103,8 @@ def check(name: str, target: Path, state: TensorState) -> str:
     """Compare what was written with the tensors that the source was made of, read by torch itself."""
     kind = name.rpartition(" ")[2]
     if kind == "torch":
-        loaded = torch.load(target, weights_only=True)["tensors"]
+        file = next(files_under(target))
+        loaded = torch.load(file, weights_only=True)["tensors"]
     elif kind == "dcp" and name.startswith("torch"):
         nested = {"tensors": {key: torch.empty_like(tensor) for key, tensor in state.named.items()}}
         load(nested, checkpoint_id=target)

@@ -214,9 +214,12 @@ def _reconstruct(cls: Any, base: object, state: object) -> object:
     return made
 
 
+_INT = {int}
+
+
 def _size(items: Any = ()) -> tuple[int, ...]:
     shape = tuple(items)
-    if any(type(n) is not int for n in shape):
+    if not _INT.issuperset(map(type, shape)):
         raise UnreadableFormat(f"a size of {shape!r} in a pickle")
     return shape
 

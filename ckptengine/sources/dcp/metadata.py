@@ -14,6 +14,7 @@ from ckptengine.sources.unpickle import MAX_PICKLE_BYTES, Placeholder, loads
 
 METADATA = ".metadata"
 _PER_RANK = re.compile(r"__\d+\.metadata")
+_INT = {int}
 _MODULE = "torch.distributed.checkpoint.metadata."
 
 
@@ -156,8 +157,8 @@ def _attribute(record: object, name: str) -> Any:
     return record.get(name) if isinstance(record, Placeholder) else None
 
 
-def _whole(numbers: Iterable[object]) -> bool:
-    return all(type(number) is int and number >= 0 for number in numbers)
+def _whole(numbers: tuple[Any, ...]) -> bool:
+    return _INT.issuperset(map(type, numbers)) and min(numbers, default=0) >= 0
 
 
 def _dtype(properties: object) -> str | None:

@@ -51,12 +51,14 @@ class Walk:
     per_rank: dict[str, Json] = field(default_factory=dict)
     keep: list[object] = field(default_factory=list)
     in_containers: dict[str, TensorLike] = field(default_factory=dict)
+    on_meta: list[str] = field(default_factory=list)
 
 
 class Collector:
-    """Walks a state once."""
+    """Walks a state once.  ``meta_ok``: list tensors on meta in `Walk.on_meta` rather than refuse them."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, meta_ok: bool = False) -> None:
+        self._meta_ok = meta_ok
         self.walk = Walk()
         self.encoder = Encoder(self._leaf)
         self._rank: int | None = None
@@ -97,9 +99,9 @@ class Collector:
 
     def _tensor(self, value: TensorLike, name: str, *, in_container: bool = True) -> str:
         if self._parameter is not None and isinstance(value, torch.Tensor):
-            described = optimizers.describe_state(value, name, self._parameter)
+            described = optimizers.describe_state(value, name, self._parameter, meta_ok=self._meta_ok)
             return self._add(name, described, value, "optimizer", False, in_container=in_container)
-        described = describe(value, name)
+        described = describe(value, name, meta_ok=self._meta_ok)
         if self._in_object:
             return self._add(name, described, None, "other", True)
         tensor = value.tensor if isinstance(value, Sharded) else value
@@ -128,7 +130,9 @@ class Collector:
         found = Found(name, described, live, role, eager, self._owned)
         if in_container and live is not None:
             walk.in_containers[name] = live
-        if live is not None and tensor.numel():
+        if tensor.is_meta:
+            walk.on_meta.append(name)
+        elif live is not None and tensor.numel():
             key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, described.global_shape, self._rank)
             owner = self._tied.setdefault(key, found)
             if owner is not found and owner.described.pieces == described.pieces:
@@ -152,14 +156,14 @@ class Collector:
         prefix = f"{name}." if name else ""
         by_id: dict[int, Described] = {}
         for entry in view.tensors:
-            described = describe(entry.value, prefix + entry.key)
+            described = describe(entry.value, prefix + entry.key, meta_ok=self._meta_ok)
             live = entry.value if entry.in_place else None
             self._add(prefix + entry.key, described, live, entry.role, entry.role != "parameter")  # type: ignore[arg-type]
             tensor = entry.value.tensor if isinstance(entry.value, Sharded) else entry.value
             by_id[id(tensor)] = described
         for parameter in view.live:
             key = view.parameters[id(parameter)]
-            known = by_id.get(id(parameter)) or describe(parameter, prefix + key)
+            known = by_id.get(id(parameter)) or describe(parameter, prefix + key, meta_ok=self._meta_ok)
             item = ParameterEntry(parameter, prefix + key, name, key, known)
             self.walk.parameters.setdefault(id(parameter), item)
         node: dict[str, Json] = {"$": "module"}
@@ -172,6 +176,7 @@ class Collector:
         for member in (id(parameter) for group in optimizer.param_groups for parameter in group["params"]):
             if member not in self.walk.parameters and member in self._bare:
                 self.walk.parameters[member] = _bare_entry(*self._bare[member])
+        optimizers.check_custom(optimizer, name)
         view = optimizers.view(optimizer, name, self.walk.parameters)
         self.walk.optimizers[name] = view
         self.walk.optimizer_at[id(optimizer)] = name

@@ -71,6 +71,7 @@ class Context:
         self.selection = selection
         self.on_missing_rank = on_missing_rank
         self.problems: list[str] = []
+        self.forgivable: set[str] = set()
         self.extra: list[str] = []
         self.targets: list[Target] = []
         self.used: set[str] = set()
@@ -79,6 +80,7 @@ class Context:
         self.device: torch.device | None = None
         self.rank_mark = ""
         self.found_any = False
+        self._filled: set[tuple[object, ...]] = set()
         self._by_name: dict[str, ParameterEntry] | None = None
         self.decoder = Decoder(types=walk.types, leaf=self._decode_leaf)
 
@@ -100,7 +102,12 @@ class Context:
         return self._by_name.get(name)
 
     def missing(self, name: str) -> None:
-        self.problems.append(f"{name}: in the live state, not in the checkpoint")
+        self.lacking(f"{name}: in the live state, not in the checkpoint")
+
+    def lacking(self, problem: str) -> None:
+        """A problem that a restore which is not strict passes over: the live side keeps what it has."""
+        self.problems.append(problem)
+        self.forgivable.add(problem)
 
     # tensors
 
@@ -120,11 +127,23 @@ class Context:
             self.problems.append(f"{name}: dtype {dtype} in the checkpoint, {described.dtype} live")
             return False
         destination = described.tensor
+        if destination.is_meta or not self._is_first(destination):
+            return True  # reported once for all, or tied to memory that is being filled
         if any(step == 0 and n > 1 for step, n in zip(destination.stride(), destination.shape, strict=True)):
             destination = self._unexpanded(destination)
         if isinstance(live, torch.Tensor) and (live.is_conj() or live.is_neg()):
             self.staged.append(lambda: live.detach().copy_(destination))
         self.targets.append(Target(source, destination, described.pieces))
+        return True
+
+    def _is_first(self, tensor: torch.Tensor) -> bool:
+        """False for memory that another name fills already: tied tensors take the first name's elements."""
+        if not tensor.numel():
+            return True
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if key in self._filled:
+            return False
+        self._filled.add(key)
         return True
 
     def _unexpanded(self, live: torch.Tensor) -> torch.Tensor:

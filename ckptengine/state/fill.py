@@ -15,10 +15,11 @@ from ckptengine.errors import NotFound, RestoreIncomplete, StateMismatch
 from ckptengine.state import random as streams
 from ckptengine.state.context import ABSENT, Absent, Build, Context, OnMissing, SavedState, Target
 from ckptengine.state.encoding import Json
-from ckptengine.state.flatten import collect
+from ckptengine.state.flatten import collect, no_collection
 from ckptengine.state.names import RankMark, split
 from ckptengine.state.restore_values import Matcher
 from ckptengine.state.selection import Selection
+from ckptengine.state.tensors import ON_META
 
 __all__ = ["Filling", "SavedState", "Target", "prepare"]
 
@@ -52,8 +53,10 @@ class Filling:
             with torch.no_grad():
                 for stage in self._context.staged:
                     stage()
-            for phase in ("modules", "optimizers"):
-                for action in actions[phase]:
+            for action in actions["modules"]:
+                action()
+            with no_collection():  # a fresh optimizer gets very many small objects
+                for action in actions["optimizers"]:
                     action()
             self._root()
             for phase in ("schedulers", "others", "loaders"):
@@ -91,15 +94,18 @@ def prepare(
     `UnsupportedValue` for a live state that cannot be walked.
     """
     selection = Selection.of(names)
-    walk = collect(state)
+    with no_collection():
+        walk = collect(state, meta_ok=True)
     context = Context(walk, saved, selection, on_missing_rank)
+    context.problems += [f"{name}: {ON_META}" for name in walk.on_meta if selection.covers(name)]
     data: Json | Absent = ABSENT if saved.values is None else saved.values
-    root = Matcher(context).match(state, data, "")
+    with no_collection():
+        root = Matcher(context).match(state, data, "")
     chosen = _streams(context, saved, random and selection.everything, random_policy)
     unused = _unused(context)
     problems = list(dict.fromkeys(context.problems))
     if not strict:
-        problems = [one for one in problems if not one.endswith(_MISSING)]
+        problems = [one for one in problems if one not in context.forgivable]
     elif alone and selection.everything:
         problems += [f"{name}: in the checkpoint, not in the live state" for name in unused]
     if problems:
@@ -107,9 +113,6 @@ def prepare(
     if not (selection.everything or context.targets or context.found_any or unused):
         raise NotFound(f"names={list(selection.patterns or ())} selects nothing of the checkpoint")
     return Filling(tuple(context.targets), unused, context, root, chosen, random_policy)
-
-
-_MISSING = "in the live state, not in the checkpoint"
 
 
 def _report(problems: list[str], strict: bool) -> str:

@@ -26,11 +26,11 @@ def flatten(state: object, *, random: bool) -> FlatState:
         return freeze(collect(state), random=random)
 
 
-def collect(state: object) -> Walk:
+def collect(state: object, *, meta_ok: bool = False) -> Walk:
     """Walk ``state`` once; `UnusableRequest` for something that is no state."""
     if state is None or isinstance(state, str | bytes | int | float):
         raise UnusableRequest(f"a state is a dict of what to save, not a {type(state).__name__}")
-    return Collector().run(state)
+    return Collector(meta_ok=meta_ok).run(state)
 
 
 @contextmanager

@@ -94,9 +94,39 @@ def view(optimizer: Optimizer, name: str, parameters: Mapping[int, ParameterEntr
     return OptimizerView(optimizer, name, tuple(groups), entries)
 
 
-def describe_state(value: torch.Tensor, name: str, parameter: Described) -> Described:
+def check_custom(optimizer: Optimizer, name: str) -> None:
+    """Refuse an optimizer whose own ``state_dict`` holds more than ``optimizer.state`` and its groups.
+
+    State is saved and restored through those two; what a subclass or a hook adds beside would be lost in silence.
+    """
+    hooks = getattr(optimizer, "_optimizer_state_dict_post_hooks", None)
+    if type(optimizer).state_dict is Optimizer.state_dict and not hooks:
+        return
+    try:
+        state = optimizer.state_dict()
+    except Exception:  # some refuse it on principle; their state is in optimizer.state all the same
+        return
+    extra = sorted(str(key) for key in set(state) - {"state", "param_groups"})
+    order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    stored = state.get("state") or {}
+    hidden = any(
+        isinstance(index, int)
+        and index < len(order)
+        and isinstance(parts, dict)
+        and not set(parts) <= set(optimizer.state.get(order[index]) or {})
+        for index, parts in stored.items()
+    )
+    if extra or hidden:
+        what = f"the entries {extra}" if extra else "state that optimizer.state does not have"
+        raise UnsupportedValue(
+            f"{where(name)}: state_dict() of {type(optimizer).__qualname__} has {what}, which cannot be kept by "
+            f"parameter name; put the inner optimizer into the state, and what is left beside it"
+        )
+
+
+def describe_state(value: torch.Tensor, name: str, parameter: Described, *, meta_ok: bool = False) -> Described:
     """An optimizer's state tensor: of its parameter's layout where it has the shape of the parameter's local part."""
-    found = describe(value, name)
+    found = describe(value, name, meta_ok=meta_ok)
     if found.sharding is not None or parameter.sharding is None or not found.global_shape:
         return found
     if found.global_shape != tuple(parameter.tensor.shape):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 
 from ckptengine.errors import StateMismatch, UnreadableFormat
 from ckptengine.state.decoding import Decoder
-from ckptengine.state.encoding import Encoder, Json
+from ckptengine.state.encoding import Encoder, Json, dumps
 from ckptengine.state.scalars import (
     encode_python_state,
     encode_torch_state,
@@ -38,8 +39,8 @@ def capture() -> dict[str, Json]:
 def problems(streams: object, policy: Policy = "exact") -> list[str]:
     """What keeps ``streams`` from being restored here.
 
-    ``exact``: a saved device that this process lacks, and a device without a saved stream, are problems.
-    ``available``: devices are restored where both sides have them; the rest keep their state.
+    ``exact``: a saved device that this process lacks is a problem.  ``available``: devices are restored where both
+    sides have them; the rest keep their state.
     """
     if not isinstance(streams, Mapping):
         return ["random: the saved random streams are not a mapping"]
@@ -84,3 +85,23 @@ def restore(streams: Mapping[str, Json], policy: Policy = "exact") -> None:
     torch.set_rng_state(cpu)
     for index, state in cuda.items():
         torch.cuda.set_rng_state(state, index)
+
+
+def derive(by_rank: Sequence[Mapping[str, Json]], rank: int, world: int) -> dict[str, Json]:
+    """Streams for ``rank`` of a run that goes on with another number of ranks, encoded as `capture` does.
+
+    They are a function of all saved streams (``by_rank``, in the order of the saved ranks), ``rank`` and ``world``
+    alone, so that a restart repeats them, and differ between ranks.
+    """
+    text = dumps([[dict(sorted(streams.items())) for streams in by_rank], rank, world])
+    seed = int.from_bytes(hashlib.blake2b(text.encode("ascii"), digest_size=32).digest(), "little")
+    words = [seed >> shift & 0xFFFFFFFF for shift in range(0, 256, 32)]
+    streams: dict[str, Json] = {
+        "python": encode_python_state(random.Random(seed).getstate()),
+        "numpy": Encoder().encode(np.random.RandomState(words).get_state(legacy=False), "random.numpy"),
+        "torch.cpu": encode_torch_state(torch.Generator().manual_seed(seed & (1 << 63) - 1).get_state()),
+    }
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        generator = torch.Generator(device=f"cuda:{index}").manual_seed((seed >> 64) + index & (1 << 63) - 1)
+        streams[f"torch.cuda.{index}"] = encode_torch_state(generator.get_state())
+    return streams

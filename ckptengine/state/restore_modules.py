@@ -73,7 +73,7 @@ def _match_tensor(
 
 def _described(context: Context, entry: ModuleTensor, name: str) -> Described:
     found = context.walk.found.get(name)
-    return found.described if found is not None else describe(entry.value, name)
+    return found.described if found is not None else describe(entry.value, name, meta_ok=True)
 
 
 def _master_of(context: Context, name: str, described: Described, source: str | None) -> str | None:

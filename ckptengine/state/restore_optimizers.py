@@ -43,7 +43,7 @@ def match_optimizer(context: Context, view: OptimizerView, data: Json | Absent, 
     tensors = _tensors_by_parameter(context, view)
     if not saved.native and not saved.groups and not any(tensors.values()):
         if context.selection.covers(view.name):
-            context.problems.append(f"{view.name}: the checkpoint has no state for this optimizer")
+            context.lacking(f"{view.name}: the checkpoint has no state for this optimizer")
         return
     _match_groups(context, view, saved, match)
     group_of = {key: group.live for group in view.groups for key in group.params}
@@ -109,7 +109,7 @@ def _match_groups(context: Context, view: OptimizerView, saved: SavedOptimizer, 
             continue
         unknown = [key for key in group.params if key not in group_of]
         for key in unknown:
-            context.problems.append(f"{below(view.name, key)}: this parameter was not in the saved optimizer")
+            context.lacking(f"{below(view.name, key)}: this parameter was not in the saved optimizer")
         sources = sorted({group_of[key] for key in group.params if key in group_of})
         if not group.params and index < len(saved.groups) and not saved.groups[index][0]:
             sources = [index]
@@ -185,7 +185,7 @@ class _ParameterState:
         live_key = self.live_keys.get(key)
         live = self.live.get(live_key) if live_key is not None else None
         if isinstance(live, torch.Tensor):
-            context.fill(name, describe_state(live, name, self.entry.described), live, source)
+            context.fill(name, describe_state(live, name, self.entry.described, meta_ok=True), live, source)
         elif key == "master" and not self.saved.native:
             context.used |= {stored_name, source}  # the parameter itself was filled from it where it is fp32
         else:

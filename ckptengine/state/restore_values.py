@@ -70,7 +70,7 @@ class Matcher:
             return _keep(live)
         if isinstance(data, Absent) or is_node(data, "tensor"):
             wanted = data["name"] if isinstance(data, dict) else name
-            context.fill(name, describe(live, name), live, context.stored(str(wanted)))
+            context.fill(name, describe(live, name, meta_ok=True), live, context.stored(str(wanted)))
             return _keep(live)
         if isinstance(live, Sharded):
             context.problems.append(f"{name}: a sharded tensor live, a plain value in the checkpoint")
@@ -111,7 +111,7 @@ class Matcher:
         part = self._per_rank.get(name, ABSENT)
         if isinstance(part, Absent):
             if context.on_missing_rank == "problem" and not isinstance(data, Absent) and context.selection.covers(name):
-                context.problems.append(f"{name}: PerRank, and the checkpoint has no value of its own for this rank")
+                context.lacking(f"{name}: PerRank, and the checkpoint has no value of its own for this rank")
             return _keep(live)
         context.rank_mark = "." + names.escape(names.RankMark(global_rank()))
         try:

@@ -27,6 +27,7 @@ from ckptengine.state.sharded import Sharded
 _DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 _PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}
 _DISABLED = torch.Tensor.__torch_dispatch__
+ON_META = "is on the meta device and has no memory; materialise it first, for instance with to_empty(device=...)"
 _UNINITIALIZED = (torch.nn.UninitializedParameter, torch.nn.UninitializedBuffer)
 
 
@@ -47,16 +48,19 @@ def global_rank() -> int:
     return 0
 
 
-def describe(value: torch.Tensor | Sharded, name: str) -> Described:
-    """What ``value`` holds.  `UnsupportedValue`, naming the leaf, for a tensor that has no bytes to store."""
+def describe(value: torch.Tensor | Sharded, name: str, *, meta_ok: bool = False) -> Described:
+    """What ``value`` holds.  `UnsupportedValue`, naming the leaf, for a tensor that has no bytes to store.
+
+    ``meta_ok``: describe tensors without memory too, so that a restore can report them beside all other differences.
+    """
     if isinstance(value, Sharded):
-        local = _local(value.tensor, name)
+        local = _local(value.tensor, name, meta_ok)
         layout = value.layout or Irregular(((global_rank(), value.pieces),))
         return Described(local, _dtype(local, name), value.global_shape, layout, value.pieces)
     if isinstance(value, DTensor):
         sharding = sharding_of(value, name)
         with torch.no_grad():
-            local = _local(value.to_local(), name)
+            local = _local(value.to_local(), name, meta_ok)
         shape = tuple(value.shape)
         pieces = _pieces(sharding, global_rank(), shape)
         if sum(piece.size for piece in pieces) != local.numel():
@@ -65,7 +69,7 @@ def describe(value: torch.Tensor | Sharded, name: str) -> Described:
                 f"{tuple(value.placements)} of {shape} do not give; uneven hand-made shards belong in Sharded"
             )
         return Described(local, _dtype(local, name), shape, sharding, pieces)
-    local = _local(value, name)
+    local = _local(value, name, meta_ok)
     shape = tuple(local.shape)
     return Described(local, _dtype(local, name), shape, None, whole(shape))
 
@@ -91,7 +95,7 @@ def _dtype(tensor: torch.Tensor, name: str) -> str:
     return found
 
 
-def _local(tensor: torch.Tensor, name: str) -> torch.Tensor:
+def _local(tensor: torch.Tensor, name: str, meta_ok: bool) -> torch.Tensor:
     """A detached alias of a plain strided tensor; a resolved copy of a lazily conjugated or negated one."""
     kind = type(tensor)
     if kind not in _PLAIN_TYPES and not _is_plain_subclass(tensor):
@@ -104,11 +108,8 @@ def _local(tensor: torch.Tensor, name: str) -> torch.Tensor:
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
         what = "nested" if tensor.is_nested else "quantized" if tensor.is_quantized else str(tensor.layout)
         raise UnsupportedValue(f"{where(name)} is a {what} tensor; save its parts (indices and values, offsets)")
-    if tensor.is_meta:
-        raise UnsupportedValue(
-            f"{where(name)} is on the meta device and has no memory; materialise it first, for instance with "
-            f"module.to_empty(device=...)"
-        )
+    if tensor.is_meta and not meta_ok:
+        raise UnsupportedValue(f"{where(name)} {ON_META}")
     local = tensor.detach()
     if local.is_conj() or local.is_neg():
         return local.resolve_conj().resolve_neg()

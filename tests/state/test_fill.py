@@ -331,3 +331,38 @@ def test_a_second_flatten_after_restore_has_the_same_structure():
     source, target = make(1.0), make(2.0, steps=0)
     save(source).restore(target)
     assert flatten(source, random=False).structure_key == flatten(target, random=False).structure_key
+
+
+def test_tensors_on_meta_are_reported_beside_everything_else():
+    saved = save({"m": nn.Linear(2, 3), "t": torch.ones(2)})
+    live = {"m": nn.Linear(2, 3, device="meta"), "t": torch.ones(3), "u": torch.empty(1, device="meta")}
+    with pytest.raises(StateMismatch) as caught:
+        saved.restore(live)
+    meta = "is on the meta device and has no memory; materialise it first, for instance with to_empty(device=...)"
+    assert caught.value.problems == (
+        f"m.weight: {meta}",
+        f"m.bias: {meta}",
+        f"u: {meta}",
+        "t: shape (2,) in the checkpoint, (3,) live",
+        "u: in the live state, not in the checkpoint",
+    )
+    saved.restore({**live, "t": torch.zeros(2)}, names=["t"])
+
+
+def test_memory_that_has_several_names_is_filled_once():
+    source, target = make(1.0), make(2.0)
+    source["again"], target["again"] = source["model"], target["model"]
+    filling = save(source).restore(target)
+    addresses = [target.tensor.data_ptr() for target in filling.targets]
+    assert len(set(addresses)) == len(addresses)
+    assert filling.unused == ()
+    assert_same_state(source, target)
+
+
+def test_strict_false_passes_over_parameters_that_the_optimizer_gained():
+    net, other = nn.Sequential(nn.Linear(1, 1)), nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    saved = save({"model": net, "optim": torch.optim.SGD(net.parameters(), lr=0.5)})
+    fresh = torch.optim.SGD(other.parameters(), lr=0.1)
+    saved.restore({"model": other, "optim": fresh}, strict=False)
+    assert fresh.param_groups[0]["lr"] == 0.5
+    assert torch.equal(other[0].weight, net[0].weight)

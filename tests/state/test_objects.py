@@ -264,6 +264,20 @@ def test_malformed_streams_change_nothing(stream, data):
     assert streams.capture() == before
 
 
+def test_derived_streams_are_reproducible_and_differ_by_rank():
+    saved = [streams.capture(), streams.capture()]
+    derived = [streams.derive(saved, rank, 3) for rank in range(3)]
+    assert derived == [streams.derive(saved, rank, 3) for rank in range(3)]
+    draws = set()
+    for one in derived:
+        streams.restore(one)
+        draws.add((random.random(), np.random.rand(), torch.rand(1).item()))
+    assert len({part for draw in draws for part in draw}) == 9
+    assert streams.derive(saved, 0, 4) != derived[0]
+    torch.rand(1)
+    assert streams.derive([streams.capture()], 0, 3) != derived[0]
+
+
 def test_missing_stream_is_a_problem():
     captured = streams.capture()
     del captured["numpy"]

@@ -304,3 +304,24 @@ def test_two_tensors_that_would_share_a_name_are_refused():
     optimizer.state[net.param_groups[0]]["lr"] = torch.ones(2)
     with pytest.raises(UnsupportedValue, match=r"'optim\.param_groups\.0\.lr': two tensors"):
         flatten({"model": net, "optim": optimizer}, random=False)
+
+
+class Hiding(torch.optim.SGD):
+    """Keeps its state elsewhere, as wrappers that shard an optimizer do."""
+
+    def state_dict(self):
+        packed = super().state_dict()
+        packed["state"] = {0: {"momentum_buffer": torch.ones(2)}}
+        return packed
+
+
+class Adding(torch.optim.SGD):
+    def state_dict(self):
+        return super().state_dict() | {"scale": 3}
+
+
+@pytest.mark.parametrize(("kind", "told"), [(Hiding, "state that optimizer.state does not"), (Adding, r"\['scale'\]")])
+def test_state_beside_the_optimizers_own_is_never_lost_in_silence(kind, told):
+    net = model()
+    with pytest.raises(UnsupportedValue, match=f"'optim': state_dict.*{told}"):
+        flatten({"model": net, "optim": kind(net.parameters())}, random=False)

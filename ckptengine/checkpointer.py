@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import time
 import weakref
@@ -13,13 +14,13 @@ from torch.distributed import ProcessGroup
 from torch.optim.optimizer import Optimizer
 
 from ckptengine.coordination.choose import choose
-from ckptengine.coordination.port import Coordinator
-from ckptengine.errors import CheckpointError, RestoreIncomplete, UnusableRequest
+from ckptengine.coordination.port import Coordinator, publish, receive
+from ckptengine.errors import CheckpointError, RestoreIncomplete, RootInUse, SaveFailed, UnusableRequest
 from ckptengine.operations.attempts import Claims
 from ckptengine.operations.handle import SaveHandle
 from ckptengine.operations.metrics import metrics_of
 from ckptengine.operations.opening import open_any
-from ckptengine.operations.overlap import Overlap, OverlapPolicy
+from ckptengine.operations.overlap import Overlap, OverlapPolicy, check_policy
 from ckptengine.operations.restore import RestoreRequest, restore_from, restore_newest
 from ckptengine.operations.rhythm import Rhythm
 from ckptengine.operations.save import SaveJob, Saver, SaveSettings
@@ -93,6 +94,7 @@ class Checkpointer:
         file_ops: FileOps | None = None,
         linear: bool = True,
     ) -> None:
+        check_policy(overlap)
         self._pid = os.getpid()
         self._closed = False
         self._broken: RestoreIncomplete | None = None
@@ -104,15 +106,19 @@ class Checkpointer:
         self._saves = self._restores = 0
         self._rhythm = Rhythm(interval, self._port, rank_timeout_s)
         self._troubles = Troubles(failure_policy(on_failure))
-        self._claims = Claims(self._root, run, linear=linear) if self._port.rank == 0 else None
+        self._claims = _claims(self._root, run, linear, self._port, rank_timeout_s)
+        engine = engine_for(arena_bytes, file_ops)
         settings = SaveSettings(rank_timeout_s=rank_timeout_s, stall_budget_s=stall_budget_s, paranoid=paranoid)
-        self._saver = Saver(self._root, self._port, engine_for(arena_bytes, file_ops), settings, self._claims)
+        self._saver = Saver(self._root, self._port, engine, settings, self._claims)
         del keep
         self._overlap = Overlap(overlap, self._saver, self._port, rank_timeout_s)
         del tiers
         fence.watch(self)
         # Nothing here may refer to self: a checkpointer that nobody closed ends when it is collected, or at exit.
         self._finalizer = weakref.finalize(self, _shut, self._saver, self._claims, self._port, self._pid)
+        # At exit our own hook ends it: that of the native engine, which weakref's may come after, would cut saves off.
+        self._finalizer.atexit = False
+        _open.add(self)
 
     # ---- saving
 
@@ -123,8 +129,8 @@ class Checkpointer:
         has no encoding; everything that goes wrong later is on the handle.
         """
         self._usable()
-        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-            raise UnusableRequest(f"step {step!r} is not a whole number from 0 on")
+        if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 1 << 63:
+            raise UnusableRequest(f"step {step!r} is not a whole number from 0 on, below 2**63")
         self._troubles.surface(step)
         started_s = time.perf_counter()
         self._saves += 1
@@ -264,6 +270,36 @@ class Checkpointer:
             raise UnusableRequest("this Checkpointer belongs to the parent process; a forked child cannot use it")
         if self._broken is not None:
             raise RestoreIncomplete(f"the live state was left incomplete by a failed restore: {self._broken}")
+
+
+_open: weakref.WeakSet[Checkpointer] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_all() -> None:
+    """At exit: finish what is in flight of checkpointers that nobody closed."""
+    for checkpointer in list(_open):
+        checkpointer._finalizer()
+
+
+def _claims(root: Root, run: str | None, linear: bool, port: Coordinator, timeout_s: float) -> Claims | None:
+    """Take the root on rank 0; every rank raises when that is refused."""
+    claims: Claims | None = None
+    refused: CheckpointError | None = None
+    if port.rank == 0:
+        try:
+            claims = Claims(root, run, linear=linear)
+        except CheckpointError as error:
+            refused = error
+        publish(port, "opened", None if refused is None else {"code": refused.code, "error": str(refused)})
+    else:
+        answer = receive(port, "opened", timeout_s)
+        if answer is not None:
+            refused = (RootInUse if answer["code"] == RootInUse.code else SaveFailed)(answer["error"])
+    if refused is not None:
+        port.close()
+        raise refused
+    return claims
 
 
 def _shut(

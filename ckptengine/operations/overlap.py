@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from ckptengine.coordination.port import Coordinator, publish, receive
 from ckptengine.errors import SaveFailed, UnusableRequest
@@ -13,12 +13,16 @@ IN_FLIGHT = 2
 """Saves at once under "wait": one streaming while the one before is being flushed."""
 
 
+def check_policy(policy: str) -> None:
+    """`UnusableRequest` for what is no overlap policy."""
+    if policy not in get_args(OverlapPolicy):
+        raise UnusableRequest(f'overlap={policy!r} is none of "wait", "skip" and "latest"')
+
+
 class Overlap:
     """Decides, before a save is registered, whether it goes ahead."""
 
     def __init__(self, policy: OverlapPolicy, saver: Saver, port: Coordinator, timeout_s: float) -> None:
-        if policy not in ("wait", "skip", "latest"):
-            raise UnusableRequest(f'overlap={policy!r} is none of "wait", "skip" and "latest"')
         self._policy, self._saver, self._port, self._timeout_s = policy, saver, port, timeout_s
 
     def admit(self, number: int) -> bool:
@@ -35,6 +39,6 @@ class Overlap:
         if busy and self._policy == "skip":
             return False
         if busy:
-            self._saver.give_up(SaveFailed("a later save took its place (overlap='latest')"))
+            self._saver.give_up(SaveFailed("a later save took its place (overlap='latest')"), superseded=True)
             self._saver.wait_below(1)
         return True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from ckptengine import native
 from ckptengine.layout.digest import raw_to_standard
 from ckptengine.snapshot.port import CaptureEngine, Extent, WriteJob
 from ckptengine.store import rankfile
-from ckptengine.store.files import FileOps, guarded, write_all
+from ckptengine.store.files import FileOps, close_after_failure, discard, guarded, write_all
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,8 @@ class RankWriter:
         table, tail = rankfile.encode_tail(self._end, index, granules, values)
         write_all(self._ops, fd, table + tail, self._end, self._path)
         guarded("flush", self._path, lambda: self._ops.fsync(fd))
-        self._close()
+        self._fd = None
+        guarded("close", self._path, lambda: self._ops.close(fd))
         guarded("flush directory", self._path.parent, lambda: self._ops.fsync_dir(self._path.parent))
         contributions: dict[int, int] = {}
         for (tensor, _), raw in zip(self._keys, digests.contributions.tolist(), strict=True):
@@ -89,18 +90,17 @@ class RankWriter:
         parts = [granules[starts[i] : starts[i + 1]] for i in order.tolist()]
         return index[order], np.concatenate(parts) if parts else granules
 
-    def abort(self) -> None:
-        """Stop and leave nothing behind; never raises (the error that led here is the one to report)."""
+    def abort(self, *, keep: bool = False) -> None:
+        """Stop and leave nothing behind; never raises (the error that led here is the one to report).
+
+        ``keep``: a manifest that names this file may exist, so the file stays; retention removes it if there is none.
+        """
         if self._job is not None:
             self._job.cancel()
-        self._close()
-        try:
-            os.unlink(self._path)
-        except OSError:
-            # A full or failing disk may refuse even this; `prune` removes what has no manifest.
-            return
-
-    def _close(self) -> None:
         if self._fd is not None:
             fd, self._fd = self._fd, None
-            self._ops.close(fd)
+            close_after_failure(self._ops, fd)
+        if not keep:
+            discard(self._ops, self._path)
+            with contextlib.suppress(OSError):  # another save of the step has a file in it
+                self._ops.rmdir(self._path.parent)

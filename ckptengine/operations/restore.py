@@ -8,7 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptengine.coordination.port import Coordinator, agree
-from ckptengine.errors import CheckpointError, Damaged, NotFound, RestoreIncomplete, StateMismatch, UnreadableFormat
+from ckptengine.errors import (
+    CheckpointError,
+    Damaged,
+    LayoutError,
+    NotFound,
+    RestoreIncomplete,
+    StateMismatch,
+    StorageFailed,
+    UnreadableFormat,
+)
 from ckptengine.operations.filling import fill_targets
 from ckptengine.sources.native import NativeSource, open_commit
 from ckptengine.sources.port import Files, Source
@@ -17,6 +26,9 @@ from ckptengine.store.history import CommitRef
 from ckptengine.store.root import Root
 
 log = logging.getLogger("ckptengine")
+
+BAD_COPY = (Damaged, NotFound, UnreadableFormat, LayoutError, StorageFailed)
+"""What makes a restore turn to another copy: wrong, missing or unreadable bytes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,9 +81,7 @@ def restore_newest(
     other copy is left).
     """
     turn = _Round(port, request, number)
-    candidates = turn.vote(_candidates(root, port, step))[0]
-    if isinstance(candidates, str):
-        raise NotFound(candidates)
+    candidates = _agreed_candidates(turn, root, step)
     passed_over: list[tuple[int, str]] = []
     for ref in (CommitRef(*candidate) for candidate in candidates):
         problem = _try_commit(turn, lambda r=ref: open_commit(root, r, files))  # type: ignore[misc]
@@ -95,6 +105,21 @@ def restore_from(source: Source, port: Coordinator, request: RestoreRequest, num
         kind = RestoreIncomplete if turn.touched else Damaged
         raise kind(f"{source.files.root}: {problem}")
     return Restored(source.step or 0)
+
+
+def _agreed_candidates(turn: _Round, root: Root, step: int | None) -> list[list[int]]:
+    error: CheckpointError | None = None
+    found: list[list[int]] | str | None = None
+    try:
+        found = _candidates(root, turn.port, step)
+    except CheckpointError as refused:  # an unreadable root: the other ranks must hear of it
+        error, found = refused, f"rank 0 cannot read the history of {root.path}: {refused}"
+    agreed = turn.vote(found)[0]
+    if error is not None:
+        raise error
+    if isinstance(agreed, str):
+        raise NotFound(agreed)
+    return list(agreed)
 
 
 def _candidates(root: Root, port: Coordinator, step: int | None) -> list[list[int]] | str | None:
@@ -123,7 +148,7 @@ def _try_commit(turn: _Round, open_source: Callable[[], Source]) -> str | None:
         )
     except StateMismatch as mismatch:
         problems = mismatch.problems or (str(mismatch),)
-    except (Damaged, NotFound, UnreadableFormat) as found:
+    except BAD_COPY as found:
         error = found
     told = turn.all_good(error)
     if told is not None:
@@ -133,7 +158,7 @@ def _try_commit(turn: _Round, open_source: Callable[[], Source]) -> str | None:
     turn.touched = True
     try:
         fill_targets(source, filling.targets)
-    except (Damaged, NotFound, UnreadableFormat) as found:
+    except BAD_COPY as found:
         error = found
     told = turn.all_good(error)
     if told is None:

@@ -6,6 +6,8 @@ seals the rank file and commits.  So a save streams while the one before it is b
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import queue
 import threading
@@ -18,7 +20,7 @@ from torch.optim.optimizer import Optimizer
 
 from ckptengine import native
 from ckptengine.coordination.port import Coordinator, gather, publish, receive
-from ckptengine.errors import CheckpointError, RanksDisagree, SaveFailed
+from ckptengine.errors import CheckpointError, CoordinationFailed, RanksDisagree, SaveFailed, Superseded
 from ckptengine.layout.digest import raw_to_standard
 from ckptengine.operations.attempts import Claims
 from ckptengine.operations.handle import SaveHandle
@@ -30,13 +32,16 @@ from ckptengine.snapshot.register import Registered, extents_of
 from ckptengine.state.leaves import FlatState
 from ckptengine.store import names
 from ckptengine.store.envelope import canonical
-from ckptengine.store.files import make_dirs
+from ckptengine.store.files import Unsettled, make_dirs
 from ckptengine.store.manifest import FileRecord, Manifest, TensorRecord
 from ckptengine.store.rankfile import FileIdentity
 from ckptengine.store.root import Root, utc_now
 from ckptengine.version import version
 
 log = logging.getLogger("ckptengine")
+
+CANCEL_S = 5.0
+"""How long closing waits for a save that it cancelled, and for each background thread."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +70,9 @@ class SaveJob:
     run: str = ""
     attempt: int = 0
     cancelled: CheckpointError | None = None
+    superseded: bool = False
+    unsettled: bool = False
+    """Somebody may publish a manifest that names this rank's file, or has: the file must stay."""
 
 
 class Saver:
@@ -115,10 +123,10 @@ class Saver:
             if job.capture is not None:
                 job.capture.after_update(optimizer)
 
-    def give_up(self, error: CheckpointError) -> None:
-        """Cancel what is in flight, for ``error``."""
+    def give_up(self, error: CheckpointError, *, superseded: bool = False) -> None:
+        """Cancel what is in flight, for ``error``; ``superseded``: on purpose, so that the saves end as skipped."""
         for job in self.in_flight():
-            job.cancelled = error
+            job.cancelled, job.superseded = error, superseded
             if job.capture is not None:
                 job.capture.cancel()
 
@@ -140,11 +148,24 @@ class Saver:
         """Finish what is in flight, then stop the threads.  Past ``timeout_s`` saves are cancelled; False then."""
         finished = self.wait_below(1, timeout_s)
         if not finished:
-            self.give_up(SaveFailed("the save was cut off: the checkpointer was closed"))
+            self._cut_off(SaveFailed("the save was cut off: the checkpointer was closed"))
         self._to_capture.put(None)
         for thread in self._threads:
-            thread.join(timeout=10.0)
+            if thread is not threading.current_thread():  # garbage may be collected on any thread
+                thread.join(timeout=CANCEL_S)
+        if self._engine.private:
+            self._engine.close()
         return finished
+
+    def _cut_off(self, error: CheckpointError) -> None:
+        """Cancel what is in flight, and wait no longer for it than `CANCEL_S`: storage may hang for ever."""
+        jobs = self.in_flight()
+        cancelling = threading.Thread(target=self.give_up, args=(error,), name="ckptengine-cancel", daemon=True)
+        cancelling.start()
+        cancelling.join(CANCEL_S)
+        for job in jobs:
+            job.cancelled = error
+            job.handle.fail(error)
 
     # ---- background
 
@@ -235,10 +256,12 @@ class Saver:
     def _report(self, job: SaveJob, error: CheckpointError) -> None:
         """Tell the other ranks that this one failed, so that nobody waits for it."""
         if self._port.world > 1:
-            note = {"error": f"rank {self._port.rank}: {error}"}
-            gathered = gather(self._port, f"sealed/{job.number}", note, self._settings.rank_timeout_s)
-            if gathered is not None:
-                publish(self._port, f"committed/{job.number}", note)
+            note = {"error": f"rank {self._port.rank}: {error}", "unsettled": False}
+            with contextlib.suppress(CoordinationFailed):  # nobody is left to tell; the error that led here counts
+                if self._port.rank == 0:
+                    publish(self._port, f"committed/{job.number}", note)
+                else:
+                    self._port.put(f"sealed/{job.number}/{self._port.rank}", json.dumps(note).encode())
 
     def _publish(self, job: SaveJob, structure: Structure, sealed: Sealed) -> None:
         """Bring all ranks' parts together; rank 0 commits and tells the others."""
@@ -250,19 +273,23 @@ class Saver:
             "values": job.flat.values,
         }
         key = f"committed/{job.number}"
-        gathered = gather(self._port, f"sealed/{job.number}", note, self._settings.rank_timeout_s)
-        if gathered is None:
+        if self._port.rank != 0:
+            job.unsettled = True  # from here on rank 0 may commit, however late, whatever becomes of this rank
+            gather(self._port, f"sealed/{job.number}", note, self._settings.rank_timeout_s)
             answer = receive(self._port, key, 2 * self._settings.rank_timeout_s)
             if "error" in answer:
+                job.unsettled = answer["unsettled"]
                 raise SaveFailed(f"step {job.step} was not committed: {answer['error']}")
             return
         try:
+            gathered = gather(self._port, f"sealed/{job.number}", note, self._settings.rank_timeout_s) or []
             failures = [one["error"] for one in gathered if "error" in one]
             if failures:
                 raise SaveFailed(f"step {job.step} was not committed: {'; '.join(failures[:4])}")
             self._root.commit(self._manifest(job, structure, gathered))
         except CheckpointError as error:
-            publish(self._port, key, {"error": str(error)})
+            job.unsettled = isinstance(error, (Unsettled, Superseded))
+            publish(self._port, key, {"error": str(error), "unsettled": job.unsettled})
             raise
         publish(self._port, key, {})
 
@@ -300,9 +327,12 @@ class Saver:
         if job.capture is not None:
             job.capture.cancel()
         if job.writer is not None:
-            job.writer.abort()
-        log.error("save of step %d failed: %s", job.step, error)
-        job.handle.fail(job.cancelled or error)
+            job.writer.abort(keep=job.unsettled)
+        if job.superseded:
+            job.handle.advance("skipped")
+        else:
+            log.error("save of step %d failed: %s", job.step, error)
+            job.handle.fail(job.cancelled or error)
         self._forget(job)
 
     def _forget(self, job: SaveJob) -> None:

@@ -91,6 +91,7 @@ class NativeEngine:
 
     name = "native"
     direct = True
+    private = False
 
     def __init__(self, arena_bytes: int) -> None:
         segment = native.SEGMENT_BYTES

@@ -24,6 +24,8 @@ from ckptengine.snapshot.port import Digests, Extent, Progress
 from ckptengine.store.files import FileOps, write_all
 
 CHUNK_BYTES = 4 << 20
+CLOSE_S = 5.0
+"""How long closing waits for a write in progress."""
 
 
 def live_bytes(region: torch.Tensor) -> npt.NDArray[np.uint8]:
@@ -202,10 +204,15 @@ class PlainJob:
     def trace(self) -> list[dict[str, Any]]:
         return list(self._events)
 
-    def cancel(self) -> None:
+    def stop(self) -> None:
+        """Ask the job to stop; see `cancel`."""
         with self._changed:
             self._stop = True
             self._changed.notify_all()
+
+    def cancel(self) -> None:
+        self.stop()
+        with self._changed:
             self._changed.wait_for(lambda: self._done)
 
 
@@ -225,6 +232,7 @@ class PlainEngine:
 
     name = "portable"
     direct = False
+    private = True
 
     def __init__(self, ops: FileOps | None = None) -> None:
         self._ops = ops or FileOps()
@@ -260,6 +268,6 @@ class PlainEngine:
             jobs = list(self._jobs)
             self._changed.notify_all()
         for job in jobs:
-            job.cancel()
-        if self._thread is not None:
-            self._thread.join()
+            job.stop()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(CLOSE_S)  # a daemon: storage that hangs for ever does not keep the process

@@ -101,3 +101,7 @@ class CaptureEngine(Protocol):
 
     def close(self) -> None:
         """Cancel what runs, join threads, free the arena."""
+
+    @property
+    def private(self) -> bool:
+        """Whether it belongs to one checkpointer, which closes it."""

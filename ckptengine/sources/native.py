@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, overload
 
@@ -10,7 +11,7 @@ from ckptengine.plan.write import stored_overlapping, stored_pieces, writer_to_j
 
 import numpy as np
 
-from ckptengine.errors import NotFound, UnreadableFormat
+from ckptengine.errors import CheckpointError, Damaged, NotFound, StorageFailed, Truncated, UnreadableFormat
 from ckptengine.layout import layout_json
 from ckptengine.layout.box import Box
 from ckptengine.layout.dtypes import itemsize
@@ -23,6 +24,9 @@ from ckptengine.store import names
 from ckptengine.store.history import CommitRef, History
 from ckptengine.store.reader import Reader
 from ckptengine.store.root import Root
+
+
+log = logging.getLogger("ckptengine")
 
 
 class StoredFragments(Sequence[Fragment]):
@@ -155,20 +159,43 @@ def _open(opening: Opening) -> NativeSource:
     files = opening.files
     commits = sorted(_manifests(files))
     if commits:  # a step directory named by itself
-        return _read(files, commits[-1], "")
+        return _read(files, commits[-1], "", named=False)
     line = History(files).line()
     if opening.step is not None and opening.step not in line:
         have = ", ".join(map(str, list(line)[-10:])) or "none"
         raise NotFound(f"{files.root}: no committed step {opening.step}; committed steps: {have}")
     if not line:
         raise NotFound(f"{files.root}: no committed checkpoint beneath it")
-    ref = line[opening.step if opening.step is not None else max(line)]
-    return _read(files, ref, f"{names.step_dir(ref.step)}/")
+    if opening.step is not None:
+        return _read(files, line[opening.step], f"{names.step_dir(opening.step)}/")
+    return _newest_good(files, list(reversed(line.values())))
 
 
-def _read(files: Files, ref: CommitRef, prefix: str) -> NativeSource:
+def _newest_good(files: Files, refs: Sequence[CommitRef]) -> NativeSource:
+    """The newest commit whose manifest holds and whose rank files are there in their sizes."""
+    first: CheckpointError | None = None
+    for ref in refs:
+        try:
+            source = _read(files, ref, f"{names.step_dir(ref.step)}/")
+            if files.local_path("") is not None:  # elsewhere each look is a request
+                source.reader.check_sizes()
+            return source
+        except (Damaged, NotFound, UnreadableFormat, StorageFailed) as error:
+            log.warning("step %d is passed over: %s", ref.step, error)
+            first = first or error
+    assert first is not None
+    raise first
+
+
+def _read(files: Files, ref: CommitRef, prefix: str, *, named: bool = True) -> NativeSource:
     path = prefix + names.manifest(ref.attempt, ref.save)
-    manifest = manifests.decode(files.read(path, 0, files.size(path)), f"{files.root}/{path}")
+    size = files.size(path)
+    if size > manifests.MANIFEST_LIMIT_BYTES:
+        raise Truncated(f"{files.root}/{path} has {size} bytes, more than a manifest can have")
+    manifest = manifests.decode(files.read(path, 0, size), f"{files.root}/{path}")
+    found = CommitRef(manifest.step if named else ref.step, manifest.attempt, manifest.save)
+    if found != ref:
+        raise UnreadableFormat(f"{files.root}/{path}: is the manifest of {found}; the file or folder was renamed")
     return NativeSource(files, manifest, prefix)
 
 

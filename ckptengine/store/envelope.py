@@ -22,8 +22,10 @@ def canonical(document: object) -> bytes:
 
 
 def _header(kind: str, version: tuple[int, int], body: bytes) -> bytes:
-    digest = native.digest(body)
-    return canonical({"ckptengine": kind, "version": list(version), "bytes": len(body), "digest": digest}) + b"\n"
+    """The header line; its digest is that of the line without the digest, and the body: a flip in either shows."""
+    facts: dict[str, object] = {"ckptengine": kind, "version": list(version), "bytes": len(body)}
+    digest = native.digest(canonical(facts) + b"\n" + body)
+    return canonical({**facts, "digest": digest}) + b"\n"
 
 
 def seal(kind: str, body: object) -> bytes:
@@ -42,8 +44,10 @@ def unseal(kind: str, data: bytes, where: str) -> Any:
     try:
         header = json.loads(line)
         version, nbytes = header["version"], header["bytes"]
-        major, minor = int(version[0]), int(version[1])
+        major, minor = version
         found = header["ckptengine"]
+        if type(major) is not int or type(minor) is not int or type(nbytes) is not int:
+            raise TypeError
     except (ValueError, KeyError, TypeError, IndexError, RecursionError):
         raise DigestMismatch(f"{where}: the header line is damaged or this is no ckptengine file") from None
     if major > VERSION[0] and line == canonical(header):
@@ -54,7 +58,7 @@ def unseal(kind: str, data: bytes, where: str) -> Any:
         raise UnreadableFormat(f"{where}: holds a {found!r}, not a {kind!r}")
     if not newline or len(body) != nbytes:
         raise Truncated(f"{where}: has {len(body)} bytes of body, {nbytes} were written")
-    if _header(kind, (major, minor), body) != line + newline:
+    if major < 1 or _header(kind, (major, minor), body) != line + newline:
         raise DigestMismatch(f"{where}: the bytes do not match their digest {header.get('digest')}")
     try:
         return json.loads(body)

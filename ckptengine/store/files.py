@@ -6,13 +6,15 @@ engine has a fault hook of its own.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
-from ckptengine.errors import NotFound, StorageFailed, Truncated
+from ckptengine.errors import NotFound, StorageFailed, Truncated, UnreadableFormat
 
 T = TypeVar("T")
 
@@ -36,6 +38,10 @@ def storage_failed(action: str, path: str | Path, error: OSError) -> StorageFail
     failed = StorageFailed(f"cannot {action} {path}: {error.strerror or error} ({name}); {remedy}")
     failed.__cause__ = error
     return failed
+
+
+class Unsettled(StorageFailed):
+    """A publication that failed after its name had appeared: what it names must not be removed."""
 
 
 class FileOps:
@@ -108,13 +114,14 @@ def make_dirs(ops: FileOps, path: Path, mode: int | None = None) -> None:
     """Create ``path`` and its parents, each name made durable in its parent before the next is used."""
     missing: list[Path] = []
     probe = path
-    while not probe.exists():
+    while not guarded("look at", probe, lambda p=probe: _exists(p)):  # type: ignore[misc]
         missing.append(probe)
         if probe.parent == probe:
             break
         probe = probe.parent
     if not probe.is_dir():
         raise StorageFailed(f"cannot create {path}: {probe} is not a directory; point the root at a directory")
+    _flush_name(ops, probe)
     for directory in reversed(missing):
         try:
             ops.mkdir(directory, mode if mode is not None else 0o777)
@@ -125,25 +132,83 @@ def make_dirs(ops: FileOps, path: Path, mode: int | None = None) -> None:
         guarded("flush directory", directory.parent, lambda d=directory.parent: ops.fsync_dir(d))  # type: ignore[misc]
 
 
+def _exists(path: Path) -> bool:
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        return False
+    except NotADirectoryError:
+        return False
+    return True
+
+
+def _flush_name(ops: FileOps, directory: Path) -> None:
+    """Make the name of a directory durable that is there already: whoever made it may have died before it did so."""
+    try:
+        ops.fsync_dir(directory.parent)
+    except PermissionError:
+        return  # a parent that we may not even read was not made by us
+    except OSError as error:
+        raise storage_failed("flush directory", directory.parent, error) from error
+
+
 def publish(ops: FileOps, path: Path, data: bytes, *, mode: int = 0o666) -> None:
     """Write ``data`` durably under a name that must not exist yet: all of it or nothing is ever visible.
 
-    Temporary name, flush, exclusive link, flush of the directory.  Raises FileExistsError when ``path`` exists and
-    `StorageFailed` when the operating system refuses; the temporary is gone in either case.
+    Temporary name, flush, exclusive link, flush of the directory.  Raises FileExistsError when ``path`` exists,
+    `Unsettled` when it failed after the name had appeared and the name could not be withdrawn, and `StorageFailed` for
+    every other refusal of the operating system; nothing is left behind then, as far as it can be removed.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    linked = False
     try:
-        fd = guarded("create", temporary, lambda: _create_over(ops, temporary, mode))
-        try:
-            write_all(ops, fd, data, 0, temporary)
-            guarded("flush", temporary, lambda: ops.fsync(fd))
-        finally:
-            ops.close(fd)
+        _write_new(ops, temporary, data, mode)
         _link_exclusive(ops, temporary, path)
-    finally:
-        if temporary.exists():
+        linked = True
+        if temporary.exists():  # not where it was renamed
             guarded("remove", temporary, lambda: ops.unlink(temporary))
-    guarded("flush directory", path.parent, lambda: ops.fsync_dir(path.parent))
+        guarded("flush directory", path.parent, lambda: ops.fsync_dir(path.parent))
+    except (StorageFailed, FileExistsError) as error:
+        discard(ops, temporary)
+        if linked:
+            _withdraw(ops, path, error)
+        raise
+
+
+def _write_new(ops: FileOps, path: Path, data: bytes, mode: int) -> None:
+    fd = guarded("create", path, lambda: _create_over(ops, path, mode))
+    try:
+        write_all(ops, fd, data, 0, path)
+        guarded("flush", path, lambda: ops.fsync(fd))
+    except BaseException:
+        close_after_failure(ops, fd)
+        raise
+    guarded("close", path, lambda: ops.close(fd))
+
+
+def _withdraw(ops: FileOps, path: Path, error: Exception) -> None:
+    """Take a name back that appeared but may not be durable."""
+    try:
+        ops.unlink(path)
+        ops.fsync_dir(path.parent)
+    except OSError as second:
+        told = f"{error}; and {path} could not be withdrawn ({second.strerror}): it may count or not"
+        raise Unsettled(told) from error
+
+
+def discard(ops: FileOps, path: Path) -> None:
+    """Remove a file on the way out of a failure.
+
+    A failing disk may refuse even this: the failure that led here is the one to report, and retention sweeps up.
+    """
+    with contextlib.suppress(OSError):
+        ops.unlink(path)
+
+
+def close_after_failure(ops: FileOps, fd: int) -> None:
+    """Close on the way out of a failure; the descriptor is gone whatever close says."""
+    with contextlib.suppress(OSError):
+        ops.close(fd)
 
 
 def _create_over(ops: FileOps, path: Path, mode: int) -> int:
@@ -171,13 +236,18 @@ def _link_exclusive(ops: FileOps, temporary: Path, path: Path) -> None:
 def read_file(path: Path, limit_bytes: int) -> bytes:
     """The whole of a small file; `NotFound`, `Truncated` (larger than the limit reads as damage) or `StorageFailed`."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
         raise NotFound(f"no file {path}") from None
     except OSError as error:
         raise storage_failed("open", path, error) from error
-    with os.fdopen(fd, "rb") as file:
+    with open(fd, "rb") if stat.S_ISREG(os.fstat(fd).st_mode) else _refuse(fd, path) as file:
         size = os.fstat(fd).st_size
         if size > limit_bytes:
             raise Truncated(f"{path} has {size} bytes, more than the {limit_bytes} that such a file can have")
         return guarded("read", path, file.read)
+
+
+def _refuse(fd: int, path: Path) -> NoReturn:
+    os.close(fd)
+    raise UnreadableFormat(f"{path} is not a regular file")

@@ -48,7 +48,7 @@ class History:
         found: list[CommitRef] = []
         for entry in self._files.entries():
             step = names.STEP_PATTERN.match(entry.rstrip("/"))
-            if step is None:
+            if step is None or not entry.endswith("/"):  # a file or a link is no step of ours
                 continue
             for name in self._files.entries(entry.rstrip("/")):
                 match = names.MANIFEST_PATTERN.match(name)

@@ -6,6 +6,7 @@ inherit it.  Record locks do not exclude within one process, so a table of held 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -42,6 +43,8 @@ class RootLock:
                 )
         except FileNotFoundError:
             pass
+        except OSError as error:
+            raise storage_failed("look at the lock", self._path, error) from error
         try:
             fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         except OSError as error:
@@ -56,8 +59,9 @@ class RootLock:
             raise RootInUse(
                 f"{self._path.parent}: another live job holds it ({holder}); stop that job or use another root"
             ) from None
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, json.dumps({"host": socket.gethostname(), "pid": self._pid}).encode(), 0)
+        with contextlib.suppress(OSError):  # for people only: a full disk must not keep a job from restoring
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, json.dumps({"host": socket.gethostname(), "pid": self._pid}).encode(), 0)
         status = os.fstat(fd)
         self._fd, self._key = fd, (status.st_dev, status.st_ino)
         _held[self._key] = self._path

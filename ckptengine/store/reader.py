@@ -41,6 +41,21 @@ class Reader:
         """The rank file's path beneath the source's root."""
         return self._prefix + self.manifest.file_name(rank)
 
+    def check_sizes(self) -> None:
+        """`Truncated` for the first rank file that is missing or has another size than was committed."""
+        for rank in range(self.manifest.world):
+            self._checked_size(rank)
+
+    def _checked_size(self, rank: int) -> int:
+        record, path = self.manifest.files[rank], self.path(rank)
+        try:
+            size = self._files.size(path)
+        except NotFound:
+            raise Truncated(f"{path}: missing; the manifest of step {self.manifest.step} names it") from None
+        if size != record.nbytes:
+            raise Truncated(f"{path}: has {size} bytes, {record.nbytes} were committed")
+        return size
+
     def tail(self, rank: int) -> rankfile.Tail:
         """The checked tail of a rank's file, read once."""
         with self._lock:
@@ -50,12 +65,7 @@ class Reader:
 
     def _read_tail(self, rank: int) -> rankfile.Tail:
         record, path = self.manifest.files[rank], self.path(rank)
-        try:
-            size = self._files.size(path)
-        except NotFound:
-            raise Truncated(f"{path}: missing; the manifest of step {self.manifest.step} names it") from None
-        if size != record.nbytes:
-            raise Truncated(f"{path}: has {size} bytes, {record.nbytes} were committed")
+        size = self._checked_size(rank)
         header = self._files.read(path, 0, rankfile.HEADER_BYTES)
         rankfile.check_header(header, self.manifest.identity(rank), path)
         end = self._files.read(path, size - rankfile.FOOTER_BYTES, rankfile.FOOTER_BYTES)

@@ -42,6 +42,8 @@ class Root:
             return os.stat(self.path / path, follow_symlinks=False).st_size
         except FileNotFoundError:
             raise NotFound(f"no file {self.path / path}") from None
+        except OSError as error:
+            raise storage_failed("look at", self.path / path, error) from error
 
     def read(self, path: str, offset: int, nbytes: int) -> bytes:
         return read_file(self.path / path, manifests.MANIFEST_LIMIT_BYTES)[offset : offset + nbytes]

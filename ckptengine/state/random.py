@@ -94,14 +94,21 @@ def derive(by_rank: Sequence[Mapping[str, Json]], rank: int, world: int) -> dict
     alone, so that a restart repeats them, and differ between ranks.
     """
     text = dumps([[dict(sorted(streams.items())) for streams in by_rank], rank, world])
-    seed = int.from_bytes(hashlib.blake2b(text.encode("ascii"), digest_size=32).digest(), "little")
-    words = [seed >> shift & 0xFFFFFFFF for shift in range(0, 256, 32)]
+    numpy_words = np.frombuffer(_seed(text, "numpy", 32), "<u4").astype(np.int64)
     streams: dict[str, Json] = {
-        "python": encode_python_state(random.Random(seed).getstate()),
-        "numpy": Encoder().encode(np.random.RandomState(words).get_state(legacy=False), "random.numpy"),
-        "torch.cpu": encode_torch_state(torch.Generator().manual_seed(seed & (1 << 63) - 1).get_state()),
+        "python": encode_python_state(random.Random(_seed(text, "python", 32)).getstate()),
+        "numpy": Encoder().encode(np.random.RandomState(numpy_words).get_state(legacy=False), "random.numpy"),
+        "torch.cpu": encode_torch_state(_torch_generator(text, "cpu").get_state()),
     }
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        generator = torch.Generator(device=f"cuda:{index}").manual_seed((seed >> 64) + index & (1 << 63) - 1)
-        streams[f"torch.cuda.{index}"] = encode_torch_state(generator.get_state())
+        streams[f"torch.cuda.{index}"] = encode_torch_state(_torch_generator(text, f"cuda:{index}").get_state())
     return streams
+
+
+def _seed(text: str, stream: str, size_bytes: int) -> bytes:
+    """Each stream its own: Python's and numpy's generators give the same numbers from the same seed."""
+    return hashlib.blake2b(f"{stream}\n{text}".encode("ascii"), digest_size=size_bytes).digest()
+
+
+def _torch_generator(text: str, device: str) -> torch.Generator:
+    return torch.Generator(device=device).manual_seed(int.from_bytes(_seed(text, device, 7), "little"))

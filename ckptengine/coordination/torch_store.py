@@ -6,6 +6,7 @@ Not the process group's default store: a blocking wait on that one would hold it
 from __future__ import annotations
 
 import datetime
+import logging
 import os
 import socket
 import time
@@ -17,6 +18,9 @@ from ckptengine.errors import CoordinationFailed, RankTimeout
 
 _POLL_S = 0.002
 _POLL_MAX_S = 0.05
+_LINGER_S = 10.0
+
+log = logging.getLogger("ckptengine")
 
 
 class TorchStore:
@@ -27,6 +31,7 @@ class TorchStore:
         self.world = dist.get_world_size(group)
         self._timeout = datetime.timedelta(seconds=timeout_s)
         self._pid = os.getpid()
+        self._closed = False
         self._prefix = uuid.uuid4().hex
         offer: list[object] = [None]
         if self.rank == 0:
@@ -74,9 +79,20 @@ class TorchStore:
             raise CoordinationFailed(f"rank {self.rank} lost rank 0: {error}") from error
 
     def close(self) -> None:
-        # The store's server lives in rank 0 until the object goes; a forked child must not tear it down.
-        if os.getpid() == self._pid:
-            del self._store
+        """Let go of the store; rank 0, which serves it, waits up to `_LINGER_S` until the others have too."""
+        if os.getpid() != self._pid or self._closed:
+            return  # a forked child must not tear down its parent's store
+        self._closed = True
+        try:
+            if self.rank != 0:
+                self.put(f"bye/{self.rank}", b"")
+            else:
+                deadline_s = time.monotonic() + _LINGER_S
+                for rank in range(1, self.world):
+                    self.get(f"bye/{rank}", max(0.0, deadline_s - time.monotonic()))
+        except CoordinationFailed:
+            log.info("rank %d leaves without having heard of all others", self.rank)
+        del self._store
 
 
 def _address() -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -18,8 +19,16 @@ from ckptengine.sources.typed import decode_values
 from ckptengine.sources.unpickle import NumpyArray, Placeholder
 
 MAX_DEPTH = 200
+TENSOR_CLASSES = (
+    "torch._utils._rebuild_",
+    "torch.Tensor ",
+    "torch.distributed.tensor.DTensor",
+    "torch.distributed._tensor",
+    "torch.distributed._shard",
+)
+"""What the names of classes begin with whose objects are tensors."""
 NAMESPACES = {"argparse.Namespace", "types.SimpleNamespace"}
-__all__ = ["DROPPED", "array_of", "decode_values", "plain", "walk_tensors"]
+__all__ = ["DROPPED", "array_of", "decode_values", "plain", "walk_leaves", "walk_tensors"]
 
 DROPPED = object()
 """What ``on_tensor`` returns for a tensor that is to leave no trace (None in its place inside a list)."""
@@ -44,24 +53,54 @@ def array_of(value: object) -> StoredArray | None:
         return None
 
 
-def walk_tensors(value: object, path: tuple[object, ...] = ()) -> Iterator[tuple[tuple[object, ...], StoredTensor]]:
+def walk_tensors(value: object) -> Iterator[tuple[tuple[object, ...], StoredTensor]]:
+    """The tensors of `walk_leaves` whose bytes are known."""
+    for path, leaf in walk_leaves(value):
+        if isinstance(leaf, StoredTensor):
+            yield path, leaf
+
+
+def walk_leaves(
+    value: object, path: tuple[object, ...] = ()
+) -> Iterator[tuple[tuple[object, ...], StoredTensor | Placeholder]]:
     """The tensors of nested dicts, lists and tuples with their paths (keys and positions), depth first.
 
+    Modules that were pickled whole are walked as their state dict would be.  A `Placeholder` is a tensor whose
+    elements are not simply bytes of the file: sharded, sparse, quantized, a lazy view.
     Raises `UnreadableFormat` where the nesting is deeper than `MAX_DEPTH`.
     """
-    if isinstance(value, StoredTensor):
-        yield path, value
-        return
     if len(path) > MAX_DEPTH:
         raise UnreadableFormat(f"values nested deeper than {MAX_DEPTH} levels")
-    if isinstance(value, dict):
+    if isinstance(value, StoredTensor):
+        yield path, value
+    elif isinstance(value, dict):
         for key, item in value.items():
-            yield from walk_tensors(item, (*path, key))
+            yield from walk_leaves(item, (*path, key))
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
-            yield from walk_tensors(item, (*path, index))
-    elif isinstance(value, Placeholder) and value.class_name in NAMESPACES:
-        yield from walk_tensors(value.state, path)
+            yield from walk_leaves(item, (*path, index))
+    elif isinstance(value, Placeholder):
+        yield from _walk_object(value, path)
+
+
+def _walk_object(value: Placeholder, path: tuple[object, ...]) -> Iterator[tuple[tuple[object, ...], Any]]:
+    if value.class_name in NAMESPACES:
+        yield from walk_leaves(value.state, path)
+    elif value.class_name.startswith(TENSOR_CLASSES):
+        local = value.get("_local_tensor")
+        made_of = _sequence(value.args[1]) if len(value.args) > 1 else ()  # class, dtype, shape, ...
+        shape = made_of[2] if len(made_of) > 2 else None
+        yield path, local if isinstance(local, StoredTensor) and local.shape == shape else value
+    elif isinstance(value.get("_parameters"), dict) and isinstance(value.get("_modules"), dict):
+        gone = value.get("_non_persistent_buffers_set") or ()
+        buffers = value.get("_buffers")
+        kept = {name: item for name, item in buffers.items() if name not in gone} if isinstance(buffers, dict) else {}
+        for part in (value.get("_parameters"), kept, value.get("_modules")):
+            yield from walk_leaves(part, path)
+
+
+def _sequence(value: object) -> list[Any] | tuple[Any, ...]:
+    return value if isinstance(value, list | tuple) else ()
 
 
 class _Plain:
@@ -124,6 +163,8 @@ class _Plain:
         return made
 
     def _placeholder(self, value: Placeholder, depth: int) -> object:
+        if value.class_name.startswith(TENSOR_CLASSES):
+            return DROPPED
         if value.class_name in NAMESPACES and isinstance(value.state, dict):
             return self.convert(value.state, depth)
         made: dict[str, object] = {"__class__": value.class_name}

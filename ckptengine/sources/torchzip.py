@@ -15,7 +15,7 @@ from ckptengine.layout.dtypes import itemsize
 from ckptengine.sources.pickle_scan import end_of_pickle
 from ckptengine.sources.port import Files
 from ckptengine.sources.stored import StoredStorage, plain_storage
-from ckptengine.sources.unpickle import MAX_PICKLE_BYTES, StorageType, loads
+from ckptengine.sources.unpickle import MAX_PICKLE_BYTES, StorageType, loads, unknown_storage
 
 _END = b"PK\x05\x06"
 _END64 = b"PK\x06\x06"
@@ -24,6 +24,7 @@ _ENTRY = struct.Struct("<4s6H3I5H2I")
 _LOCAL = struct.Struct("<4s5H3I2H")
 _WINDOW_BYTES = 1 << 12
 _MAX_COMMENT_BYTES = 1 << 16
+UNKNOWN = "unknown"
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_STEP_BYTES = 1 << 20
 
@@ -98,6 +99,8 @@ class TorchZip:
 
         def persistent_load(pid: object) -> object:
             dtype, key, numel = _storage_id(pid, self.shown)
+            if dtype == UNKNOWN:
+                return unknown_storage(pid)
             if key not in storages:
                 made = plain_storage(key, dtype, numel, lambda: (self.path, self.data_offset(f"data/{key}")))
                 held = self._entry(f"data/{key}").nbytes
@@ -204,13 +207,11 @@ def _zip64_sizes(extra: bytes, nbytes: int, packed: int, header: int, shown: str
 
 
 def _storage_id(pid: object, shown: str) -> tuple[str | None, str, object]:
-    """Element type (None: untyped), key and size of a storage's persistent id."""
+    """Element type (None: untyped, `UNKNOWN`: of a class not known), key and size of a storage's persistent id."""
     if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage" or not isinstance(pid[2], str):
         raise UnreadableFormat(f"{shown} refers to something that is no storage")
     kind = pid[1]
-    if not isinstance(kind, StorageType):
-        raise UnreadableFormat(f"{shown} has a storage of an unknown class {kind!r:.80}")
-    return kind.dtype, pid[2], pid[4]
+    return kind.dtype if isinstance(kind, StorageType) else UNKNOWN, pid[2], pid[4]
 
 
 def load_torch(files: Files, path: str) -> object:
@@ -291,6 +292,10 @@ def _load_legacy(files: Files, path: str) -> object:
 
     def persistent_load(pid: object) -> object:
         dtype, key, numel = _storage_id(pid, stream.shown)
+        if dtype == UNKNOWN:
+            raise UnreadableFormat(
+                f"{stream.shown} has quantized tensors in torch's old format; save it again with torch"
+            )
         if isinstance(pid, tuple) and len(pid) > 5 and pid[5] is not None:
             raise UnreadableFormat(f"{stream.shown} has storage views, of torch before 0.4; save it again with torch")
         if key not in storages:

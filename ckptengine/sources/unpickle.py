@@ -169,19 +169,42 @@ class _Unpickler(pickle.Unpickler):
         return self._persistent(pid)
 
 
-def _tensor(storage: object, start: Any, shape: Any, strides: Any, *rest: object) -> object:
+def unknown_storage(pid: Any) -> Placeholder:
+    """A storage of a class that is not known (quantized tensors have such): only what uses it cannot be read."""
+    made = Placeholder(pid)
+    made.class_name = getattr(pid[1], "class_name", "an unknown storage")
+    return made
+
+
+def _tensor(storage: object, start: Any, shape: Any, strides: Any, grad: object = False, hooks: object = None,
+            metadata: object = None, *rest: object) -> object:  # fmt: skip
     """torch._utils._rebuild_tensor and _rebuild_tensor_v2."""
+    if isinstance(storage, Placeholder):
+        return _unread("torch.Tensor of " + storage.class_name, storage)
     if not isinstance(storage, StoredStorage) or storage.dtype is None:
         raise UnreadableFormat("a tensor in a pickle does not lie in a typed storage")
-    return StoredTensor(storage, storage.dtype, start, tuple(shape), tuple(strides))
+    return _viewed(StoredTensor(storage, storage.dtype, start, tuple(shape), tuple(strides)), metadata)
 
 
 def _tensor_v3(storage: object, start: Any, shape: Any, strides: Any, grad: object, hooks: object, dtype: object,
-               *rest: object) -> object:  # fmt: skip
+               metadata: object = None, *rest: object) -> object:  # fmt: skip
     """torch._utils._rebuild_tensor_v3: untyped storage, explicit dtype."""
     if not isinstance(storage, StoredStorage) or not isinstance(dtype, Dtype):
-        raise UnreadableFormat("a tensor in a pickle does not lie in a storage, or has an element type not known")
-    return StoredTensor(storage, str(dtype), start, tuple(shape), tuple(strides))
+        return _unread(f"torch.Tensor of {getattr(dtype, 'class_name', dtype)}", storage)
+    return _viewed(StoredTensor(storage, str(dtype), start, tuple(shape), tuple(strides)), metadata)
+
+
+def _viewed(tensor: StoredTensor, metadata: object) -> object:
+    """The tensor, unless its bytes are those of its conjugate or negative."""
+    lazy = [name for name in ("conj", "neg") if metadata.get(name)] if isinstance(metadata, dict) else []
+    return _unread(f"torch.Tensor as a lazy view ({lazy[0]})", tensor) if lazy else tensor
+
+
+def _unread(class_name: str, *args: object) -> Placeholder:
+    """A tensor whose elements are not simply its bytes."""
+    made = Placeholder(*args)
+    made.class_name = class_name
+    return made
 
 
 def _first(first: object, *rest: object) -> object:
@@ -201,9 +224,7 @@ def _from_type(function: object, new_type: object, args: object, state: object) 
 
 def _array_tensor(array: object, dtype: object, *rest: object) -> object:
     """torch._utils._rebuild_device_tensor_from_numpy: bytes by value."""
-    made = Placeholder(array, dtype)
-    made.class_name = "torch.Tensor of numpy"
-    return made
+    return _unread("torch.Tensor of numpy", array, dtype)
 
 
 def _reconstruct(cls: Any, base: object, state: object) -> object:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -105,3 +107,39 @@ def test_several_files_need_a_name(tmp_path: Path) -> None:
     holds(open_source(tmp_path / "b.pt"), {"model.b": counting(2)})
     with pytest.raises(NotFound, match=r"'model\.x'"):
         open_source(tmp_path / "b.pt").tensor("model.x")
+
+
+def test_a_module_that_was_pickled_whole(tmp_path: Path) -> None:
+    class_ = nn.BatchNorm1d(3)
+    class_.register_buffer("scratch", counting(2), persistent=False)
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), class_)
+    torch.save(model, tmp_path / "x.pt")
+    holds(open_source(tmp_path), {f"model.{name}": tensor for name, tensor in model.state_dict().items()})
+
+
+def test_tensors_that_are_no_bytes_are_errors_of_their_own(tmp_path: Path) -> None:
+    sparse = torch.eye(3).to_sparse()
+    lazy = torch.ones(2, dtype=torch.complex64).conj()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantized = torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)
+        torch.save({"a": counting(2), "sparse": sparse, "lazy": lazy, "q": quantized}, tmp_path / "x.pt")
+    source = open_source(tmp_path)
+    assert list(source.names()) == ["model.a", "model.sparse", "model.lazy", "model.q"]
+    assert source.tensor("model.a").shape == (2,)
+    for name in ("sparse", "lazy", "q"):
+        with pytest.raises(UnreadableFormat, match=f"'model.{name}'.*dense"):
+            source.tensor(f"model.{name}")
+
+
+def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
+    class Runs:
+        def __reduce__(self) -> Any:
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+
+    torch.save({"a": counting(2), "x": Runs()}, tmp_path / "x.pt")
+    source = open_source(tmp_path / "x.pt")
+    holds(source, {"model.a": counting(2)})
+    values: Any = source.values()
+    assert values["x"]["__class__"].endswith(".system")
+    assert not (tmp_path / "ran").exists()

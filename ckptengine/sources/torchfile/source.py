@@ -8,10 +8,11 @@ from typing import Any
 
 from ckptengine.errors import Damaged, NotFound, UnreadableFormat
 from ckptengine.layout.tensor import LogicalTensor
-from ckptengine.sources.plain import plain, walk_tensors
+from ckptengine.sources.plain import plain, walk_leaves
 from ckptengine.sources.port import Files, Format, Opening, Source
 from ckptengine.sources.stored import StoredTensor
 from ckptengine.sources.torchzip import is_torch_file, load_torch, own_record
+from ckptengine.sources.unpickle import Placeholder
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 INDEX = "pytorch_model.bin.index.json"
@@ -35,7 +36,7 @@ class TorchSource:
         self.step: int | None = step if own is None else own.get("step", step)
         self.metrics: Mapping[str, float] = {}
         self._roots = [load_torch(files, path) for path in paths]
-        self._tensors: dict[str, StoredTensor] = {}
+        self._tensors: dict[str, StoredTensor | Placeholder] = {}
         self._aliases: dict[str, str] = {}
         first: dict[tuple[object, ...], str] = {}
         for root in self._roots:
@@ -43,7 +44,7 @@ class TorchSource:
                 if name in self._tensors:
                     raise Damaged(f"tensor {name!r} occurs twice in {files.root}")
                 self._tensors[name] = tensor
-                if tensor.size and first.setdefault(tensor.identity, name) != name:
+                if isinstance(tensor, StoredTensor) and tensor.size and first.setdefault(tensor.identity, name) != name:
                     self._aliases[name] = first[tensor.identity]
 
     def names(self) -> Sequence[str]:
@@ -55,6 +56,11 @@ class TorchSource:
         stored = self._tensors.get(name)
         if stored is None:
             raise NotFound(f"{self.files.root} has no tensor {name!r}")
+        if isinstance(stored, Placeholder):
+            raise UnreadableFormat(
+                f"{name!r} in {self.files.root} is a {stored.class_name}, whose elements are not simply bytes of the "
+                "file (sharded, sparse, quantized or a lazy view); save it with torch.distributed.checkpoint, or dense"
+            )
         return LogicalTensor(name, stored.dtype, stored.shape, [stored.fragment()] if stored.size else [])
 
     def aliases(self) -> Mapping[str, str]:
@@ -85,8 +91,10 @@ def _own(files: Files, paths: Sequence[str]) -> dict[str, Any] | None:
     return dict(own)
 
 
-def _named(root: object, own: bool) -> list[tuple[str, StoredTensor]]:
-    found = list(walk_tensors(root))
+def _named(root: object, own: bool) -> list[tuple[str, StoredTensor | Placeholder]]:
+    found = list(walk_leaves(root))
+    if isinstance(root, Placeholder):
+        return [(".".join(("model", *map(str, path))), tensor) for path, tensor in found]
     if not own and all(len(path) == 1 for path, _ in found):
         return [(f"model.{path[0]}", tensor) for path, tensor in found]
     groups: dict[tuple[Any, ...], Mapping[object, str]] = {}

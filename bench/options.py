@@ -50,7 +50,7 @@ PRESETS: dict[Size, SizePreset] = {
         tensors=10_000, simulated=(64, 1_000), disk_bytes=256 << 20, timeout_s=300.0,
     ),
     "real": SizePreset(
-        layers=12, width=768, vocabulary=50_304, context=256, batch=1, steps=30, every=(1, 2, 10), repetitions=3,
+        layers=12, width=768, vocabulary=50_304, context=256, batch=1, steps=12, every=(1, 2, 10), repetitions=3,
         saves=5, tensors=100_000, simulated=(1_024, 1_000), disk_bytes=1 << 30, timeout_s=1_800.0,
     ),
 }  # fmt: skip

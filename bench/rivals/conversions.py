@@ -83,6 +83,7 @@ CONVERSIONS: dict[str, dict[str, Convert]] = {
         "ckptengine": _own("deepspeed-universal"),
         "deepspeed-fast": _deepspeed_script("checkpoint.ds_to_universal", _universal),
     },
+    "deepspeed -> safetensors": {"pwrite": copy_directly, "ckptengine": _own("safetensors")},
     "deepspeed -> fp32 weights": {
         "pwrite": copy_directly,
         "deepspeed-fast": _deepspeed_script("utils.zero_to_fp32", _fp32),

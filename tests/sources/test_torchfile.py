@@ -54,6 +54,8 @@ def test_nested_state_with_an_optimizer(tmp_path: Path, named: bool) -> None:
     values: Any = source.values()
     assert values["epoch"] == 4
     assert values["optim"]["param_groups"][0]["lr"] == 0.001
+    assert values["optim"]["param_groups"][0]["params"] == (["0.weight", "0.bias", "2.weight"] if named else [0, 1, 2])
+    assert "param_names" not in values["optim"]["param_groups"][0]
 
 
 def test_dots_in_keys_never_make_two_tensors_one(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from ckptengine.sources.unpickle import Placeholder
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 INDEX = "pytorch_model.bin.index.json"
 MAX_INDEX_BYTES = 1 << 28
+MAX_OPTIMIZER_DEPTH = 20
 OWN_RECORD = "ckptengine"
 
 
@@ -68,8 +69,11 @@ class TorchSource:
         return self._aliases
 
     def values(self) -> object:
-        """What is no tensor, nested as it was; of several files, the dicts merged."""
-        made = [plain(root) for root in self._roots]
+        """What is no tensor, nested as it was; of several files, the dicts merged.
+
+        The groups of an optimizer that was given names list their ``params`` by name.
+        """
+        made = [_with_names(plain(root), 0) for root in self._roots]
         if len(made) == 1:
             return {} if made[0] is None else made[0]
         return {key: value for part in made if isinstance(part, dict) for key, value in part.items()}
@@ -133,6 +137,25 @@ def _parameter_names(root: Any, key: tuple[Any, ...]) -> Mapping[object, str]:
         known = isinstance(given, list) and len(given) == len(numbers)
         names |= {number: str(name) for number, name in zip(numbers, given if known else numbers, strict=True)}
     return names
+
+
+def _with_names(value: Any, depth: int) -> Any:
+    """Optimizers among the values with the names of their parameters instead of torch's numbers."""
+    if not isinstance(value, dict) or depth > MAX_OPTIMIZER_DEPTH:
+        return value
+    groups: Any = value.get("param_groups")
+    named = isinstance(groups, list) and all(
+        isinstance(group, dict) and isinstance(group.get("param_names"), list) for group in groups
+    )
+    if not named:
+        return {key: _with_names(item, depth + 1) for key, item in value.items()}
+    names = _parameter_names(value, ())
+    rows = [{key: item for key, item in group.items() if key != "param_names"} for group in groups]
+    rows = [{**row, "params": [names.get(number, number) for number in row.get("params", ())]} for row in rows]
+    made = {**value, "param_groups": rows}
+    if isinstance(value.get("state"), dict):
+        made["state"] = {names.get(number, number): item for number, item in value["state"].items()}
+    return made
 
 
 def _members(files: Files, entry: str | None) -> list[str]:

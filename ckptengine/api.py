@@ -17,17 +17,22 @@ from ckptengine.layout.box import Box
 from ckptengine.operations.filling import array_of
 from ckptengine.operations.opening import open_any
 from ckptengine.operations.read import BoxReader
-from ckptengine.operations.restore import RestoreRequest, restore_from
+from ckptengine.operations.restore import RestoreRequest, restore_from, restore_newest
 from ckptengine.operations.convert_digests import digest_of
 from ckptengine.operations.verify import verify
 from ckptengine.layout.piece import Piece
+from ckptengine.sources.detect import split_step
 from ckptengine.sources.files import is_url, open_files
+from ckptengine.sources.native import NativeSource
 from ckptengine.sources.port import Source
 from ckptengine.state.dtypes import torch_dtype
 from ckptengine.store.history import History
+from ckptengine.store.root import Root
 
 _TIMEOUT_S = 300.0
 _CHUNK_BYTES = 64 << 20
+_UNPROVEN_ELEMENTS = 1 << 20
+"""From this size on memory is taken only for what fragments are known to hold."""
 
 
 def save(state: Any, root: str | os.PathLike[str], step: int, **settings: Any) -> int:
@@ -57,6 +62,12 @@ def load(
     request = RestoreRequest(state=state, names=names, strict=strict, random=False, timeout_s=_TIMEOUT_S)
     port = choose(None, _TIMEOUT_S)
     try:
+        local = source.files.local_path("")
+        if isinstance(source, NativeSource) and source.of_root and local is not None:  # others of its steps may be good
+            named = step is not None or split_step(os.fspath(root))[2]
+            restored = restore_newest(Root(local), source.files, port, request, 0, source.step if named else None)
+            assert restored is not None
+            return restored.step
         return restore_from(source, port, request, 0).step
     finally:
         port.close()
@@ -64,8 +75,13 @@ def load(
 
 
 def steps(root: str | os.PathLike[str]) -> list[int]:
-    """Committed steps of the current line of history, oldest first; empty where there is no root."""
+    """Committed steps of the current line of history, oldest first; empty where there is no root.
+
+    Raises `UnusableRequest` where the root is a file.
+    """
     if not is_url(os.fspath(root)) and not os.path.isdir(root):
+        if os.path.lexists(root):
+            raise UnusableRequest(f"{os.fspath(root)} is a file; a root is a directory")
         return []
     files = open_files(root)
     try:
@@ -119,6 +135,8 @@ class Checkpoint:
             self._readers[name] = BoxReader(self._source, self._source.tensor(name))
         reader = self._readers[name]
         box, dropped = _box_of(name, slices, reader.tensor.shape)
+        if box.size > _UNPROVEN_ELEMENTS:
+            reader.parts(box)  # a damaged manifest may claim any size: first see that the bytes exist
         out = torch.empty(box.shape, dtype=torch_dtype(reader.tensor.dtype))
         reader.read(box, array_of(out, Piece.packed(Box.whole(box.shape))))
         kept = [n for d, n in enumerate(box.shape) if d not in dropped]

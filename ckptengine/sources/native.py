@@ -81,9 +81,15 @@ class NativeSource:
     def __init__(self, files: Files, manifest: manifests.Manifest, prefix: str) -> None:
         self.files = files
         self.manifest = manifest
+        self._prefix = prefix
         self.reader = Reader(manifest, files, prefix)
         self._ordinals = {tensor.name: i for i, tensor in enumerate(manifest.tensors)}
         self._layouts: dict[int, Layout] = {}
+
+    @property
+    def of_root(self) -> bool:
+        """Whether it was opened beneath a root, not as a step directory by itself."""
+        return self._prefix != ""
 
     @property
     def step(self) -> int | None:

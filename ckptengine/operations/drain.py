@@ -46,7 +46,7 @@ class DrainSettings:
     """Bounds of a drain.  ``memory_bytes``: parts in memory at once; ``max_bytes_per_s``: a cap per rank, or None."""
 
     part_bytes: int = 8 << 20
-    memory_bytes: int = 96 << 20
+    memory_bytes: int = 64 << 20
     parallel_parts: int = 16
     max_bytes_per_s: float | None = None
     rank_timeout_s: float = 1800.0

@@ -12,11 +12,14 @@ import numpy as np
 
 from ckptengine import native
 from ckptengine.errors import RankTimeout
+from ckptengine.layout import layout_json
 from ckptengine.layout.digest import GRANULE_BYTES, raw_to_standard
+from ckptengine.layout.sharding import replicated
 from ckptengine.operations.drain import Named
 from ckptengine.operations.transfer import DrainFile
+from ckptengine.plan.write import Owner
 from ckptengine.store import names, rankfile
-from ckptengine.store.manifest import FileRecord, Manifest
+from ckptengine.store.manifest import FileRecord, Manifest, TensorRecord
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,8 @@ def write_step(
         world=world,
         created="2000-01-01T00:00:00+00:00",
         writer="test",
+        layouts=[layout_json.to_json(replicated(range(world)))],
+        tensors=[TensorRecord(f"t{i:03d}", "uint8", (n,), 0, Owner(0), 0) for i, n in enumerate(extents)],
         files=records,
     )
     (folder / manifest.file).write_bytes(manifest.encode())

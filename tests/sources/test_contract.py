@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import ckptengine
 from ckptengine.operations.convert import convert
 from ckptengine.operations.opening import open_any
 from ckptengine.sources.port import Source
@@ -34,13 +35,19 @@ def state() -> dict[str, Any]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("contract")
     torch.save(state(), made / "source.pt")
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    live = {"model": model, "optim": optimizer, "tied": {"a": model.weight, "b": counting(2)}, "note": {"x": (1, {2})}}
+    ckptengine.save(live, made / "native", 7)
     for name in FORMATS:
         convert(made / "source.pt", made / name, to=name)
     return made
 
 
 class TestWritten(SourceContract):
-    @pytest.fixture(params=["source.pt", *FORMATS])
+    @pytest.fixture(params=["source.pt", "native", *FORMATS])
     def source(self, folder: Path, request: pytest.FixtureRequest) -> Source:
         return open_any(folder / request.param)
 

@@ -21,7 +21,7 @@ from ckptengine.operations.handle import SaveHandle
 from ckptengine.operations.metrics import metrics_of
 from ckptengine.operations.opening import open_any
 from ckptengine.operations.overlap import Overlap, OverlapPolicy, check_policy
-from ckptengine.operations.restore import RestoreRequest, restore_from, restore_newest
+from ckptengine.operations.restore import WorldPolicy, RestoreRequest, restore_from, restore_newest
 from ckptengine.operations.rhythm import Rhythm
 from ckptengine.operations.save import SaveJob, Saver, SaveSettings
 from ckptengine.operations.troubles import Troubles
@@ -32,7 +32,7 @@ from ckptengine.snapshot import fence
 from ckptengine.snapshot.engines import engine_for
 from ckptengine.snapshot.register import EagerPool, register
 from ckptengine.sources.files import open_files
-from ckptengine.state.flatten import flatten
+from ckptengine.state.walker import Walker
 from ckptengine.store.files import FileOps
 from ckptengine.store.root import Root
 from ckptengine.tiers.spec import Tier
@@ -60,6 +60,8 @@ class Checkpointer:
         process_group: the ranks that take part; default: all, where torch.distributed is initialised.
         run: the run's identity; default: that of the root, or a new one.
         start_from: a checkpoint, ours or foreign, to start from when the root is empty.
+        on_world_change: what becomes of random streams and per-rank values when the number of ranks is another than at
+            the save: ``"derive"`` them reproducibly, ``"exact"`` by rank number, or ``"fail"``.
         random: whether the process's random streams are part of the checkpoint.
         mode: permissions of what is written; default: the umask.
         rank_timeout_s: how long ranks wait for one another in the background.
@@ -86,6 +88,7 @@ class Checkpointer:
         run: str | None = None,
         start_from: str | os.PathLike[str] | None = None,
         random: bool = True,
+        on_world_change: WorldPolicy = "derive",
         mode: int | None = None,
         rank_timeout_s: float = 300.0,
         stall_budget_s: float | None = None,
@@ -99,9 +102,11 @@ class Checkpointer:
         self._closed = False
         self._broken: RestoreIncomplete | None = None
         self._state, self._start_from, self._random = state, start_from, random
+        self._on_world_change = on_world_change
         self._timeout_s = rank_timeout_s
         self._root = Root(root, file_ops, mode)
         self._port = choose(process_group, rank_timeout_s)
+        self._walker = Walker(state, random=random)
         self._pool = EagerPool()
         self._saves = self._restores = 0
         self._rhythm = Rhythm(interval, self._port, rank_timeout_s)
@@ -138,7 +143,7 @@ class Checkpointer:
         if not self._overlap.admit(self._saves):
             handle.advance("skipped")
             return handle
-        flat = flatten(self._state, random=self._random)
+        flat = self._walker.flatten()
         job = SaveJob(
             step=step,
             number=self._saves,
@@ -212,7 +217,12 @@ class Checkpointer:
         self._saver.wait_below(1)
         self._restores += 1
         request = RestoreRequest(
-            state=self._state, names=names, strict=strict, random=self._random, timeout_s=self._timeout_s
+            state=self._state,
+            names=names,
+            strict=strict,
+            random=self._random,
+            on_world_change=self._on_world_change,
+            timeout_s=self._timeout_s,
         )
         files = open_files(self._root.path)
         try:

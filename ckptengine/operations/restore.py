@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ckptengine.coordination.port import Coordinator, agree
 from ckptengine.errors import (
@@ -17,15 +17,26 @@ from ckptengine.errors import (
     StateMismatch,
     StorageFailed,
     UnreadableFormat,
+    UnsupportedValue,
 )
 from ckptengine.operations.filling import fill_targets
 from ckptengine.sources.native import NativeSource, open_commit
 from ckptengine.sources.port import Files, Source
+from ckptengine.state import random as streams
 from ckptengine.state.fill import Filling, SavedState, prepare
 from ckptengine.store.history import CommitRef
 from ckptengine.store.root import Root
 
 log = logging.getLogger("ckptengine")
+
+WorldPolicy = Literal["derive", "exact", "fail"]
+"""What becomes of random streams and per-rank values when the number of ranks is another than at the save.
+
+``derive``: every rank gets new streams that are a function of the saved ones, its number and the number of ranks; ranks
+that existed keep their per-rank values, new ones keep their live values.  ``exact``: ranks go on with what was saved
+under their number; a rank that did not exist is a problem.  ``fail``: any change is a problem.
+"""
+_SHOWN = 20
 
 BAD_COPY = (Damaged, NotFound, UnreadableFormat, LayoutError, StorageFailed)
 """What makes a restore turn to another copy: wrong, missing or unreadable bytes."""
@@ -39,6 +50,7 @@ class RestoreRequest:
     names: Sequence[str] | None = None
     strict: bool = True
     random: bool = True
+    on_world_change: WorldPolicy = "derive"
     timeout_s: float = 300.0
 
 
@@ -143,17 +155,18 @@ def _try_commit(turn: _Round, open_source: Callable[[], Source]) -> str | None:
     error: CheckpointError | None = None
     try:
         source = open_source()
-        filling = prepare(
-            turn.request.state, saved_state(source, turn.port), names=turn.request.names, strict=turn.request.strict
-        )
+        filling = _prepare(turn, source)
     except StateMismatch as mismatch:
         problems = mismatch.problems or (str(mismatch),)
+    except UnsupportedValue as refused:
+        problems = (str(refused),)
     except BAD_COPY as found:
         error = found
     told = turn.all_good(error)
     if told is not None:
         return told
-    _raise_mismatch(turn, problems)
+    strict = turn.request.strict and turn.request.names is None
+    _raise_mismatch(turn, problems, filling.unused if filling is not None and strict else ())
     assert source is not None and filling is not None
     turn.touched = True
     try:
@@ -162,41 +175,72 @@ def _try_commit(turn: _Round, open_source: Callable[[], Source]) -> str | None:
         error = found
     told = turn.all_good(error)
     if told is None:
-        filling.commit()
+        _finish(turn, filling)
     return told
 
 
-def _raise_mismatch(turn: _Round, problems: tuple[str, ...]) -> None:
-    """Raise one `StateMismatch` on all ranks when any has one; nothing has been changed."""
-    votes = turn.vote(list(problems))
+def _prepare(turn: _Round, source: Source) -> Filling:
+    request, world = turn.request, turn.port.world
+    return prepare(
+        request.state,
+        saved_state(source, turn.port, request.on_world_change),
+        names=request.names,
+        strict=request.strict,
+        random=request.random,
+        alone=world == 1,
+        on_missing_rank="keep" if request.on_world_change == "derive" else "problem",
+    )
+
+
+def _finish(turn: _Round, filling: Filling) -> None:
+    """Hand the filled state over on all ranks, or on none."""
+    error: CheckpointError | None = None
+    try:
+        filling.commit()
+    except CheckpointError as refused:
+        error = refused
+    told = turn.all_good(error)
+    if told is not None:
+        raise error if error is not None else RestoreIncomplete(f"another rank could not take its state: {told}")
+
+
+def _raise_mismatch(turn: _Round, problems: tuple[str, ...], unused: tuple[str, ...]) -> None:
+    """Raise one `StateMismatch` on all ranks when any has a problem; nothing has been changed.
+
+    What the checkpoint has beyond the live state is a problem only where no rank uses it.
+    """
+    votes = turn.vote([list(problems), list(unused)])
+    world = len(votes)
     found: dict[str, list[int]] = {}
-    for rank, told in enumerate(votes):
+    for rank, (told, _) in enumerate(votes):
         for problem in told:
             found.setdefault(problem, []).append(rank)
-    if not found:
-        return
-    world = len(votes)
     lines = [
         problem if len(ranks) == world else f"{problem} (ranks {', '.join(map(str, ranks[:8]))})"
         for problem, ranks in found.items()
     ]
+    nobodys = set(votes[0][1]).intersection(*(set(left) for _, left in votes[1:]))
+    lines += [f"{name}: in the checkpoint, not in the live state" for name in votes[0][1] if name in nobodys]
+    if not lines:
+        return
+    more = f"; and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
     raise StateMismatch(
-        f"the state does not fit the checkpoint, nothing was changed ({len(lines)} problems): " + "; ".join(lines),
+        f"the state does not fit the checkpoint, nothing was changed ({len(lines)} differences): "
+        + "; ".join(lines[:_SHOWN])
+        + more
+        + "; pass strict=False to leave out what is missing or extra, or names= to restore a part",
         tuple(lines),
     )
 
 
-def saved_state(source: Source, port: Coordinator) -> SavedState:
+def saved_state(source: Source, port: Coordinator, on_world_change: WorldPolicy) -> SavedState:
     """What a source offers to a restore on this rank."""
     aliases = source.aliases()
     if isinstance(source, NativeSource):
         records = source.manifest.tensors
         tensors = {record.name: (record.dtype, record.shape) for record in records}
-        world = source.manifest.world
-        rank_values = [source.rank_values(rank) for rank in _ranks_wanted(port, world)]
-        return SavedState(
-            tensors=tensors, aliases=aliases, values=source.encoded_values(), rank_values=rank_values[0]
-        )
+        mine = _rank_values(source, port, on_world_change)
+        return SavedState(tensors=tensors, aliases=aliases, values=source.encoded_values(), rank_values=mine)
     tensors = {}
     for name in source.names():
         if name not in aliases:
@@ -205,5 +249,21 @@ def saved_state(source: Source, port: Coordinator) -> SavedState:
     return SavedState(tensors=tensors, aliases=aliases, values=None, rank_values=None)
 
 
-def _ranks_wanted(port: Coordinator, world: int) -> list[int]:
-    return [port.rank % world]
+def _rank_values(source: NativeSource, port: Coordinator, policy: WorldPolicy) -> Any:
+    """This rank's own values; what `policy` makes of them where the number of ranks is another than at the save."""
+    saved, world, rank = source.manifest.world, port.world, port.rank
+    if saved == world:
+        return source.rank_values(rank)
+    first = source.rank_values(0)
+    if policy == "fail" and (first.get("values") or first.get("random")):
+        told = f"world: saved by {saved} ranks, restored on {world}, and on_world_change is 'fail'"
+        raise StateMismatch(told, (told,))
+    if policy == "exact":
+        if rank >= saved:
+            told = f"world: saved by {saved} ranks; there are no values and random streams of its own for rank {rank}"
+            raise StateMismatch(told, (told,))
+        return source.rank_values(rank)
+    values = dict(source.rank_values(rank) if rank < saved else first)
+    if values.get("random"):
+        values["random"] = streams.derive([first["random"]], rank, world)
+    return values

@@ -18,20 +18,20 @@ from typing import Any
 
 from torch.optim.optimizer import Optimizer
 
-from ckptengine import native
 from ckptengine.coordination.port import Coordinator, gather, publish, receive
-from ckptengine.errors import CheckpointError, CoordinationFailed, RanksDisagree, SaveFailed, Superseded
+from ckptengine.errors import CheckpointError, CoordinationFailed, SaveFailed, Superseded
 from ckptengine.layout.digest import raw_to_standard
 from ckptengine.operations.attempts import Claims
 from ckptengine.operations.handle import SaveHandle
 from ckptengine.operations.rank_writer import RankWriter, Sealed
+from ckptengine.operations.replicas import check_replicas, held_digests
 from ckptengine.operations.structure import Agreement, Structure
 from ckptengine.snapshot.capture import Capture
 from ckptengine.snapshot.port import CaptureEngine
 from ckptengine.snapshot.register import Registered, extents_of
 from ckptengine.state.leaves import FlatState
+from ckptengine.state.merge import merge_aliases, merge_values
 from ckptengine.store import names
-from ckptengine.store.envelope import canonical
 from ckptengine.store.files import Unsettled, make_dirs
 from ckptengine.store.manifest import FileRecord, Manifest, TensorRecord
 from ckptengine.store.rankfile import FileIdentity
@@ -65,6 +65,7 @@ class SaveJob:
     handle: SaveHandle
     ready: threading.Event = field(default_factory=threading.Event)
     capture: Capture | None = None
+    held: list[tuple[int, int]] = field(default_factory=list)
     writer: RankWriter | None = None
     structure: Structure | None = None
     run: str = ""
@@ -90,8 +91,12 @@ class Saver:
         self._on_commit: list[Callable[[SaveJob], None]] = []
         self._onward: object | None = None
         self._threads = [
-            threading.Thread(target=self._loop, args=(self._to_capture, self._capture), name="ckptengine-save", daemon=True),
-            threading.Thread(target=self._loop, args=(self._to_commit, self._commit), name="ckptengine-commit", daemon=True),
+            threading.Thread(
+                target=self._loop, args=(self._to_capture, self._capture), name="ckptengine-save", daemon=True
+            ),
+            threading.Thread(
+                target=self._loop, args=(self._to_commit, self._commit), name="ckptengine-commit", daemon=True
+            ),
         ]
         for thread in self._threads:
             thread.start()
@@ -213,6 +218,8 @@ class Saver:
         work = job.writer.start(self._engine, planned.extents, planned.addresses)
         job.handle.track(work.progress)
         job.capture = Capture(work, planned.lazy, paranoid=self._settings.paranoid)
+        if self._port.world > 1:  # while the engine streams, and before the fence can let go
+            job.held = held_digests(job.registered, structure, rank)
         job.ready.set()
         job.capture.finish()
         if job.capture.error is not None:
@@ -269,8 +276,8 @@ class Saver:
             "file": [sealed.nbytes, sealed.tail_crc],
             "crcs": [[tensor, raw] for tensor, raw in sealed.contributions.items()],
             "aliases": dict(job.flat.aliases),
-            "values_crc": native.crc64(canonical(job.flat.values)),
             "values": job.flat.values,
+            "held": job.held,
         }
         key = f"committed/{job.number}"
         if self._port.rank != 0:
@@ -286,6 +293,8 @@ class Saver:
             failures = [one["error"] for one in gathered if "error" in one]
             if failures:
                 raise SaveFailed(f"step {job.step} was not committed: {'; '.join(failures[:4])}")
+            if self._port.world > 1:
+                check_replicas(structure, gathered)
             self._root.commit(self._manifest(job, structure, gathered))
         except CheckpointError as error:
             job.unsettled = isinstance(error, (Unsettled, Superseded))
@@ -295,14 +304,9 @@ class Saver:
 
     def _manifest(self, job: SaveJob, structure: Structure, notes: Sequence[Mapping[str, Any]]) -> Manifest:
         raws = [0] * len(structure.tensors)
-        aliases: dict[str, str] = {}
         for one in notes:
             for tensor, raw in one["crcs"]:
                 raws[tensor] ^= raw
-            aliases.update(one["aliases"])
-        values = notes[0]["values"]
-        if any(one["values_crc"] != notes[0]["values_crc"] for one in notes):
-            raise RanksDisagree("plain values differ between ranks")
         tensors = [
             TensorRecord(t.name, t.dtype, t.shape, t.layout, t.writer, raw_to_standard(raw, t.nbytes))
             for t, raw in zip(structure.tensors, raws, strict=True)
@@ -318,8 +322,8 @@ class Saver:
             metrics=dict(job.metrics),
             layouts=structure.documents,
             tensors=tensors,
-            aliases=aliases,
-            values=values,
+            aliases=merge_aliases([one["aliases"] for one in notes], [frozenset(t.name for t in structure.tensors)]),
+            values=merge_values([one["values"] for one in notes]),
             files=[FileRecord(*one["file"]) for one in notes],
         )
 
@@ -343,4 +347,3 @@ class Saver:
             if job in self._jobs:
                 self._jobs.remove(job)
             self._changed.notify_all()
-

@@ -105,7 +105,7 @@ def extents_of(registered: Registered, structure: Stored, rank: int) -> Planned:
         ordinal = structure.ordinal(leaf.name)
         for number, piece in enumerate(structure.stored(ordinal, rank)):
             if piece.box.size:
-                region = _region(tensor, piece)
+                region = region_of(tensor, piece)
                 if leaf.name in registered.versions:
                     planned.lazy.append(_lazy(leaf, len(planned.extents), registered.versions[leaf.name]))
                 planned.keys.append((ordinal, number))
@@ -115,7 +115,8 @@ def extents_of(registered: Registered, structure: Stored, rank: int) -> Planned:
     return planned
 
 
-def _region(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:
+def region_of(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:
+    """The view of a local tensor that holds ``piece``; a non-contiguous one must be the piece."""
     if tensor.is_contiguous():
         return torch.as_strided(tensor, piece.box.shape, piece.strides, tensor.storage_offset() + piece.start)
     return tensor

@@ -83,6 +83,7 @@ def build(deepspeed: Any, torch: Any, options: dict[str, Any]) -> Any:
         "bf16": {"enabled": dtype == "bf16"},
         "fp16": {"enabled": dtype == "fp16", "initial_scale_power": 4},
         "steps_per_print": 1000,
+        "checkpoint": {"load_universal": bool(options.get("universal"))},
     }
     model = pipeline(deepspeed, torch, options) if "pipeline" in options else model_of(deepspeed, torch, options)
     if options.get("frozen"):

@@ -1,0 +1,198 @@
+"""What a conversion's tensors are to DeepSpeed: parameters in groups, their states, frozen parameters, buffers."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ckptengine.errors import UnusableRequest
+from ckptengine.layout.tensor import LogicalTensor
+from ckptengine.sources.optimizers import Optimizer, optimizers_in, split_names
+from ckptengine.sources.typed import plain_values
+from ckptengine.sources.writer import Job
+
+MASTER, STEP = "master", "step"
+_MODEL = "model."
+_FLOATS = ("float32", "bfloat16", "float16", "float64")
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A parameter that the optimizer updates.
+
+    ``master`` is the tensor that becomes its fp32 copy (the weight itself where there is no other), ``states`` the
+    tensors of its shape by state, ``step`` its counter.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    master: str
+    states: Mapping[str, str]
+    step: str | None
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A parameter group: its options without ``params``, and its parameters in order."""
+
+    options: Mapping[str, Any]
+    members: tuple[Trained, ...]
+
+    @property
+    def size(self) -> int:
+        return sum(member.size for member in self.members)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The states that every parameter of the group has."""
+        return tuple(self.members[0].states) if self.members else ()
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """Everything that is written, by name without ``model.``: weights, and which of them are what."""
+
+    weights: Mapping[str, str]
+    groups: tuple[Group, ...]
+    frozen: tuple[str, ...]
+    buffers: tuple[str, ...]
+    aliases: Mapping[str, str]
+    values: Mapping[str, Any]
+    optim: Mapping[str, Any]
+
+    @property
+    def trained(self) -> list[Trained]:
+        return [member for group in self.groups for member in group.members]
+
+
+def training_of(job: Job) -> Training:
+    """Sort a conversion's tensors; `UnusableRequest` for what DeepSpeed cannot hold."""
+    plain = plain_values(job)
+    values: dict[str, Any] = dict(plain) if isinstance(plain, dict) else {} if plain is None else {"values": plain}
+    names = [name for name in job.names if name not in job.aliases]
+    weights = {name[len(_MODEL) :]: name for name in names if name.startswith(_MODEL)}
+    optimizer = _optimizer(values)
+    states = _states(names, optimizer)
+    if not weights and not states:
+        raise UnusableRequest("there is nothing under model. to write for DeepSpeed; rename the weights with rules")
+    groups = _groups(job, weights, states, optimizer)
+    trained = {member.name for group in groups for member in group.members}
+    rest = [name for name in weights if name not in trained]
+    frozen = _frozen(job, rest, values, has_optimizer=optimizer is not None)
+    aliases = {
+        alias[len(_MODEL) :]: owner[len(_MODEL) :]
+        for alias, owner in job.aliases.items()
+        if alias.startswith(_MODEL) and owner.startswith(_MODEL)
+    }
+    optim = values.pop(optimizer.path[0], {}) if optimizer is not None else values.pop("optim", {})
+    return Training(
+        weights=weights,
+        groups=tuple(groups),
+        frozen=tuple(name for name in rest if name in frozen),
+        buffers=tuple(name for name in rest if name not in frozen),
+        aliases=aliases,
+        values=values,
+        optim=optim if isinstance(optim, dict) else {},
+    )
+
+
+def _optimizer(values: Mapping[str, Any]) -> Optimizer | None:
+    found = [optimizer for optimizer in optimizers_in(dict(values)) if len(optimizer.path) == 1]
+    if len(found) > 1:
+        names = ", ".join(".".join(optimizer.path) for optimizer in found)
+        raise UnusableRequest(f"a DeepSpeed checkpoint holds one optimizer and this has {names}; drop one by rules")
+    return found[0] if found and any(found[0].parameters) else None
+
+
+def _states(names: Sequence[str], optimizer: Optimizer | None) -> dict[str, dict[str, str]]:
+    """Parameter -> state -> the tensor's name."""
+    if optimizer is not None:
+        taken = {name: (part[1], part[2]) for name, part in split_names(names, [optimizer]).items()}
+    else:
+        taken = {}
+        for name in names:
+            parameter, _, state = name.removeprefix("optim.").rpartition(".")
+            if name.startswith("optim.") and parameter:
+                taken[name] = (parameter, state)
+    found: dict[str, dict[str, str]] = {}
+    for name, (parameter, state) in taken.items():
+        found.setdefault(parameter, {})[state] = name
+    return found
+
+
+def _groups(
+    job: Job, weights: Mapping[str, str], states: Mapping[str, Mapping[str, str]], optimizer: Optimizer | None
+) -> list[Group]:
+    if optimizer is None:
+        members = list(states) or [name for name in weights if job.tensor(weights[name]).dtype in _FLOATS]
+        made: list[tuple[dict[str, Any], list[str]]] = [({}, members)] if members else []
+    else:
+        made = [
+            ({key: value for key, value in group.items() if key != "params"}, [str(name) for name in group["params"]])
+            for group in optimizer.groups
+        ]
+    groups = [
+        Group(options, tuple(_trained(job, name, weights, states.get(name, {})) for name in members))
+        for options, members in made
+        if members
+    ]
+    for number, group in enumerate(groups):
+        for member in group.members:
+            if set(member.states) != set(group.keys) or (member.step is None) != (group.members[0].step is None):
+                raise UnusableRequest(
+                    f"group {number} of the optimizer: {member.name} has the states {_listed(member)} and "
+                    f"{group.members[0].name} has {_listed(group.members[0])}; DeepSpeed keeps the same for all"
+                )
+    return groups
+
+
+def _listed(member: Trained) -> str:
+    return ", ".join([*member.states, *([STEP] if member.step else [])]) or "none"
+
+
+def _trained(job: Job, name: str, weights: Mapping[str, str], states: Mapping[str, str]) -> Trained:
+    master = states.get(MASTER, weights.get(name))
+    if master is None:
+        raise UnusableRequest(f"the optimizer's groups name {name!r}, whose weight and master copy are both missing")
+    header = job.tensor(master)
+    if header.dtype not in _FLOATS or header.dtype == "float64":
+        raise UnusableRequest(f"{name} is {header.dtype}; DeepSpeed trains float32, bfloat16 and float16 only")
+    shaped: dict[str, str] = {}
+    step: str | None = None
+    for state, tensor_name in states.items():
+        tensor: LogicalTensor = job.tensor(tensor_name)
+        if state == STEP and tensor.size == 1:
+            step = tensor_name
+        elif state != MASTER:
+            if tensor.shape != header.shape or tensor.dtype not in _FLOATS:
+                raise UnusableRequest(
+                    f"{tensor_name} is {tensor.dtype} {list(tensor.shape)}; DeepSpeed keeps states of the parameter's "
+                    f"own shape {list(header.shape)} in flat fp32 buffers"
+                )
+            shaped[state] = tensor_name
+    return Trained(name, header.shape, master, dict(sorted(shaped.items())), step)
+
+
+def _frozen(job: Job, rest: Sequence[str], values: Mapping[str, Any], *, has_optimizer: bool) -> set[str]:
+    """Which of the tensors that are not trained are parameters.
+
+    The source may say (``buffer_names``), the user may (option ``frozen``, a regular expression); else all are buffers.
+    """
+    pattern = job.options.get("frozen")
+    if isinstance(pattern, str):
+        try:
+            compiled = re.compile(pattern)
+        except re.error as error:
+            raise UnusableRequest(f"option frozen = {pattern!r} is not a regular expression: {error}") from None
+        return {name for name in rest if compiled.fullmatch(name)}
+    known = values.get("buffer_names")
+    if isinstance(known, list) and has_optimizer:
+        return set(rest) - {str(name) for name in known}
+    return set()

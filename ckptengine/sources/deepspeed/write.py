@@ -1,0 +1,226 @@
+"""Write a ZeRO checkpoint that DeepSpeed resumes from: ``--to deepspeed --layout dp=4,zero=1``.
+
+The target holds ``latest`` and ``global_step<N>/``.  ``zero`` is the stage (1 if not given), ``dp`` the number of
+ranks.  Parameters lie in the order of the optimizer's groups, so the job that resumes must build the same groups.  A
+parameter without a master copy gets its weight as one, exactly.
+
+Options: ``sub_group_size`` (ZeRO-3; default 1,000,000,000, DeepSpeed's own), ``frozen`` (a regular expression of the
+parameters that are not trained; everything else that is not trained is a buffer).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ckptengine.errors import UnusableRequest
+from ckptengine.sources.deepspeed.classes import fragment_address, loss_scaler, zero_stage
+from ckptengine.sources.deepspeed.modelfile import ds_version, model_states
+from ckptengine.sources.deepspeed.torchwrite import Run, TorchFile, memory_bytes, read_bytes
+from ckptengine.sources.deepspeed.training import Group, Trained, training_of
+from ckptengine.sources.emit import Tensor
+from ckptengine.sources.writer import Document, Job, Target, Unit
+
+SUB_GROUP_SIZE = 1_000_000_000
+
+
+class DeepSpeedWriter:
+    """The writer of ``--to deepspeed``."""
+
+    format = "deepspeed"
+
+    def units(self, job: Job) -> Sequence[Unit]:
+        """One unit per file; ZeRO-3's small model files are written at the end."""
+        plan = _Plan(job)
+        return [self._unit(job, plan, path) for path in plan.paths]
+
+    def write(self, job: Job, unit: Unit, target: Target) -> Document:
+        """One file of one rank."""
+        file, value = _Plan(job).file(unit.key)
+        file.write(job, target, unit.key, value)
+        return {}
+
+    def finish(self, job: Job, results: Mapping[str, Document], target: Target) -> None:
+        """``latest``, which makes the folder the one that DeepSpeed loads."""
+        with target.create("latest") as sink:
+            sink.write(_Plan(job).folder.encode())
+
+    def _unit(self, job: Job, plan: _Plan, path: str) -> Unit:
+        file, value = plan.file(path)
+        runs = [run for record in file.records for run in record.runs if run.name]
+        names = tuple(dict.fromkeys(run.name for run in runs))
+        return Unit(path, names, read_bytes(job, file.records), file.nbytes(value), memory_bytes(job), (path,))
+
+
+class _Plan:
+    """Which files there are, and what is in each."""
+
+    def __init__(self, job: Job) -> None:
+        layout = job.layout
+        beyond = [axis for axis in ("tp", "pp", "vpp", "ep", "etp", "cp") if getattr(layout, axis) != 1]
+        if beyond:
+            raise UnusableRequest(
+                f"ZeRO checkpoints are written for data-parallel ranks only, not with {beyond[0]} > 1; "
+                "write deepspeed-universal, which DeepSpeed loads with any of them"
+            )
+        self._job = job
+        self._dp = layout.dp
+        self._stage = layout.zero or 1
+        self._training = training_of(job)
+        if not self._training.groups:
+            raise UnusableRequest("there is no parameter that an optimizer could train; write safetensors instead")
+        if any(group.options.get("moe") for group in self._training.groups):
+            raise UnusableRequest("expert groups of ZeRO are cut by expert ranks, which this does not write")
+        self.folder = f"global_step{job.step or 0}"
+        used = {job.tensor(name).dtype for name in self._training.weights.values()}
+        self._half = "float16" in used
+        prefix = "bf16_" if "bfloat16" in used or self._training.optim.get("bf16") is True else ""
+        optim = [f"{self.folder}/{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(self._dp)]
+        if self._stage == 3:
+            models = [f"{self.folder}/zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in range(self._dp)]
+        else:
+            models = [f"{self.folder}/mp_rank_00_model_states.pt"]
+        self._ranks = {path: rank for paths in (models, optim) for rank, path in enumerate(paths)}
+        self._models = set(models)
+        self.paths = [*models, *optim]
+
+    def file(self, path: str) -> tuple[TorchFile, object]:
+        """A file's storages and its value."""
+        file = TorchFile()
+        rank = self._ranks[path]
+        if path in self._models:
+            value = model_states(self._job, self._training, file, self._member_groups(), self._stage, rank, self._dp)
+            return file, value
+        state = self._stage3(file, rank) if self._stage == 3 else self._stage12(file, rank)
+        rest = {"ds_config": self._training.values.get("ds_config", {}), "ds_version": ds_version(self._training)}
+        return file, {"optimizer_state_dict": state, **rest}
+
+    # the optimizer files
+
+    def _stage12(self, file: TorchFile, rank: int) -> dict[str, Any]:
+        masters: list[Tensor] = []
+        states: dict[int, dict[str, Any]] = {}
+        paddings: list[int] = []
+        mappings: list[dict[str, Any]] = []
+        for number, group in enumerate(self._training.groups):
+            unit = -(-group.size // (2 * self._dp)) * 2
+            start = min(rank * unit, group.size)
+            stop = min(start + unit, group.size)
+            masters.append(file.flat("float32", stop - start, _even(group.members, start, stop, "")))
+            runs = {key: _even(group.members, start, stop, key) for key in group.keys}
+            states[number] = self._states(file, group.members, unit, runs)
+            paddings.append(unit - (stop - start))
+            mappings.append(_mapping(group.members, start, stop))
+        return {
+            "loss_scaler": loss_scaler(self._training.optim, half=self._half),
+            "dynamic_loss_scale": self._half,
+            "overflow": False,
+            "clip_grad": self._training.optim.get("clip_grad", 0.0),
+            "base_optimizer_state": {"state": states, "param_groups": self._param_groups([[n] for n in states])},
+            "single_partition_of_fp32_groups": masters,
+            "zero_stage": zero_stage(self._stage),
+            "group_paddings": paddings,
+            "param_alignment_paddings": [[0] * len(group.members) for group in self._training.groups],
+            "partition_count": [self._dp] * len(masters),
+            "ds_version": ds_version(self._training),
+            "param_slice_mappings": mappings,
+        }
+
+    def _stage3(self, file: TorchFile, rank: int) -> dict[str, Any]:
+        masters: list[Tensor] = []
+        states: dict[int, dict[str, Any]] = {}
+        numbers: list[list[int]] = []
+        for group in self._training.groups:
+            numbers.append([])
+            for members in self._sub_groups(group):
+                unit = sum(-(-member.size // self._dp) for member in members)
+                masters.append(file.flat("float32", unit, _sliced(members, rank, self._dp, "")))
+                runs = {key: _sliced(members, rank, self._dp, key) for key in group.keys}
+                numbers[-1].append(len(states))
+                states[len(states)] = self._states(file, members, unit, runs)
+        return {
+            "zero_stage": zero_stage(3),
+            "loss_scaler": loss_scaler(self._training.optim, half=self._half),
+            "dynamic_loss_scale": self._half,
+            "overflow": False,
+            "partition_count": self._dp,
+            "optimizer_state_dict": {"state": states, "param_groups": self._param_groups(numbers)},
+            "fp32_flat_groups": masters,
+        }
+
+    def _states(
+        self, file: TorchFile, members: Sequence[Trained], unit: int, runs: Mapping[str, list[Run]]
+    ) -> dict[str, Any]:
+        """One flat parameter's entry of the base optimizer's state."""
+        made: dict[str, Any] = {}
+        step = members[0].step
+        if step is not None:
+            made["step"] = file.flat(self._job.tensor(step).dtype, 1, [Run(step, 0, 1)], ())
+        return made | {key: file.flat("float32", unit, parts) for key, parts in runs.items()}
+
+    def _param_groups(self, numbers: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+        """The optimizer's groups with the flat parameters that are left of their parameters."""
+        groups = zip(self._training.groups, numbers, strict=True)
+        return [{**group.options, "params": list(flat)} for group, flat in groups]
+
+    def _member_groups(self) -> list[Sequence[Trained]]:
+        groups = self._training.groups
+        if self._stage != 3:
+            return [group.members for group in groups]
+        return [members for group in groups for members in self._sub_groups(group)]
+
+    def _sub_groups(self, group: Group) -> list[Sequence[Trained]]:
+        """A group in parts of at least ``sub_group_size`` of one rank's elements, as ZeRO-3 cuts it."""
+        most = self._job.options.get("sub_group_size", SUB_GROUP_SIZE)
+        if type(most) is not int or most < 1:
+            raise UnusableRequest(f"option sub_group_size = {most!r} is not a number of elements")
+        made: list[list[Trained]] = [[]]
+        held = 0
+        for member in group.members:
+            if held >= most:
+                made.append([])
+                held = 0
+            made[-1].append(member)
+            held += -(-member.size // self._dp)
+        return [*made]
+
+
+def _tensor_of(member: Trained, key: str) -> str:
+    return member.states[key] if key else member.master
+
+
+def _even(members: Sequence[Trained], start: int, stop: int, key: str) -> list[Run]:
+    """The runs of elements ``start:stop`` of a group's parameters laid one after another."""
+    runs: list[Run] = []
+    position = 0
+    for member in members:
+        first, last = max(start, position), min(stop, position + member.size)
+        if first < last:
+            runs.append(Run(_tensor_of(member, key), first - position, last - position))
+        position += member.size
+    return runs
+
+
+def _sliced(members: Sequence[Trained], rank: int, ranks: int, key: str) -> list[Run]:
+    """A rank's piece of every parameter, each filled up with zeros to the common length."""
+    runs: list[Run] = []
+    for member in members:
+        piece = -(-member.size // ranks)
+        start, stop = min(rank * piece, member.size), min((rank + 1) * piece, member.size)
+        runs += [Run(_tensor_of(member, key), start, stop), Run("", 0, piece - (stop - start))]
+    return runs
+
+
+def _mapping(members: Sequence[Trained], start: int, stop: int) -> dict[str, Any]:
+    """Where each parameter lies in a rank's partition, for those that do."""
+    made: dict[str, Any] = {}
+    position = 0
+    for member in members:
+        first, last = max(start, position), min(stop, position + member.size)
+        if first < last:
+            made[member.name] = fragment_address(first - start, last - first)
+        position += member.size
+    return made
+
+
+WRITER = DeepSpeedWriter

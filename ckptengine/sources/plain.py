@@ -15,7 +15,6 @@ import numpy as np
 
 from ckptengine.errors import CheckpointError, UnreadableFormat
 from ckptengine.sources.stored import Dtype, StoredArray, StoredTensor
-from ckptengine.sources.typed import decode_values
 from ckptengine.sources.unpickle import NumpyArray, Placeholder
 
 MAX_DEPTH = 200
@@ -28,7 +27,7 @@ TENSOR_CLASSES = (
 )
 """What the names of classes begin with whose objects are tensors."""
 NAMESPACES = {"argparse.Namespace", "types.SimpleNamespace"}
-__all__ = ["DROPPED", "array_of", "decode_values", "plain", "walk_leaves", "walk_tensors"]
+__all__ = ["DROPPED", "array_of", "plain", "walk_leaves", "walk_tensors"]
 
 DROPPED = object()
 """What ``on_tensor`` returns for a tensor that is to leave no trace (None in its place inside a list)."""

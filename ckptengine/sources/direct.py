@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import threading
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from ckptengine.errors import Truncated
 from ckptengine.sources.port import Files
 
 LEAST_BYTES = 1 << 20
-"""Smaller reads go through the page cache."""
+"""Smaller reads go through the page cache, unless they follow each other."""
 
 BUFFER_BYTES = 4 << 20
 """One aligned buffer of this size per thread."""
@@ -20,21 +21,58 @@ BUFFER_BYTES = 4 << 20
 _ALIGNMENT = 4096
 
 
+NEAR_BYTES = 64 << 10
+"""A read that begins this close behind the last one of its thread is taken for the next of many."""
+
+
+@dataclass(slots=True)
+class _Thread:
+    """What one thread holds: a buffer, and which bytes of which file are in it."""
+
+    buffer: memoryview
+    path: str = ""
+    start: int = 0
+    length: int = 0
+    last_end: int = 0
+
+    def holds(self, path: str, offset: int, nbytes: int) -> bool:
+        return path == self.path and self.start <= offset and offset + nbytes <= self.start + self.length
+
+    def follows(self, path: str, offset: int) -> bool:
+        return path == self.path and 0 <= offset - self.last_end <= NEAR_BYTES
+
+
 class DirectReads:
-    """`Files.read_into` with direct I/O where the file is local and the file system can."""
+    """`Files.read_into` with direct I/O where the file is local and the file system can.
+
+    Small reads that follow each other in a file are served from one large one.
+    """
 
     def __init__(self, files: Files) -> None:
         self._files = files
-        self._local = threading.local()
+        self._threads = threading.local()
         self._refused = not hasattr(os, "O_DIRECT")
 
     def read_into(self, path: str, offset: int, view: memoryview) -> None:
         """Like `Files.read_into`."""
-        local = self._files.local_path(path) if len(view) >= LEAST_BYTES and not self._refused else None
-        if local is None or not self._read(local, path, offset, view.cast("B")):
+        view = view.cast("B")
+        if self._refused or not len(view):
             self._files.read_into(path, offset, view)
+            return
+        mine = self._mine()
+        if mine.holds(path, offset, len(view)):
+            at = offset - mine.start
+            view[:] = mine.buffer[at : at + len(view)]
+            mine.last_end = offset + len(view)
+            return
+        ahead = len(view) < LEAST_BYTES and mine.follows(path, offset)
+        local = self._files.local_path(path) if ahead or len(view) >= LEAST_BYTES else None
+        if local is None or not self._read(local, path, offset, view, mine, ahead=ahead):
+            self._files.read_into(path, offset, view)
+            mine.path, mine.length = path, 0
+        mine.last_end = offset + len(view)
 
-    def _read(self, local: str, path: str, offset: int, view: memoryview) -> bool:
+    def _read(self, local: str, path: str, offset: int, view: memoryview, mine: _Thread, *, ahead: bool) -> bool:
         """False where direct I/O is refused; the ordinary way then also tells what is wrong with the file."""
         try:
             fd = os.open(local, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT | os.O_NOFOLLOW)
@@ -42,43 +80,47 @@ class DirectReads:
             self._refused = True
             return False
         try:
-            return self._fill(fd, path, offset, view)
+            done = 0 if ahead else _in_place(fd, offset, view)
+            while done < len(view):
+                at = offset + done
+                start = at // _ALIGNMENT * _ALIGNMENT
+                wanted = BUFFER_BYTES if ahead else min(BUFFER_BYTES, _up(at - start + len(view) - done))
+                mine.path, mine.start, mine.length = path, start, 0
+                mine.length = os.preadv(fd, [mine.buffer[:wanted]], start)
+                take = min(start + mine.length - at, len(view) - done)
+                if take <= 0:
+                    raise Truncated(f"{self._files.root}/{path} ends at byte {at}, {len(view) - done} bytes too early")
+                view[done : done + take] = mine.buffer[at - start : at - start + take]
+                done += take
         except OSError:
             self._refused = True
             return False
+        else:
+            mine.path = path
+            return True
         finally:
             os.close(fd)
 
-    def _fill(self, fd: int, path: str, offset: int, view: memoryview) -> bool:
-        done = self._in_place(fd, offset, view)
-        buffer = self._buffer()
-        while done < len(view):
-            at = offset + done
-            skip = at % _ALIGNMENT
-            wanted = min(BUFFER_BYTES, -(-(skip + len(view) - done) // _ALIGNMENT) * _ALIGNMENT)
-            got = os.preadv(fd, [buffer[:wanted]], at - skip) - skip
-            if got <= 0:
-                raise Truncated(f"{self._files.root}/{path} ends at byte {at}, {len(view) - done} bytes too early")
-            take = min(got, len(view) - done)
-            view[done : done + take] = buffer[skip : skip + take]
-            done += take
-        return True
-
-    def _in_place(self, fd: int, offset: int, view: memoryview) -> int:
-        """Bytes that were read straight into an aligned view from an aligned offset."""
-        pages = len(view) // _ALIGNMENT * _ALIGNMENT
-        if offset % _ALIGNMENT or np.frombuffer(view, np.uint8).ctypes.data % _ALIGNMENT:
-            return 0
-        done = 0
-        while done < pages:
-            got = os.preadv(fd, [view[done : min(pages, done + BUFFER_BYTES)]], offset + done)
-            done += got
-            if got % _ALIGNMENT or not got:  # the end of the file: the other way tells whether it is too early
-                break
-        return done
-
-    def _buffer(self) -> memoryview:
-        if not hasattr(self._local, "buffer"):
-            self._local.buffer = memoryview(mmap.mmap(-1, BUFFER_BYTES))
-        found: memoryview = self._local.buffer
+    def _mine(self) -> _Thread:
+        if not hasattr(self._threads, "mine"):
+            self._threads.mine = _Thread(memoryview(mmap.mmap(-1, BUFFER_BYTES)))
+        found: _Thread = self._threads.mine
         return found
+
+
+def _up(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def _in_place(fd: int, offset: int, view: memoryview) -> int:
+    """Bytes that were read straight into an aligned view from an aligned offset."""
+    pages = len(view) // _ALIGNMENT * _ALIGNMENT
+    if offset % _ALIGNMENT or np.frombuffer(view, np.uint8).ctypes.data % _ALIGNMENT:
+        return 0
+    done = 0
+    while done < pages:
+        got = os.preadv(fd, [view[done : min(pages, done + BUFFER_BYTES)]], offset + done)
+        done += got
+        if got % _ALIGNMENT or not got:  # the end of the file: the other way tells whether it is too early
+            break
+    return done

@@ -27,6 +27,9 @@ BUFFER_BYTES = 4 << 20
 DIRECT_BYTES = 1 << 20
 """Files below this size go through the page cache."""
 
+SYNC_BYTES = 1 << 20
+"""Files from this size on are synced when they are closed, so that the last sync of all has little left to do."""
+
 _ALIGNMENT = 4096
 _MODE = 0o666
 
@@ -155,7 +158,8 @@ class LocalSink:
         with memoryview(self._buffer) as whole:
             self._write_all(whole[aligned : self._filled])
         self._filled = 0
-        guarded("sync", self._path, lambda: os.fdatasync(self._fd))
+        if self._flushed >= SYNC_BYTES:
+            guarded("sync", self._path, lambda: os.fdatasync(self._fd))
 
     def close(self) -> None:
         if self._fd >= 0:

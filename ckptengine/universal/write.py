@@ -63,7 +63,7 @@ class ZarrWriter:
         units: list[Unit] = []
         group: list[tuple[str, LogicalTensor, Cut]] = []
         size_bytes = 0
-        for path, name in sorted(tree.arrays.items()):
+        for path, name in tree.arrays.items():  # in the source's order, which is mostly that of its files
             tensor = job.tensor(name)
             cut = cut_of(tensor, encoding, job.chunk_bytes)
             if tensor.nbytes > UNIT_BYTES and cut.outer != cut.inner:

@@ -1,0 +1,111 @@
+"""Reads past the page cache: every byte right, whatever the alignment, order, threads and end of the file."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ckptengine.errors import NotFound, Truncated
+from ckptengine.sources.direct import BUFFER_BYTES, LEAST_BYTES, DirectReads
+from ckptengine.sources.files import LocalFiles
+
+SIZE = 3 * BUFFER_BYTES + 1234
+
+
+@pytest.fixture
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("direct")  # on a real disk, where direct I/O works
+
+
+@pytest.fixture
+def data(folder: Path) -> bytes:
+    data = np.random.default_rng(3).bytes(SIZE)
+    (folder / "f").write_bytes(data)
+    (folder / "g").write_bytes(data[::-1])
+    return data
+
+
+def aligned(nbytes: int, skew: int = 0) -> memoryview:
+    room = np.zeros(nbytes + 8192, np.uint8)
+    skip = -room.ctypes.data % 4096 + skew
+    return room[skip : skip + nbytes].data
+
+
+def ranges() -> list[tuple[int, int]]:
+    rng = np.random.default_rng(1)
+    found = [(0, SIZE), (1, SIZE - 1), (4096, 2 * BUFFER_BYTES), (SIZE - 1, 1), (SIZE, 0), (0, LEAST_BYTES)]
+    found += [(4096 * 3, SIZE - 4096 * 3), (SIZE - LEAST_BYTES, LEAST_BYTES)]
+    at = 0
+    while at + 300_000 < SIZE:  # neighbours, some with gaps
+        size = int(rng.integers(1, 300_000))
+        found.append((at, size))
+        at += size + int(rng.integers(0, 2)) * int(rng.integers(0, 100_000))
+    found += [(int(o), int(rng.integers(1, SIZE - o))) for o in rng.integers(0, SIZE - 1, 20)]
+    return found
+
+
+@pytest.mark.parametrize("skew", [0, 512, 1])
+def test_every_range_is_what_the_file_holds(folder: Path, data: bytes, skew: int) -> None:
+    reads = DirectReads(LocalFiles(str(folder)))
+    for position, (offset, nbytes) in enumerate(ranges()):
+        view = aligned(nbytes, skew)
+        name = "g" if position % 7 == 6 else "f"
+        reads.read_into(name, offset, view)
+        truth = data[::-1] if name == "g" else data
+        assert bytes(view) == truth[offset : offset + nbytes], (offset, nbytes)
+
+
+def test_threads_do_not_share_buffers(folder: Path, data: bytes) -> None:
+    reads = DirectReads(LocalFiles(str(folder)))
+
+    def check(seed: int) -> bool:
+        rng = np.random.default_rng(seed)
+        at = int(rng.integers(0, SIZE // 2))
+        for _ in range(20):
+            size = int(rng.integers(1, 200_000))
+            view = bytearray(size)
+            reads.read_into("f", at, memoryview(view))
+            if bytes(view) != data[at : at + size]:
+                return False
+            at += size
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(check, range(12)))
+
+
+def test_neighbours_are_read_together(folder: Path, data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = DirectReads(LocalFiles(str(folder)))
+    sizes: list[int] = []
+    real = os.preadv
+
+    def counted(fd: int, views: list[memoryview], offset: int) -> int:
+        got = real(fd, views, offset)
+        sizes.append(got)
+        return got
+
+    monkeypatch.setattr(os, "preadv", counted)
+    view = bytearray(10_000)
+    for start in range(0, BUFFER_BYTES, 10_000):
+        reads.read_into("f", start, memoryview(view))
+        assert bytes(view) == data[start : start + 10_000]
+    assert len(sizes) <= 4
+
+
+def test_the_end_of_a_file_is_no_data(folder: Path, data: bytes) -> None:
+    reads = DirectReads(LocalFiles(str(folder)))
+    for offset, nbytes in [(SIZE - 10, 11), (0, SIZE + 1), (SIZE, 1), (SIZE - LEAST_BYTES, LEAST_BYTES + 4096)]:
+        with pytest.raises(Truncated, match="f"):
+            reads.read_into("f", offset, aligned(nbytes))
+    small = bytearray(1000)
+    reads.read_into("f", SIZE - 2000, memoryview(small))
+    reads.read_into("f", SIZE - 1000, memoryview(small))
+    assert bytes(small) == data[-1000:]
+    with pytest.raises(Truncated, match="f"):
+        reads.read_into("f", SIZE - 10, memoryview(small))
+    with pytest.raises(NotFound, match="nothing"):
+        reads.read_into("nothing", 0, aligned(LEAST_BYTES))

@@ -1,0 +1,42 @@
+"""``ckptengine verify PATH[@STEP]``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+
+from ckptengine.cli import parser
+from ckptengine.cli.meter import Meter
+from ckptengine.errors import CheckpointError, Damaged
+from ckptengine.operations.opening import open_any
+from ckptengine.operations.verify import verify
+
+
+def main(argv: Sequence[str]) -> int:
+    arguments = parser("verify", "Check every byte of a checkpoint against its digest; exit status 1 where any is wrong.")
+    arguments.add_argument("path", metavar="PATH", help="a checkpoint of any format: PATH, URL or PATH@STEP")
+    arguments.add_argument("--rules", metavar="FILE|PRESET", help="how to read a checkpoint that needs rules")
+    arguments.add_argument("--json", action="store_true", help="print one JSON document")
+    options = arguments.parse_args(argv)
+    step: int | None = None
+    kind = "unknown"
+    tensors = 0
+    problems: list[CheckpointError]
+    try:
+        source = open_any(options.path, None, options.rules)
+        step, kind, tensors = source.step, source.format, len(source.names())
+        with Meter("verifying") as meter:
+            problems = verify(source, meter.progress)
+    except Damaged as damage:  # found before the first tensor could be looked at
+        problems = [damage]
+    if options.json:
+        told = [{"code": problem.code, "message": str(problem)} for problem in problems]
+        document = {"path": options.path, "format": kind, "step": step, "good": not problems, "problems": told}
+        sys.stdout.write(json.dumps(document) + "\n")
+    elif problems:
+        sys.stdout.write("".join(f"{problem.code}: {problem}\n" for problem in problems))
+        sys.stdout.write(f"{options.path}: DAMAGED, {len(problems)} problems\n")
+    else:
+        sys.stdout.write(f"{options.path}: step {step} holds: {tensors} tensors of a {kind} checkpoint\n")
+    return 1 if problems else 0

@@ -22,6 +22,7 @@ from ckptengine.operations.metrics import metrics_of
 from ckptengine.operations.opening import open_any
 from ckptengine.operations.overlap import Overlap, OverlapPolicy, check_policy
 from ckptengine.operations.restore import WorldPolicy, RestoreRequest, restore_from, restore_newest
+from ckptengine.operations.retention import Retention
 from ckptengine.operations.rhythm import Rhythm
 from ckptengine.operations.save import SaveJob, Saver, SaveSettings
 from ckptengine.operations.troubles import Troubles
@@ -115,7 +116,10 @@ class Checkpointer:
         engine = engine_for(arena_bytes, file_ops)
         settings = SaveSettings(rank_timeout_s=rank_timeout_s, stall_budget_s=stall_budget_s, paranoid=paranoid)
         self._saver = Saver(self._root, self._port, engine, settings, self._claims)
-        del keep
+        self._retention = Retention(self._root, keep) if keep is not None and self._port.rank == 0 else None
+        if self._retention is not None:
+            retention = self._retention  # bound by itself: the saver must not keep this object alive
+            self._saver.on_commit(lambda _: retention.after_commit())
         self._overlap = Overlap(overlap, self._saver, self._port, rank_timeout_s)
         del tiers
         fence.watch(self)

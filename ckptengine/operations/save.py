@@ -199,7 +199,7 @@ class Saver:
         job.handle.event("agree", started_s)
         try:
             self._write(job, structure)
-        except CheckpointError as error:
+        except Exception as error:
             self._report(job, error)
             raise
         self._to_commit.put(job)
@@ -246,7 +246,7 @@ class Saver:
                 raise job.capture.error
             if job.cancelled is not None:
                 raise job.cancelled
-        except CheckpointError as error:
+        except Exception as error:
             self._report(job, error)
             raise
         job.handle.event("seal", started_s)
@@ -260,7 +260,7 @@ class Saver:
         for call in self._on_commit:
             call(job)
 
-    def _report(self, job: SaveJob, error: CheckpointError) -> None:
+    def _report(self, job: SaveJob, error: Exception) -> None:
         """Tell the other ranks that this one failed, so that nobody waits for it."""
         if self._port.world > 1:
             note = {"error": f"rank {self._port.rank}: {error}", "unsettled": False}
@@ -296,7 +296,7 @@ class Saver:
             if self._port.world > 1:
                 check_replicas(structure, gathered)
             self._root.commit(self._manifest(job, structure, gathered))
-        except CheckpointError as error:
+        except Exception as error:
             job.unsettled = isinstance(error, (Unsettled, Superseded))
             publish(self._port, key, {"error": str(error), "unsettled": job.unsettled})
             raise

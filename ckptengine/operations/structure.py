@@ -139,7 +139,10 @@ def _common_layout(name: str, by_rank: Mapping[int, Sequence[Any]]) -> Layout:
     layouts = {rank: layout_json.from_json(document) for rank, document in documents.items()}
     first = next(iter(layouts.values()))
     if all(isinstance(layout, Irregular) for layout in layouts.values()):
-        held = sorted((r, p) for layout in layouts.values() for r, p in layout.held)  # type: ignore[union-attr]
+        held = sorted(
+            ((r, p) for layout in layouts.values() for r, p in layout.held),  # type: ignore[union-attr]
+            key=lambda one: one[0],
+        )
         return Irregular(tuple(held))
     differing = [rank for rank, layout in layouts.items() if layout != first]
     if differing:
@@ -166,6 +169,7 @@ class Agreement:
     def settle(self, number: int, step: int, flat: FlatState) -> Structure:
         """Agree with all ranks on the structure for save ``number`` of ``step``."""
         changed = flat.structure_key != self._key
+        self._key, self._refused = None, None  # whatever fails from here on, the next save describes itself again
         note = {"step": step, "tensors": describe(flat) if changed else None}
         key = f"structure/{number}"
         gathered = gather(self._port, key, note, self._timeout_s)
@@ -175,7 +179,6 @@ class Agreement:
         else:
             answer = receive(self._port, f"{key}/out", self._timeout_s)
         if "error" in answer:
-            self._key = None
             raise self._refused or RanksDisagree(answer["error"])
         self.run, self.attempt = answer["run"], answer["attempt"]
         if self._port.rank != 0 and answer["structure"] is not None:
@@ -206,6 +209,9 @@ class Agreement:
         except CheckpointError as error:
             self._structure, self._refused = None, error
             return {"error": str(error)}
+        except Exception as error:  # the other ranks must hear of it, whatever it is
+            self._structure = None
+            return {"error": f"the descriptions of the ranks cannot be merged: {type(error).__name__}: {error}"}
         return {"structure": structure_to_json(self._structure), **answer}
 
 

@@ -25,6 +25,7 @@ from ckptengine.operations.restore import WorldPolicy, RestoreRequest, restore_f
 from ckptengine.operations.retention import Retention
 from ckptengine.operations.rhythm import Rhythm
 from ckptengine.operations.save import SaveJob, Saver, SaveSettings
+from ckptengine.operations.stopping import EXIT_STATUS, Stopping
 from ckptengine.operations.troubles import Troubles
 from ckptengine.policy.failure import FailurePolicy, failure_policy
 from ckptengine.policy.interval import Interval
@@ -69,6 +70,8 @@ class Checkpointer:
         stall_budget_s: how long one fence may block training before the save is given up; None: no limit.
         arena_bytes: host memory for copies; default: 64 MiB on CPU state.
         paranoid: digest everything again before the fence lets go, not samples.
+        sigterm_s: watch for SIGTERM: the next `step` saves, waits for it up to this long after the signal and exits
+            with status 143, on all ranks at one step; None: leave the signal alone.
         file_ops: file operations beneath the store (for fault injection).
 
     Raises:
@@ -95,6 +98,7 @@ class Checkpointer:
         stall_budget_s: float | None = None,
         arena_bytes: int | None = None,
         paranoid: bool = False,
+        sigterm_s: float | None = None,
         file_ops: FileOps | None = None,
         linear: bool = True,
     ) -> None:
@@ -122,6 +126,7 @@ class Checkpointer:
             self._saver.on_commit(lambda _: retention.after_commit())
         self._overlap = Overlap(overlap, self._saver, self._port, rank_timeout_s)
         del tiers
+        self._stopping = Stopping(self._port, sigterm_s) if sigterm_s is not None else None
         fence.watch(self)
         # Nothing here may refer to self: a checkpointer that nobody closed ends when it is collected, or at exit.
         self._finalizer = weakref.finalize(self, _shut, self._saver, self._claims, self._port, self._pid)
@@ -171,7 +176,15 @@ class Checkpointer:
         """
         self._usable()
         self._troubles.surface(step)
-        return self.save(step, metrics=metrics) if self._rhythm.due(step) else None
+        last = self._stopping is not None and self._stopping.decided()
+        if not (self._rhythm.due(step) or last):
+            return None
+        handle = self.save(step, metrics=metrics)
+        if last and self._stopping is not None:
+            self._stopping.finish(handle)
+            self._close(CLOSE_AFTER_ERROR_S)
+            raise SystemExit(EXIT_STATUS)
+        return handle
 
     def fence(self) -> None:
         """Block until everything that the next update overwrites has been captured.
@@ -259,6 +272,8 @@ class Checkpointer:
             return
         self._closed = True
         fence.unwatch(self)
+        if self._stopping is not None:
+            self._stopping.close()
         self._finalizer.detach()
         _shut(self._saver, self._claims, self._port, self._pid, timeout_s)
 

@@ -17,6 +17,9 @@ class Alone:
     def get(self, key: str, timeout_s: float) -> bytes:
         raise CoordinationFailed(f"one process has nobody to hear about {key} from")
 
+    def has(self, key: str) -> bool:
+        return False
+
     def delete(self, key: str) -> None:
         return None
 

@@ -21,6 +21,9 @@ class Coordinator(Protocol):
     def get(self, key: str, timeout_s: float) -> bytes:
         """Wait for ``key``.  Raises `RankTimeout` after ``timeout_s``, `CoordinationFailed` when the job is broken."""
 
+    def has(self, key: str) -> bool:
+        """Whether somebody has left something under ``key``.  Raises `CoordinationFailed` when the job is broken."""
+
     def delete(self, key: str) -> None:
         """Forget ``key``; nothing when it is not there."""
 

@@ -72,6 +72,12 @@ class TorchStore:
             time.sleep(pause_s)
             pause_s = min(pause_s * 1.5, _POLL_MAX_S)
 
+    def has(self, key: str) -> bool:
+        try:
+            return bool(self._store.check([f"{self._prefix}/{key}"]))
+        except RuntimeError as error:
+            raise CoordinationFailed(f"rank {self.rank} lost rank 0 while looking for {key}: {error}") from error
+
     def delete(self, key: str) -> None:
         try:
             self._store.delete_key(f"{self._prefix}/{key}")

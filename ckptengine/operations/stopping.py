@@ -1,0 +1,95 @@
+"""SIGTERM: one last checkpoint at a step that all ranks agree on, within a deadline, then a clean exit.
+
+The signal only sets a flag.  The next training-loop hook saves, waits as long as the deadline allows and raises
+`SystemExit`.  Under several ranks rank 0 decides, for the coming call, and the others follow; a rank that alone got the
+signal tells rank 0.  A loop that never comes back to the hook is ended by the signal's former action at the deadline.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from types import FrameType
+
+from ckptengine.coordination.port import Coordinator
+from ckptengine.errors import CheckpointError
+from ckptengine.operations.handle import SaveHandle
+
+log = logging.getLogger("ckptengine")
+
+EXIT_STATUS = 128 + signal.SIGTERM
+
+
+class Stopping:
+    """Watches for SIGTERM on behalf of one checkpointer.  ``deadline_s``: from the signal to the end."""
+
+    def __init__(self, port: Coordinator, deadline_s: float) -> None:
+        self._port, self._budget_s = port, deadline_s
+        self._requested = threading.Event()
+        self._deadline_s = 0.0
+        self._calls = 0
+        self._told = False
+        self._decided = False
+        self._timer: threading.Timer | None = None
+        self._former: signal.Handlers | object | None = None
+        self._installed = threading.current_thread() is threading.main_thread()
+        if self._installed:
+            self._former = signal.signal(signal.SIGTERM, self._on_signal)
+        else:
+            log.warning("SIGTERM is not watched: the Checkpointer was made outside the main thread")
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._requested.is_set():
+            return
+        self._deadline_s = time.monotonic() + self._budget_s
+        self._requested.set()
+        # A timer, because the loop may never come back to the hook.
+        self._timer = threading.Timer(self._budget_s, self._give_up)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _give_up(self) -> None:
+        log.error("the deadline of %.0f s after SIGTERM has passed: ending without the last checkpoint", self._budget_s)
+        os._exit(EXIT_STATUS)
+
+    def decided(self) -> bool:
+        """Whether this hook call is the last one: the same answer on every rank.  Called once per hook call."""
+        self._calls += 1
+        if self._port.world == 1:
+            return self._requested.is_set()
+        if self._port.rank != 0:
+            if self._requested.is_set() and not self._told:
+                self._port.put(f"sigterm/{self._port.rank}", b"")
+                self._told = True
+            return self._port.has(f"stop/{self._calls}")
+        if self._decided:
+            return True
+        asked = self._requested.is_set() or any(self._port.has(f"sigterm/{r}") for r in range(1, self._port.world))
+        if asked:
+            self._decided = True
+            self._port.put(f"stop/{self._calls + 1}", b"")
+        return False
+
+    def finish(self, handle: SaveHandle) -> None:
+        """Wait for the last save as long as the deadline allows; says how far it came."""
+        left_s = max(0.0, (self._deadline_s or time.monotonic() + self._budget_s) - time.monotonic() - 1.0)
+        try:
+            durable = handle.wait("durable", left_s)
+        except CheckpointError as error:
+            log.error("the last save, of step %d, failed: %s", handle.step, error)
+            return
+        if durable:
+            log.info("SIGTERM: step %d is durable, exiting", handle.step)
+        else:
+            log.error("SIGTERM: the deadline came while step %d was %s; exiting", handle.step, handle.stage)
+
+    def close(self) -> None:
+        """Put the former handler back."""
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._installed and signal.getsignal(signal.SIGTERM) == self._on_signal:
+            signal.signal(signal.SIGTERM, self._former)  # type: ignore[arg-type]
+        self._installed = False

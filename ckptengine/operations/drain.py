@@ -89,7 +89,7 @@ class _Job:
 class Drain:
     """Carries steps from ``source`` to ``target`` on ``loop``, with a thread of its own to keep their order.
 
-    ``port``: the ranks that drain together.  Its keys are derived from ``target`` and a running number.
+    ``port``: the ranks that drain together.  Its keys follow from the two places, the step, and how often it came.
     """
 
     def __init__(
@@ -107,7 +107,8 @@ class Drain:
         self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._jobs: list[_Job] = []
         self._lock = threading.Lock()
-        self._numbers = 0
+        self._counts: dict[int, int] = {}
+        self._name = f"{zlib.crc32(source.label.encode()):08x}-{zlib.crc32(target.label.encode()):08x}"
         self._closed = False
         self._stopping = threading.Event()
         self._running: concurrent.futures.Future[list[Moved]] | None = None
@@ -133,8 +134,8 @@ class Drain:
                     f"{len(self._jobs)} steps wait to be carried to {self._target.label}; it cannot keep up: "
                     f"give that tier a longer interval"
                 )
-            self._numbers += 1
-            key = f"drain/{zlib.crc32(self._target.label.encode()):08x}/{self._numbers}"
+            count = self._counts[step] = self._counts.get(step, 0) + 1
+            key = f"drain/{self._name}/{step}/{count}"
             job = _Job(step, tuple(files), manifest, tuple(companions), future, key)
             future.set_running_or_notify_cancel()  # not to be cancelled: other ranks count on this one
             self._jobs.append(job)

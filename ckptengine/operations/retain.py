@@ -62,18 +62,24 @@ class _Save:
 
 
 def plan_retention(
-    tier: BlockingTier, keep: Keep, *, verified: Collection[int] | None = None, protected: Collection[int] = ()
+    tier: BlockingTier,
+    keep: Keep,
+    *,
+    verified: Collection[int] | None = None,
+    protected: Collection[int] = (),
+    ranks: Collection[int] | None = None,
 ) -> RetentionPlan:
     """What ``keep`` removes from ``tier``; nothing is changed.
 
     ``verified``: steps of which more is known than that every file is there in its size; only such a step can be the
     newest good one (None: sizes are believed).  ``protected``: steps that must stay, as a drain still reads them.
+    ``ranks``: those whose files lie here, for a tier that belongs to one node of several (None: all).
     """
     saves = _saves(tier.entries("step-"))
     history = History(TierFiles(tier))
     visible = history.visible()
     line = {ref.step: ref for ref in visible}
-    read = {ref: _read(tier, ref, saves) for ref in line.values()}
+    read = {ref: _read(tier, ref, saves, ranks) for ref in line.values()}
     good = [step for step, ref in line.items() if read[ref] is not None and (verified is None or step in verified)]
     if not good:
         return RetentionPlan(None, tuple(sorted(line)), ())
@@ -136,7 +142,9 @@ def _saves(entries: Collection[Entry]) -> dict[CommitRef, _Save]:
     return saves
 
 
-def _read(tier: BlockingTier, ref: CommitRef, saves: Mapping[CommitRef, _Save]) -> Manifest | None:
+def _read(
+    tier: BlockingTier, ref: CommitRef, saves: Mapping[CommitRef, _Save], ranks: Collection[int] | None
+) -> Manifest | None:
     """The manifest, if it can be read and every file that it names is there in its size."""
     save = saves.get(ref)
     if save is None or save.manifest is None:
@@ -147,7 +155,8 @@ def _read(tier: BlockingTier, ref: CommitRef, saves: Mapping[CommitRef, _Save]) 
     except CheckpointError:
         return None  # damaged: then it is not good, which is all that matters here
     sizes = {rank: entry.size_bytes for rank, entry in save.files.items()}
-    complete = all(sizes.get(rank) == record.nbytes for rank, record in enumerate(manifest.files))
+    wanted = [(rank, record) for rank, record in enumerate(manifest.files) if ranks is None or rank in ranks]
+    complete = all(sizes.get(rank) == record.nbytes for rank, record in wanted)
     return manifest if complete and manifest.step == ref.step else None
 
 

@@ -143,6 +143,24 @@ class AutoInterval:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Soonest:
+    """Due when any of several intervals is: when something must be saved because one tier or another wants it."""
+
+    intervals: tuple[Interval, ...]
+
+    @property
+    def needs_clock(self) -> bool:
+        return any(interval.needs_clock for interval in self.intervals)
+
+    def due(self, step: int, now_s: float, last: LastSave | None, cost: SaveCost | None = None) -> bool:
+        """Whether any of them is due."""
+        return any(interval.due(step, now_s, last, cost) for interval in self.intervals)
+
+    def describe(self, cost: SaveCost | None = None) -> str:
+        return "; ".join(dict.fromkeys(interval.describe(cost) for interval in self.intervals))
+
+
 def positive_s(what: str, value: float) -> None:
     """Refuse anything that is not a finite number of seconds above zero."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:

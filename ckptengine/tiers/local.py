@@ -206,7 +206,10 @@ class LocalTier:
             else:
                 if not token.startswith(PARTIAL) or not token.endswith(f"-{base}") or "/" in token:
                     raise UnusableRequest(f"{token!r} does not name an unfinished upload of {name}")
-                fd = os.open(token, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+                try:
+                    fd = os.open(token, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+                except FileNotFoundError:
+                    raise NotFound(f"the unfinished upload of {name} is gone; start anew") from None
                 if os.fstat(fd).st_size != size_bytes:
                     os.close(fd)
                     os.unlink(token, dir_fd=directory)

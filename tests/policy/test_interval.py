@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ckptengine.errors import UnusableRequest
 from ckptengine.policy.cost import WINDOW, CostHistory, SaveCost
-from ckptengine.policy.interval import AutoInterval, Every, LastSave
+from ckptengine.policy.interval import AutoInterval, Every, LastSave, Soonest
 
 
 def saves(interval: Every | AutoInterval, steps: range, last: LastSave | None, step_s: float = 1.0) -> list[int]:
@@ -45,6 +45,14 @@ def test_seconds_count_from_the_last_save() -> None:
 
 def test_whichever_comes_first() -> None:
     assert saves(Every(steps=4, seconds=2.5), range(1, 9), LastSave(0, 0.0)) == [3, 4, 7, 8]
+
+
+def test_the_soonest_of_several() -> None:
+    both = Soonest((Every(steps=4), Every(steps=6)))
+    assert saves(both, range(1, 25), LastSave(0, 0.0)) == [4, 6, 8, 12, 16, 18, 20, 24]  # type: ignore[arg-type]
+    assert not both.needs_clock
+    assert Soonest((Every(steps=4), Every(seconds=6))).needs_clock
+    assert both.describe() == "every 4 steps; every 6 steps"
 
 
 def test_a_clock_that_jumps_back_is_not_due_and_not_an_error() -> None:

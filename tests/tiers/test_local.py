@@ -186,7 +186,7 @@ def test_a_root_that_is_a_file(tmp_path: Path) -> None:
 def test_a_root_that_vanishes(flat: BlockingTier, tmp_path: Path) -> None:
     flat.create("s/a", b"")
     (tmp_path / "root").rename(tmp_path / "elsewhere")
-    with pytest.raises(CheckpointError, match="root"):
+    with pytest.raises(StorageFailed, match="root"):
         flat.create("s/b", b"")
     with pytest.raises(CheckpointError):
         flat.read("s/a", 0, 0)

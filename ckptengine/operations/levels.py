@@ -1,0 +1,375 @@
+"""The tiers of one checkpointer: where saves land, when and how they are carried on, what each tier keeps.
+
+Saves land on the first tier, which is a directory or host memory.  From there each committed step goes from tier to
+tier as far as some tier's interval wants it, the root last.  Decisions that depend on a clock are made by rank 0 and
+told to the others; the rest every rank makes alike by itself.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import logging
+import os
+import tempfile
+import threading
+import time
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ckptengine.coordination.port import Coordinator, publish, receive
+from ckptengine.errors import AlreadyExists, CheckpointError, Superseded, UnusableRequest
+from ckptengine.operations.drain import Drain, DrainReport, DrainSettings, Named
+from ckptengine.operations.rank_digest import rank_file_digest
+from ckptengine.operations.retain import apply_retention, plan_retention
+from ckptengine.operations.tiered import TieredFiles
+from ckptengine.operations.transfer import DrainFile
+from ckptengine.policy.cost import CostHistory
+from ckptengine.policy.interval import Interval, LastSave, Soonest
+from ckptengine.policy.keep import Keep
+from ckptengine.sources.port import Files
+from ckptengine.store import names
+from ckptengine.store.history import History
+from ckptengine.store.lock import RootLock
+from ckptengine.store.manifest import FileRecord
+from ckptengine.tiers.files import TierFiles
+from ckptengine.tiers.lease import Lease
+from ckptengine.tiers.local import LocalTier
+from ckptengine.tiers.loop import BlockingTier, IoLoop
+from ckptengine.tiers.port import TierPort
+from ckptengine.tiers.spec import Tier, open_tier
+
+log = logging.getLogger("ckptengine")
+
+_NEWEST = Keep(last=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Landed:
+    """One step that is committed on the first tier, as this rank knows it.
+
+    ``record`` is that of this rank's file; ``manifest`` its encoded bytes, on rank 0.  ``all_the_way``: it goes to the
+    root whatever the intervals say (an explicit save).
+    """
+
+    step: int
+    attempt: int
+    save: int
+    record: FileRecord
+    manifest: bytes | None
+    all_the_way: bool = False
+
+
+@dataclass(slots=True)
+class _Level:
+    spec: Tier
+    tier: TierPort
+    flat: BlockingTier
+    keep: Keep | None
+    drain: Drain | None = None
+    last: LastSave | None = None
+    costs: CostHistory = field(default_factory=CostHistory)
+    verified: set[int] = field(default_factory=set)
+
+
+class Levels:
+    """The tiers in front of a root, and the root.  Built by all ranks with the same arguments.
+
+    ``root`` is a directory or a URL.  A URL without a directory in front of it gets a landing place beneath the
+    temporary directory.  ``keep`` and ``interval`` are the root's.  ``file_mode`` and ``directory_mode``: permissions.
+
+    Raises `RootInUse` where another live job holds the root.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        tiers: Sequence[Tier] = (),
+        *,
+        port: Coordinator,
+        interval: Interval | None = None,
+        keep: Keep | None = None,
+        settings: DrainSettings | None = None,
+        rank_timeout_s: float = 300.0,
+    ) -> None:
+        self._port, self._timeout_s = port, rank_timeout_s
+        self._settings = settings or DrainSettings()
+        specs = [*tiers, Tier(root, interval=interval, keep=keep)]
+        if not (specs[0].is_memory or specs[0].local_path is not None):
+            specs.insert(0, Tier(_landing_for(specs[0])))
+        self._loop = IoLoop()
+        self._levels: list[_Level] = []
+        self._held: RootLock | Lease | None = None
+        self._retaining = threading.Lock()
+        self._number = 0
+        try:
+            for number, spec in enumerate(specs):
+                tier = open_tier(spec, self._loop)
+                last = number == len(specs) - 1
+                kept = spec.keep if last or spec.keep is not None else _NEWEST
+                self._levels.append(_Level(spec, tier, BlockingTier(tier, self._loop), kept))
+            if port.rank == 0 and len(specs) > 1:
+                self._held = self._hold_root()
+        except BaseException:
+            self.close(0.0)
+            raise
+        for source, target in zip(self._levels, self._levels[1:], strict=False):
+            target.drain = Drain(
+                source.tier, target.tier, self._loop, port=port, settings=_capped(self._settings, target.spec)
+            )
+
+    # ---- where
+
+    @property
+    def landing(self) -> Path:
+        """The directory that saves are written to."""
+        first = self._levels[0].tier
+        assert isinstance(first, LocalTier)
+        return first.root
+
+    @property
+    def is_single(self) -> bool:
+        """Whether saves land on the root itself, and nothing is carried anywhere."""
+        return len(self._levels) == 1
+
+    def files(self) -> list[Files]:
+        """What lies on each tier, nearest first, for `ckptengine.operations.tiered`."""
+        return [TierFiles(level.flat) for level in self._levels]
+
+    def history(self) -> History:
+        """The history over all tiers: what the attempts, and the line that counts, are to be taken from."""
+        return History(TieredFiles(self.files()))
+
+    @property
+    def last(self) -> int:
+        """The index of the root."""
+        return len(self._levels) - 1
+
+    # ---- when
+
+    def interval(self) -> Interval | None:
+        """When the hook must save because some tier wants a checkpoint; None where no tier says when."""
+        wanted = [level.spec.interval for level in self._levels if level.spec.interval is not None]
+        return None if not wanted else wanted[0] if len(wanted) == 1 else Soonest(tuple(wanted))
+
+    def describe(self) -> list[str]:
+        """One line for each tier: its place, when a checkpoint goes there, and what it keeps."""
+        lines = []
+        for level in self._levels:
+            when = "every save" if level.spec.interval is None else level.spec.interval.describe(level.costs.estimate())
+            kept = "keep everything" if level.keep is None else level.keep.describe()
+            lines.append(f"{level.spec.label}: {when}; {kept}")
+        return lines
+
+    # ---- carrying
+
+    def landed(self, landed: Landed) -> concurrent.futures.Future[int]:
+        """Carry a step on as far as it is wanted, in the background; called for each on every rank, in order.
+
+        The future has the index of the last tier that wants it, once the step is committed there and what the tiers
+        keep has been applied; `last` is the root's.  Its error is a `CheckpointError`; the step then stays where it has
+        come to, and `landed` may be called for it again.
+        """
+        self._number += 1
+        now_s = time.monotonic()
+        reach = self._reach(landed, now_s)
+        self._copy_manifest(landed)
+        self._levels[0].verified.add(landed.step)
+        for level in self._levels[: reach + 1]:
+            level.last = LastSave(landed.step, now_s)
+        done: concurrent.futures.Future[int] = concurrent.futures.Future()
+        self._carry(landed, 1, reach, now_s, done)
+        return done
+
+    def pending(self) -> dict[str, tuple[int, ...]]:
+        """Steps on their way, by the tier that they go to."""
+        return {level.spec.label: level.drain.pending for level in self._levels if level.drain is not None}
+
+    def announce(self, attempt: int) -> None:
+        """Rank 0, right after an attempt was claimed where saves land: claim it on every tier behind too.
+
+        Raises `Superseded` where another job has claimed it there first.
+        """
+        for named in self._attempt_records(attempt):
+            for level in self._levels[1:]:
+                try:
+                    level.flat.create(named.name, named.data)
+                except AlreadyExists:
+                    entry = level.flat.stat(named.name)
+                    if entry is None or level.flat.read(named.name, 0, entry.size_bytes) != named.data:
+                        raise Superseded(
+                            f"{level.spec.label}: attempt {attempt} was claimed by another job; start this one again, "
+                            f"or give it a root of its own"
+                        ) from None
+
+    def close(self, timeout_s: float | None = None) -> bool:
+        """Finish carrying within ``timeout_s``, then let everything go.  Whether all was carried."""
+        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+        finished = True
+        for level in self._levels:
+            if level.drain is not None:
+                left_s = None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
+                finished = level.drain.close(left_s) and finished
+        if self._held is not None:
+            self._held.release()
+        for level in self._levels:
+            level.flat.close()
+        self._loop.close()
+        return finished
+
+    # ---- within
+
+    def _reach(self, landed: Landed, now_s: float) -> int:
+        """The index of the last tier that wants this step; the same on every rank."""
+        if landed.all_the_way:
+            return len(self._levels) - 1
+        needs_clock = any(level.spec.interval is not None and level.spec.interval.needs_clock for level in self._levels)
+        key = f"reach/{self._number}"
+        if needs_clock and self._port.rank != 0:
+            return int(receive(self._port, key, self._timeout_s))
+        reach = 0
+        for number, level in enumerate(self._levels):
+            interval = level.spec.interval
+            if interval is None or interval.due(landed.step, now_s, level.last, level.costs.estimate()):
+                reach = number
+        if needs_clock:
+            publish(self._port, key, reach)
+        return reach
+
+    def _carry(
+        self,
+        landed: Landed,
+        number: int,
+        reach: int,
+        started_s: float,
+        done: concurrent.futures.Future[int],
+    ) -> None:
+        """Put a step on its way to tier ``number``, and from there on; ends by itself behind the last one."""
+        if number > reach:
+            self._retain(upto=reach)
+            done.set_result(reach)
+            return
+        level, source = self._levels[number], self._levels[number - 1]
+        assert level.drain is not None
+
+        def arrived(carried: concurrent.futures.Future[DrainReport]) -> None:
+            error = carried.exception()
+            if error is not None:
+                done.set_exception(error)
+                return
+            level.verified.add(landed.step)
+            level.costs = level.costs.add(0.0, time.monotonic() - started_s)
+            self._carry(landed, number + 1, reach, started_s, done)
+
+        try:
+            file = f"{names.step_dir(landed.step)}/{names.rank_file(self._port.rank, landed.attempt, landed.save)}"
+            digest = self._loop.run(rank_file_digest(source.tier, file, landed.record), self._timeout_s)
+            named = self._named(landed)
+            companions = self._attempt_records(landed.attempt) if named is not None else ()
+            files = [DrainFile(file, landed.record.nbytes, digest)]
+            carried = level.drain.submit(landed.step, files, named, companions)
+        except CheckpointError as error:
+            done.set_exception(error)
+            return
+        carried.add_done_callback(arrived)
+
+    def _named(self, landed: Landed) -> Named | None:
+        if self._port.rank != 0 or landed.manifest is None:
+            return None
+        return Named(_manifest_name(landed), landed.manifest)
+
+    def _copy_manifest(self, landed: Landed) -> None:
+        """Give a node's own first tier a manifest of its own, where it has none."""
+        if self.is_single or self._port.world == 1:
+            return
+        key = f"manifest/{self._number}"
+        if self._port.rank == 0:
+            assert landed.manifest is not None
+            publish(self._port, key, landed.manifest.decode("latin-1"))
+            return
+        data = str(receive(self._port, key, self._timeout_s)).encode("latin-1")
+        if self._leads_node():
+            try:
+                self._levels[0].flat.create(_manifest_name(landed), data)
+            except AlreadyExists:
+                return  # the tier is shared with rank 0's node, which has just put it
+
+    def _retain(self, upto: int) -> None:
+        """Apply each tier's policy as far as the newest step has come; failures are told, and leave too much behind."""
+        if not self._leads_node():
+            return
+        with self._retaining:
+            for number, level in enumerate(self._levels[: upto + 1]):
+                if level.keep is None or (number > 0 and self._port.rank != 0):
+                    continue
+                behind = self._levels[number + 1].drain if number + 1 < len(self._levels) else None
+                try:
+                    plan = plan_retention(
+                        level.flat,
+                        level.keep,
+                        verified=level.verified,
+                        protected=behind.pending if behind is not None else (),
+                        ranks=self._node_ranks() if number == 0 and not self.is_single else None,
+                    )
+                    apply_retention(level.flat, plan)
+                except CheckpointError as failure:
+                    log.warning("retention on %s stopped: %s", level.spec.label, failure)
+
+    def _leads_node(self) -> bool:
+        return self._port.rank == 0 or (not self.is_single and os.environ.get("LOCAL_RANK") == "0")
+
+    def _node_ranks(self) -> range | None:
+        """The ranks of this node, as the launcher tells; None where it does not."""
+        try:
+            local, count = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+        except (KeyError, ValueError):
+            return None
+        return range(self._port.rank - local, self._port.rank - local + count)
+
+    def _attempt_records(self, attempt: int) -> list[Named]:
+        """The claim and the records of an attempt, as they lie where saves land."""
+        first = self._levels[0].flat
+        found = []
+        for entry in first.entries(f"{names.ATTEMPTS}/"):
+            match = names.ATTEMPT_PATTERN.search(entry.name)
+            if match is not None and int(match[1]) == attempt:
+                found.append(Named(entry.name, first.read(entry.name, 0, entry.size_bytes)))
+        # The claim first: without it a record means nothing.
+        return sorted(found, key=lambda named: (not named.name.endswith(".claim"), named.name))
+
+    def _hold_root(self) -> RootLock | Lease:
+        root = self._levels[-1]
+        if isinstance(root.tier, LocalTier):
+            return RootLock(root.tier.root / names.LOCK)
+        return Lease(root.flat)
+
+
+def _manifest_name(landed: Landed) -> str:
+    return f"{names.step_dir(landed.step)}/{names.manifest(landed.attempt, landed.save)}"
+
+
+def _capped(settings: DrainSettings, spec: Tier) -> DrainSettings:
+    return DrainSettings(
+        part_bytes=settings.part_bytes,
+        memory_bytes=settings.memory_bytes,
+        parallel_parts=settings.parallel_parts,
+        max_bytes_per_s=spec.max_bytes_per_s if spec.max_bytes_per_s is not None else settings.max_bytes_per_s,
+        rank_timeout_s=settings.rank_timeout_s,
+    )
+
+
+def _landing_for(root: Tier) -> str:
+    """A directory of this user and this root on the node's temporary disk."""
+    home = Path(tempfile.gettempdir()) / f"ckptengine-{os.getuid()}"
+    try:
+        home.mkdir(mode=0o700, exist_ok=True)
+        found = home.lstat()
+    except OSError as refusal:
+        raise UnusableRequest(
+            f"{root.label} needs a directory to land in, and {home} cannot be used ({refusal.strerror}); "
+            f"give one: tiers=[ckptengine.Tier(directory)]"
+        ) from refusal
+    if found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise UnusableRequest(f"{home} belongs to somebody else; give a directory: tiers=[ckptengine.Tier(directory)]")
+    return str(home / f"landing-{zlib.crc32(root.label.encode()):08x}")

@@ -77,9 +77,11 @@ def _text(plan: Plan) -> str:
         f"memory  at most {size_text(plan.peak_memory_bytes)} with {plan.workers} workers",
     ]
     if plan.state == "committed":
-        lines.append(f"digests {plan.compared} tensors equal those of the source")
-        if plan.verified:
-            lines.append(f"verify  {plan.verified} tensors read back equal what was converted")
+        compared = f"{plan.compared} tensors equal those of the source"
+        lines.append(f"digests {compared if plan.compared else 'the source records none to compare with'}")
+        if plan.verified or plan.unverified:
+            rest = f"; {plan.unverified} are not there as they were" if plan.unverified else ""
+            lines.append(f"verify  {plan.verified} tensors read back equal what was converted{rest}")
     lines.append(
         {"planned": "nothing was written", "committed": "done"}.get(plan.state, "other shards are not done yet")
     )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptengine.errors import DigestMismatch, UnusableRequest
+from ckptengine.layout.box import Box
 from ckptengine.operations.convert_dask import run_on_dask
 from ckptengine.operations.convert_digests import digest_of
 from ckptengine.operations.convert_plan import Plan, Planned, make_plan
@@ -100,10 +101,8 @@ def convert(
         compared = _run_here(planned, shown, part, progress)
     if compared is None:
         return dataclasses.replace(planned.plan, state="waiting")
-    plan = dataclasses.replace(planned.plan, state="committed", compared=compared[0])
-    if verify:
-        plan = dataclasses.replace(plan, verified=_verify(shown, compared[1], planned.job.chunk_bytes, rules))
-    return plan
+    plan = _verify(planned, shown, compared[1], rules) if verify else planned.plan
+    return dataclasses.replace(plan, state="committed", compared=compared[0])
 
 
 def _run_here(planned: Planned, target: str, part: Shard, progress: Progress | None) -> Outcome | None:
@@ -122,25 +121,30 @@ def _run_here(planned: Planned, target: str, part: Shard, progress: Progress | N
         workspace.close()
 
 
-def _verify(target: str, digests: Mapping[str, str], chunk_bytes: int, rules: Path | None) -> int:
-    """Read the target again; number of its tensors whose digest is that of what was converted."""
+def _verify(planned: Planned, target: str, digests: Mapping[str, str], rules: Path | None) -> Plan:
+    """Read the target again and compare each tensor that it holds as it was with what was converted."""
     made = open_any(target, None, rules)
+    job = planned.job
+    names = [name for name in job.names if name not in job.aliases]
+    there = set(made.names())
     wrong: list[str] = []
     verified = 0
-    names = set(made.names()) - set(made.aliases())
-    for name in sorted(names & digests.keys()):
-        tensor = made.tensor(name)
+    for name in names:
+        source, tensor = job.tensor(name), made.tensor(name) if name in there else None
+        if tensor is None or (tensor.dtype, tensor.shape) != (source.dtype, source.shape):
+            continue
         reader = BoxReader(made, tensor)
 
-        def read(_: str, box: Any, out: Any, reader: BoxReader = reader) -> None:
+        def read(_: str, box: Box, out: Any, reader: BoxReader = reader) -> None:
             reader.read(box, out)
 
+        wanted = digests.get(name) or source.digest or digest_of(source, job.read, job.chunk_bytes)
         verified += 1
-        if digest_of(tensor, read, chunk_bytes) != digests[name]:
+        if digest_of(tensor, read, job.chunk_bytes) != wanted:
             wrong.append(name)
     if wrong:
         raise DigestMismatch(
             f"{target}: {len(wrong)} tensors read back differ from what was converted ({', '.join(wrong[:5])}); "
             "delete it, check the storage, and convert again"
         )
-    return verified
+    return dataclasses.replace(planned.plan, verified=verified, unverified=len(names) - verified)

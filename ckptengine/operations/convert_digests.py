@@ -42,34 +42,41 @@ class Seen:
 
 
 def combine(job: Job, seen: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    """The digests of all tensors whose elements were all read, each once, from what each unit saw."""
+    """The digests of all tensors of which some unit read each element once, or all units together did.
+
+    A tensor that a format stores twice (weights and master copies) is read twice; where neither holds for one that has
+    a digest in the source, it is read once more, so that no damaged byte passes.
+    """
     totals: dict[str, tuple[int, int]] = {}
+    whole: dict[str, int] = {}
     for unit in seen:
-        for name, (raw, count) in unit.items():
+        for name, (text, count) in unit.items():
+            raw = int(text, 16)
             before, so_far = totals.get(name, (0, 0))
-            totals[name] = (before ^ int(raw, 16), so_far + int(count))
+            totals[name] = (before ^ raw, so_far + int(count))
+            if count == job.tensor(name).size:
+                whole.setdefault(name, raw)
     found: dict[str, str] = {}
     for name in job.names:
         tensor = job.tensor(name)
         raw, count = totals.get(name, (0, 0))
-        if count == tensor.size:
-            found[name] = format_digest(raw_to_standard(raw, tensor.nbytes))
+        if name in whole or count == tensor.size:
+            found[name] = format_digest(raw_to_standard(whole.get(name, raw), tensor.nbytes))
+        elif count and tensor.digest is not None:
+            found[name] = digest_of(tensor, job.read, job.chunk_bytes)
     return found
 
 
 def compare(job: Job, digests: Mapping[str, str], source: str) -> int:
     """Number of tensors whose digest is the one that the source records; `DigestMismatch` naming those that differ."""
-    wrong = [
-        name
-        for name, digest in digests.items()
-        if (recorded := job.tensor(name).digest) is not None and recorded != digest
-    ]
+    recorded = {name: digest for name in digests if (digest := job.tensor(name).digest) is not None}
+    wrong = [name for name, digest in recorded.items() if digest != digests[name]]
     if wrong:
         raise DigestMismatch(
             f"{source}: {len(wrong)} tensors do not match the digests recorded for them ({', '.join(wrong[:5])}); "
             "nothing was converted, take another copy or an older step"
         )
-    return sum(job.tensor(name).digest is not None for name in digests)
+    return len(recorded)
 
 
 def digest_of(tensor: LogicalTensor, read: Callable[[str, Box, Any], None], chunk_bytes: int) -> str:

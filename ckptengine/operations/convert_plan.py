@@ -53,8 +53,9 @@ class Plan:
 
     ``write_bytes`` is exact for uncompressed targets and the most that a compressed one takes.  ``covered`` tensors are
     proven to be covered exactly by the source's fragments.  ``compared`` tensors had a digest in the source that equals
-    the one computed while they were converted; ``verified`` ones were read again from the target.  ``state`` is
-    ``"planned"``, ``"committed"``, or ``"waiting"`` where other shards are not done.
+    the one computed while they were converted; ``verified`` ones were read again from the target; ``unverified`` ones
+    the target does not hold under the same name, type and shape.  ``state`` is ``"planned"``, ``"committed"``, or
+    ``"waiting"`` where other shards are not done.
     """
 
     source: str
@@ -73,6 +74,7 @@ class Plan:
     covered: int
     compared: int = 0
     verified: int = 0
+    unverified: int = 0
     state: str = "planned"
 
     def to_json(self) -> dict[str, Any]:

@@ -31,13 +31,13 @@ from ckptengine.layout.box import Box
 from ckptengine.layout.crc64 import raw_crc64
 from ckptengine.layout.digest import format_digest, raw_to_standard
 from ckptengine.layout.tensor import Fragment, LogicalTensor
-from ckptengine.operations import convert_run
+from ckptengine.operations import convert_plan, convert_run
 from ckptengine.operations.convert import Shard, convert
 from ckptengine.operations.convert_plan import make_plan
 from ckptengine.operations.opening import open_any
 from ckptengine.operations.read import read_tensor
 from ckptengine.sources.target import LocalTarget
-from ckptengine.sources.writer import Layout
+from ckptengine.sources.writer import Document, Job, Layout, Target, Unit
 from ckptengine.universal import write as zarr_write
 from tests.universal.checkpoints import FolderSource, content, stored, whole
 
@@ -430,3 +430,50 @@ if __name__ == "__main__":
     )
     assert done.stdout.split() == ["committed", str(len(arrays)), str(len(arrays))], done.stderr
     assert_holds(tmp_path / "out", arrays)
+
+
+class _TwiceWriter:
+    """Stores every tensor twice, as a format with weights and master copies does."""
+
+    format = "twice"
+
+    def __init__(self) -> None:
+        self._real = zarr_write.ZarrWriter()
+
+    def units(self, job: Job) -> Any:
+        return self._real.units(job)
+
+    def write(self, job: Job, unit: Unit, target: Target) -> Document:
+        for name in unit.tensors:
+            box = Box.whole(job.tensor(name).shape)
+            job.read(name, box, bytearray(box.size * 4))
+        return self._real.write(job, unit, target)
+
+    def finish(self, job: Job, results: Any, target: Target) -> None:
+        self._real.finish(job, results, target)
+
+
+def test_tensors_that_are_read_twice_are_compared_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convert_plan, "writer_of", lambda name: _TwiceWriter())
+    source, arrays = checkpoint(tmp_path / "in")
+    assert convert(source, tmp_path / "out", to="zarr").compared == len(arrays)
+    file = source.tensor("model.layers.3.weight").fragments[0].file
+    data = bytearray((tmp_path / "in" / file).read_bytes())
+    data[100] ^= 4
+    (tmp_path / "in" / file).write_bytes(bytes(data))
+    with pytest.raises(DigestMismatch, match=r"model\.layers\.3\.weight"):
+        convert(source, tmp_path / "out2", to="zarr")
+
+
+def test_verification_finds_what_the_target_does_not_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong(zarr_write.ZarrWriter):
+        def finish(self, job: Job, results: Any, target: Target) -> None:
+            super().finish(job, results, target)
+            path = Path(str(target.local_path("model/layers/2/weight/c/0/0")))
+            data = path.read_bytes()
+            path.write_bytes(data[:7] + bytes([data[7] ^ 1]) + data[8:])
+
+    source, _ = checkpoint(tmp_path / "in")
+    monkeypatch.setattr(convert_plan, "writer_of", lambda name: Wrong())
+    with pytest.raises(DigestMismatch, match=r"1 tensors read back differ.*model\.layers\.2\.weight"):
+        convert(source, tmp_path / "out", to="zarr", verify=True)

@@ -50,7 +50,11 @@ class History:
             step = names.STEP_PATTERN.match(entry.rstrip("/"))
             if step is None or not entry.endswith("/"):  # a file or a link is no step of ours
                 continue
-            for name in self._files.entries(entry.rstrip("/")):
+            try:
+                inside = self._files.entries(entry.rstrip("/"))
+            except UnreadableFormat:  # a link that leads out
+                continue
+            for name in inside:
                 match = names.MANIFEST_PATTERN.match(name)
                 if match:
                     found.append(CommitRef(int(step[1]), int(match[1]), int(match[2])))

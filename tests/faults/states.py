@@ -56,7 +56,10 @@ def differences(state: dict[str, Any], step: int, rank: int = 0, world: int = 1)
         found = state[name]
         if isinstance(value, ce.Sharded):
             value, found = value.tensor, found.tensor
-        same = torch.equal(value, found) if isinstance(value, torch.Tensor) else value == found
+        if isinstance(value, torch.Tensor):
+            same = isinstance(found, torch.Tensor) and value.dtype == found.dtype and torch.equal(value, found)
+        else:
+            same = bool(value == found)
         if not same:
             wrong.append(name)
     return wrong

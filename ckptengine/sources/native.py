@@ -29,6 +29,10 @@ from ckptengine.store.root import Root
 log = logging.getLogger("ckptengine")
 
 
+FOREIGN = "foreign"
+"""Tag around values in a manifest that are not the encoding of a live state."""
+
+
 class StoredFragments(Sequence[Fragment]):
     """The fragments of one stored tensor, found when asked for: a reader of one slice opens few indexes."""
 
@@ -121,19 +125,25 @@ class NativeSource:
         if ordinal is None:
             raise NotFound(f"no tensor {name!r} in step {self.manifest.step}; `ckptengine show --tensors` lists them")
         record = self.manifest.tensors[ordinal]
-        meta: dict[str, object] = {"sharding": self.manifest.layouts[record.layout], "writer": writer_to_json(record.writer)}
+        sharding, writer = self.manifest.layouts[record.layout], writer_to_json(record.writer)
+        meta: dict[str, object] = {"sharding": sharding, "writer": writer}
         return LogicalTensor(name, record.dtype, record.shape, StoredFragments(self, ordinal), record.digest, meta)
 
     def encoded_values(self) -> Any:
-        """The typed encoding of the values, as stored."""
-        return self.manifest.values
+        """The typed encoding of the live state's values, None where they were converted from another format."""
+        return None if self._foreign_values() is not None else self.manifest.values
+
+    def _foreign_values(self) -> dict[str, Any] | None:
+        values = self.manifest.values
+        return values if isinstance(values, dict) and values.get("$") == FOREIGN else None
 
     def rank_values(self, rank: int) -> Any:
         """The typed encoding of the values that belong to one rank alone."""
         return self.reader.values(rank)
 
     def values(self) -> object:
-        return readable(self.manifest.values, self._array)
+        foreign = self._foreign_values()
+        return readable(self.manifest.values if foreign is None else foreign["v"], self._array)
 
     def _array(self, name: str, dtype: str, shape: tuple[int, ...]) -> object:
         """A large numpy array of the state, which is stored like a tensor."""

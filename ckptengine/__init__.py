@@ -1,4 +1,4 @@
-"""Asynchronous multi-level checkpoints of PyTorch training states: saved lazily, verified always, restored onto any layout.
+"""Asynchronous multi-level checkpoints of PyTorch training states: saved lazily, verified, restored onto any layout.
 
 Names are loaded when first used, so that the command line starts without torch.
 """
@@ -44,7 +44,26 @@ _HOMES = {
     "steps": "api",
 }
 
-__all__ = [*sorted(_HOMES), "__version__"]  # noqa: PLE0604
+__all__ = [
+    "AutoInterval",
+    "Checkpoint",
+    "CheckpointError",
+    "Checkpointer",
+    "Every",
+    "Keep",
+    "PerRank",
+    "SaveHandle",
+    "Sharded",
+    "Tier",
+    "Tolerate",
+    "__version__",
+    "convert",
+    "load",
+    "open",
+    "register",
+    "save",
+    "steps",
+]
 
 
 def __getattr__(name: str) -> Any:

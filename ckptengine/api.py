@@ -14,13 +14,13 @@ from ckptengine.checkpointer import Checkpointer
 from ckptengine.coordination.choose import choose
 from ckptengine.errors import NotFound, UnusableRequest
 from ckptengine.layout.box import Box
+from ckptengine.layout.piece import Piece
+from ckptengine.operations.convert_digests import digest_of
 from ckptengine.operations.filling import array_of
 from ckptengine.operations.opening import open_any
 from ckptengine.operations.read import BoxReader
 from ckptengine.operations.restore import RestoreRequest, restore_from, restore_newest
-from ckptengine.operations.convert_digests import digest_of
 from ckptengine.operations.verify import verify
-from ckptengine.layout.piece import Piece
 from ckptengine.sources.detect import split_step
 from ckptengine.sources.files import is_url, open_files
 from ckptengine.sources.native import NativeSource

@@ -21,7 +21,7 @@ from ckptengine.operations.handle import SaveHandle
 from ckptengine.operations.metrics import metrics_of
 from ckptengine.operations.opening import open_any
 from ckptengine.operations.overlap import Overlap, OverlapPolicy, check_policy
-from ckptengine.operations.restore import WorldPolicy, RestoreRequest, restore_from, restore_newest
+from ckptengine.operations.restore import RestoreRequest, WorldPolicy, restore_from, restore_newest
 from ckptengine.operations.retention import Retention
 from ckptengine.operations.rhythm import Rhythm
 from ckptengine.operations.save import SaveJob, Saver, SaveSettings
@@ -130,7 +130,7 @@ class Checkpointer:
         fence.watch(self)
         # Nothing here may refer to self: a checkpointer that nobody closed ends when it is collected, or at exit.
         self._finalizer = weakref.finalize(self, _shut, self._saver, self._claims, self._port, self._pid)
-        # At exit our own hook ends it: that of the native engine, which weakref's may come after, would cut saves off.
+        # At exit our own hook ends it: that of the native engine, which weakref's may follow, would cut saves off.
         self._finalizer.atexit = False
         _open.add(self)
 
@@ -139,8 +139,8 @@ class Checkpointer:
     def save(self, step: int, *, metrics: Mapping[str, Any] | None = None) -> SaveHandle:
         """Start one checkpoint of ``step`` now; returns as soon as the capture is registered.
 
-        Raises the error of an earlier save, as ``on_failure`` says, and `UnsupportedValue` for a value in the state that
-        has no encoding; everything that goes wrong later is on the handle.
+        Raises the error of an earlier save, as ``on_failure`` says, and `UnsupportedValue` for a value in the state
+        that has no encoding; everything that goes wrong later is on the handle.
         """
         self._usable()
         if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 1 << 63:

@@ -18,8 +18,8 @@ from ckptengine.errors import UnusableRequest
 def main(argv: Sequence[str]) -> int:
     arguments = parser(
         "demo",
-        "Train a small byte-level GPT on the Python standard library with asynchronous checkpoints, kill it in the middle "
-        "of a save, resume it, and show that the result is bit-identical to a run that was never killed.",
+        "Train a small byte-level GPT on the Python standard library with asynchronous checkpoints, kill it in the "
+        "middle of a save, resume it, and show that the result is bit-identical to a run that was never killed.",
     )
     arguments.add_argument("--dir", help="where to run (default: a new temporary directory, which is kept)")
     arguments.add_argument("--ranks", type=int, default=1, help="processes; more than 1: FSDP2 over gloo (default 1)")
@@ -65,7 +65,8 @@ def _picture(story: Story, path: Path) -> None:
 def _verdict(story: Story, directory: Path, seconds: float) -> str:
     if story.same:
         tensors = "weights, optimizer state and loss curve"
-        return f"after SIGKILL and resume, {tensors} are BIT-IDENTICAL to the run that was never stopped ({seconds:.0f} s)"
+        same = "BIT-IDENTICAL to the run that was never stopped"
+        return f"after SIGKILL and resume, {tensors} are {same} ({seconds:.0f} s)"
     told = ", ".join(story.differing[:5]) or "none"
     return (
         f"THE RUNS DIFFER: tensors {told}; first differing loss at step "

@@ -24,11 +24,11 @@ def main(argv: Sequence[str]) -> int:
     arguments.add_argument("--layout", action="store_true", help="list every tensor with its sharding and fragments")
     arguments.add_argument("--rules", metavar="FILE|PRESET", help="how to read a checkpoint that needs rules")
     arguments.add_argument("--refs", metavar="FILE", help="export kerchunk-style references for stock zarr and fsspec")
-    arguments.add_argument("--policy", action="store_true", help="what the measured saves of a root say about intervals")
+    arguments.add_argument("--policy", action="store_true", help="what the measured saves of a root advise")
     arguments.add_argument("--json", action="store_true", help="print one JSON document")
     options = arguments.parse_args(argv)
     if options.policy:
-        return optional_module("ckptengine.cli.show_policy").show(options.path, as_json=options.json)
+        return int(optional_module("ckptengine.cli.show_policy").show(options.path, as_json=options.json))
     source = open_any(options.path, None, options.rules)
     if options.refs:
         references = optional_module("ckptengine.universal.refs", "zarr").refs(source, BoxReader)

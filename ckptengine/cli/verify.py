@@ -14,7 +14,7 @@ from ckptengine.operations.verify import verify
 
 
 def main(argv: Sequence[str]) -> int:
-    arguments = parser("verify", "Check every byte of a checkpoint against its digest; exit status 1 where any is wrong.")
+    arguments = parser("verify", "Check every byte of a checkpoint against its digest; exit status 1 if any is wrong.")
     arguments.add_argument("path", metavar="PATH", help="a checkpoint of any format: PATH, URL or PATH@STEP")
     arguments.add_argument("--rules", metavar="FILE|PRESET", help="how to read a checkpoint that needs rules")
     arguments.add_argument("--json", action="store_true", help="print one JSON document")

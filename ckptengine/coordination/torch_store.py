@@ -11,8 +11,10 @@ import os
 import socket
 import time
 import uuid
+from typing import Any
 
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, missing from its module's __all__
 
 from ckptengine.errors import CoordinationFailed, RankTimeout
 
@@ -33,24 +35,25 @@ class TorchStore:
         self._pid = os.getpid()
         self._closed = False
         self._prefix = uuid.uuid4().hex
-        offer: list[object] = [None]
+        offer: list[Any] = [None]
         if self.rank == 0:
             # Port 0 lets the system choose; bound on all interfaces because other nodes connect.
-            self._store = dist.TCPStore(
-                _address(), 0, self.world, is_master=True, timeout=self._timeout, wait_for_workers=False
-            )
+            self._store = self._connect(_address(), 0)
             offer = [(_address(), self._store.port, self._prefix)]
         source = dist.get_global_rank(group, 0) if group is not None else 0
         dist.broadcast_object_list(offer, src=source, group=group)
         if self.rank != 0:
-            host, port, self._prefix = offer[0]  # type: ignore[misc]
-            self._store = dist.TCPStore(
-                host, port, self.world, is_master=False, timeout=self._timeout, wait_for_workers=False
-            )
+            host, port, self._prefix = offer[0]
+            self._store = self._connect(host, port)
+
+    def _connect(self, host: str, port: int) -> TCPStore:
+        """Rank 0 serves the store, the others reach it."""
+        serves = self.rank == 0
+        return TCPStore(host, port, self.world, is_master=serves, timeout=self._timeout, wait_for_workers=False)
 
     def put(self, key: str, data: bytes) -> None:
         try:
-            self._store.set(f"{self._prefix}/{key}", data)
+            self._store.set(f"{self._prefix}/{key}", data)  # type: ignore[arg-type]  # takes bytes as well
         except RuntimeError as error:
             raise CoordinationFailed(f"rank {self.rank} cannot reach rank 0 to tell {key}: {error}") from error
 
@@ -67,7 +70,8 @@ class TorchStore:
                 raise CoordinationFailed(f"rank {self.rank} lost rank 0 while waiting for {key}: {error}") from error
             if time.monotonic() > deadline_s:
                 raise RankTimeout(
-                    f"rank {self.rank} waited {timeout_s:g} s for {key!r}: a rank died, hangs, or did not make the same call"
+                    f"rank {self.rank} waited {timeout_s:g} s for {key!r}: "
+                    "a rank died, hangs, or did not make the same call"
                 )
             time.sleep(pause_s)
             pause_s = min(pause_s * 1.5, _POLL_MAX_S)

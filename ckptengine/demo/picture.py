@@ -19,9 +19,11 @@ def draw(story: Story, path: Path) -> None:
     upper.plot(*_curve(story.resumed), color="tab:orange", linewidth=1.4, label="killed and resumed")
     committed = [save["step"] for save in story.resumed.saves if save["stage"] == "durable"]
     values = {step: float.fromhex(loss.split()[0]) for step, loss in story.resumed.losses.items()}
-    upper.plot(committed, [values[s] for s in committed], "v", color="tab:green", markersize=7, label="durable checkpoint")
-    upper.axvline(story.killed_at, color="tab:red", linestyle="--", label=f"SIGKILL inside the save of step {story.killed_at}")
-    upper.axvline(story.resumed_from, color="tab:purple", linestyle=":", label=f"resumed from step {story.resumed_from}")
+    losses = [values[step] for step in committed]
+    upper.plot(committed, losses, "v", color="tab:green", markersize=7, label="durable checkpoint")
+    killed, resumed = story.killed_at, story.resumed_from
+    upper.axvline(killed, color="tab:red", linestyle="--", label=f"SIGKILL inside the save of step {killed}")
+    upper.axvline(resumed, color="tab:purple", linestyle=":", label=f"resumed from step {resumed}")
     verdict = "every bit is the same" if story.same else "THE RUNS DIFFER"
     upper.set_title(f"A run killed in the middle of a save, resumed: {verdict}")
     upper.set_ylabel("loss (nats per byte)")

@@ -48,7 +48,9 @@ class Story:
         return not self.differing and not self.differing_losses
 
 
-def tell(directory: Path, ranks: int, say: Say, *, steps: int = STEPS, every: int = EVERY, kill_at: int = KILL_AT) -> Story:
+def tell(
+    directory: Path, ranks: int, say: Say, *, steps: int = STEPS, every: int = EVERY, kill_at: int = KILL_AT
+) -> Story:
     """Run the demo in ``directory`` (which must be new or empty) with ``ranks`` processes."""
     if directory.exists() and any(directory.iterdir()):
         raise UnusableRequest(f"{directory} is not empty; name a new directory with --dir")
@@ -129,7 +131,8 @@ def _end(processes: list[subprocess.Popen[bytes]]) -> int:
 def _expect(status: int, wanted: int, directory: Path) -> None:
     if status != wanted:
         raise CheckpointError(
-            f"a training run ended with {_status_text(status)} instead of {_status_text(wanted)}; see the logs in {directory}"
+            f"a training run ended with {_status_text(status)} instead of {_status_text(wanted)}; "
+            f"see the logs in {directory}"
         )
 
 

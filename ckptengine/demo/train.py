@@ -19,10 +19,10 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 import torch.distributed as dist
-from ckptengine.checkpointer import Checkpointer
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from ckptengine.checkpointer import Checkpointer
 from ckptengine.demo.corpus import ShuffledLoader, read_corpus
 from ckptengine.demo.gpt import GPT, GPTConfig
 from ckptengine.operations.handle import SaveHandle

@@ -14,6 +14,8 @@ def metrics_of(metrics: Mapping[str, Any] | None) -> dict[str, float]:
     for name, value in (metrics or {}).items():
         number = value.item() if hasattr(value, "item") else value
         if not isinstance(name, str) or isinstance(number, complex) or not isinstance(number, (int, float)):
-            raise UnsupportedValue(f"metrics[{name!r}] is {type(value).__name__}; a metric is a number under a text name")
-        found[name] = number if number == number and abs(number) != float("inf") else str(number)  # type: ignore[assignment]
+            kind = type(value).__name__
+            raise UnsupportedValue(f"metrics[{name!r}] is {kind}; a metric is a number under a text name")
+        finite = number == number and abs(number) != float("inf")
+        found[name] = number if finite else str(number)  # type: ignore[assignment]
     return found

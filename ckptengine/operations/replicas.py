@@ -19,7 +19,7 @@ _SHOWN = 8
 
 
 def held_digests(registered: Registered, structure: Structure, rank: int) -> list[tuple[int, int]]:
-    """(tensor, raw contribution) of every replicated tensor that this rank holds in host memory and does not write whole.
+    """(tensor, raw contribution) of every replica that this rank holds in host memory and does not write whole.
 
     Reads live memory: to be called before the fence lets go.  Tensors on a device are left out, a copy of each replica
     to the host would cost what writing it once saves.
@@ -68,8 +68,9 @@ def check_replicas(structure: Structure, notes: Sequence[Mapping[str, Any]]) -> 
     if wrong:
         more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
         raise ReplicasDiffer(
-            f"replicas that must be equal differ: {'; '.join(wrong[:_SHOWN])}{more}. The ranks have drifted apart (a missing "
-            "reduction, a different seed), or the values belong to each rank alone: then wrap them in ckptengine.PerRank"
+            f"replicas that must be equal differ: {'; '.join(wrong[:_SHOWN])}{more}. The ranks have drifted apart "
+            "(a missing reduction, a different seed), or the values belong to each rank alone: then wrap them in "
+            "ckptengine.PerRank"
         )
 
 

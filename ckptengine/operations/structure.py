@@ -10,9 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ckptengine.operations.attempts import Claims
-from ckptengine.plan.write import Planned, Writer, assign_writers, stored_pieces, writer_from_json, writer_to_json
-
 from ckptengine.coordination.port import Coordinator, gather, publish, receive
 from ckptengine.errors import CheckpointError, LayoutError, RanksDisagree
 from ckptengine.layout import layout_json
@@ -21,6 +18,8 @@ from ckptengine.layout.dtypes import itemsize
 from ckptengine.layout.irregular import Irregular
 from ckptengine.layout.piece import Piece
 from ckptengine.layout.sharding import Layout, replicated
+from ckptengine.operations.attempts import Claims
+from ckptengine.plan.write import Planned, Writer, assign_writers, stored_pieces, writer_from_json, writer_to_json
 from ckptengine.state.leaves import FlatState, TensorLeaf
 from ckptengine.store.envelope import canonical
 
@@ -87,7 +86,8 @@ def _describe_leaf(leaf: TensorLeaf) -> list[Any]:
 def merge(descriptions: Sequence[Sequence[Any]]) -> Structure:
     """One structure from the descriptions of ranks 0..n-1.
 
-    A tensor without a layout of its own is a replica on every rank that has it.  Raises `RanksDisagree` or `LayoutError`.
+    A tensor without a layout of its own is a replica on every rank that has it.  Raises `RanksDisagree` or
+    `LayoutError`.
     """
     found: dict[str, dict[int, list[Any]]] = {}
     for rank, description in enumerate(descriptions):
@@ -123,8 +123,8 @@ def _common(name: str, by_rank: Mapping[int, Sequence[Any]]) -> tuple[str, tuple
     if len(seen) > 1:
         told = "; ".join(f"{dtype}{list(shape)} on ranks {ranks[:8]}" for (dtype, shape), ranks in seen.items())
         raise RanksDisagree(
-            f"tensor {name!r} differs between ranks: {told}. Wrap shards in ckptengine.Sharded (their place in the whole) "
-            "or what belongs to each rank alone in ckptengine.PerRank"
+            f"tensor {name!r} differs between ranks: {told}. Wrap shards in ckptengine.Sharded (their place in the "
+            "whole) or what belongs to each rank alone in ckptengine.PerRank"
         )
     return next(iter(seen))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-
 from ckptengine import native
 from ckptengine.errors import CheckpointError, DigestMismatch
 from ckptengine.layout.box import Box

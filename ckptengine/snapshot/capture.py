@@ -18,7 +18,10 @@ GUARD_SAMPLES = 2
 
 @dataclass(frozen=True, slots=True)
 class Lazy:
-    """A live tensor that an extent reads, and what the tripwires compare; ``owners``: ids of the optimizers that write it."""
+    """A live tensor that an extent reads, and what the tripwires compare.
+
+    ``owners``: ids of the optimizers that write it.
+    """
 
     extent: int
     name: str
@@ -76,8 +79,8 @@ class Capture:
             if torn:
                 self._tear(
                     TornCapture(
-                        f"{type(optimizer).__name__} changed {_some(torn)} while it was being captured; the fence did not run "
-                        "before that update: call Checkpointer.fence() in front of it"
+                        f"{type(optimizer).__name__} changed {_some(torn)} while it was being captured; the fence did "
+                        "not run before that update: call Checkpointer.fence() in front of it"
                     )
                 )
 

@@ -1,7 +1,7 @@
 """The fence by itself: torch's global optimizer hooks, shared by every live checkpointer of the process.
 
-They fire for every optimizer's ``step`` (fused, foreach, capturable, compiled).  An update that no torch optimizer makes
-(a CUDA graph replay, an EMA, another library) needs `Checkpointer.fence()` by hand.
+They fire for every optimizer's ``step`` (fused, foreach, capturable, compiled).  An update that no torch optimizer
+makes (a CUDA graph replay, an EMA, another library) needs `Checkpointer.fence()` by hand.
 """
 
 from __future__ import annotations

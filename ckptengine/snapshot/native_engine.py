@@ -168,10 +168,9 @@ def _table(extents: Sequence[Extent]) -> tuple[npt.NDArray[Any], npt.NDArray[np.
         for n in extent.global_shape:
             total *= n
         device = region.device.index if region.device.type == "cuda" else -1
-        rows.append(
-            (region.data_ptr(), extent.nbytes, extent.offset, granule, runs.length * item, 0, (total - runs.stop) * item)
-            + (item, source_begin, source_dims, run_begin, len(loops) - run_begin, device)
-        )  # fmt: skip
+        run_dims, follow_bytes = len(loops) - run_begin, (total - runs.stop) * item
+        memory = (region.data_ptr(), extent.nbytes, extent.offset, granule, runs.length * item, 0, follow_bytes)
+        rows.append((*memory, item, source_begin, source_dims, run_begin, run_dims, device))
         granule += -(-extent.nbytes // GRANULE_BYTES)
     table = np.array(rows, native.EXTENT) if rows else np.zeros(0, native.EXTENT)
     return table, np.array(loops, np.int64).reshape(-1, 2), granule

@@ -135,7 +135,7 @@ class PlainJob:
                 self._granules[number] = np.concatenate(granules)
                 self._raw[number] = raw
                 self._mark(number)
-            write_all(self._ops, self._fd, memoryview(data), offset, self._path)
+            write_all(self._ops, self._fd, data.data, offset, self._path)
             self._written_bytes += len(data)
             offset += len(data)
             self._event(f"extent {number}", started_s, len(data))

@@ -36,8 +36,11 @@ class Extent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Digests:
-    """What an engine computed on the way: raw CRCs of all granules (extents in job order), and per extent its raw CRC and
-    its contribution to the raw CRC of its logical tensor (uint64 arrays)."""
+    """What an engine computed on the way, uint64 arrays.
+
+    Raw CRCs of all granules (extents in job order), and per extent its raw CRC and its contribution to the raw CRC of
+    its logical tensor.
+    """
 
     granules: npt.NDArray[np.uint64]
     extents: npt.NDArray[np.uint64]

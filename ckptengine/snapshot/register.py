@@ -8,8 +8,8 @@ from typing import Protocol
 
 import torch
 
-from ckptengine.layout.piece import Piece
 from ckptengine.layout.dtypes import itemsize
+from ckptengine.layout.piece import Piece
 from ckptengine.snapshot.capture import Lazy, storage_of
 from ckptengine.snapshot.port import Extent
 from ckptengine.state.leaves import TensorLeaf
@@ -76,7 +76,7 @@ def register(leaves: Sequence[TensorLeaf], pool: EagerPool) -> Registered:
 
 
 def _readable_in_place(leaf: TensorLeaf) -> bool:
-    """Whether every piece is a strided view of the live tensor: any piece of a contiguous one, or one piece that is all."""
+    """Whether every piece is a strided view of the live tensor: any of a contiguous one, or one piece that is all."""
     return leaf.tensor.is_contiguous() or (
         len(leaf.pieces) == 1
         and leaf.pieces[0].start == 0

@@ -7,8 +7,6 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, overload
 
-from ckptengine.plan.write import stored_overlapping, stored_pieces, writer_to_json
-
 import numpy as np
 
 from ckptengine.errors import CheckpointError, Damaged, NotFound, StorageFailed, Truncated, UnreadableFormat
@@ -17,14 +15,14 @@ from ckptengine.layout.box import Box
 from ckptengine.layout.dtypes import itemsize
 from ckptengine.layout.sharding import Layout
 from ckptengine.layout.tensor import Fragment, LogicalTensor
-from ckptengine.state.readable import readable
+from ckptengine.plan.write import stored_overlapping, stored_pieces, writer_to_json
 from ckptengine.sources.port import Files, Format, Opening
+from ckptengine.state.readable import readable
 from ckptengine.store import manifest as manifests
 from ckptengine.store import names
 from ckptengine.store.history import CommitRef, History
 from ckptengine.store.reader import Reader
 from ckptengine.store.root import Root
-
 
 log = logging.getLogger("ckptengine")
 

@@ -17,11 +17,11 @@ def readable(data: Json, array: ReadArray) -> Any:
     """Decode stored values.
 
     A tensor leaves no trace in a dict and None in a sequence; a module gives its extra state, an optimizer its
-    ``param_groups`` (with parameter names), an object its ``state_dict``; what is per rank is left out.  Types that this
-    process has not registered become `Opaque`.
+    ``param_groups`` (with parameter names), an object its ``state_dict``; what is per rank is left out.  Types that
+    this process has not registered become `Opaque`.
     """
 
-    def leaf(node: dict[str, Json], decoder: Decoder) -> object:
+    def leaf(node: dict[str, Any], decoder: Decoder) -> object:
         tag = node["$"]
         if tag == "module":
             extra = node.get("extra") or {}
@@ -38,7 +38,7 @@ def readable(data: Json, array: ReadArray) -> Any:
     return {} if value is _DROPPED else value
 
 
-def _optimizer(node: dict[str, Json], decoder: Decoder) -> dict[str, object]:
+def _optimizer(node: dict[str, Any], decoder: Decoder) -> dict[str, object]:
     groups = []
     for group in node["groups"]:
         values = decoder.decode(group["values"])

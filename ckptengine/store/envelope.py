@@ -37,8 +37,8 @@ def seal(kind: str, body: object) -> bytes:
 def unseal(kind: str, data: bytes, where: str) -> Any:
     """The body of a sealed document of ``kind``.
 
-    Raises `UnreadableFormat` (not ours, another kind, a newer major version), `Truncated` or `DigestMismatch`; ``where``
-    names the file in the message.
+    Raises `UnreadableFormat` (not ours, another kind, a newer major version), `Truncated` or `DigestMismatch`;
+    ``where`` names the file in the message.
     """
     line, newline, body = data.partition(b"\n")
     try:
@@ -52,7 +52,8 @@ def unseal(kind: str, data: bytes, where: str) -> Any:
         raise DigestMismatch(f"{where}: the header line is damaged or this is no ckptengine file") from None
     if major > VERSION[0] and line == canonical(header):
         raise UnreadableFormat(
-            f"{where}: written as format version {major}.{minor}; this ckptengine reads up to {VERSION[0]}.x: upgrade it"
+            f"{where}: written as format version {major}.{minor}; this ckptengine reads up to {VERSION[0]}.x: "
+            "upgrade it"
         )
     if found != kind:
         raise UnreadableFormat(f"{where}: holds a {found!r}, not a {kind!r}")

@@ -31,11 +31,11 @@ class StepEntry:
 
 
 def list_steps(root: Root) -> list[StepEntry]:
-    """Every step directory beneath ``root``, oldest step first.  Looks at manifests and file sizes, not at tensor bytes."""
+    """Every step directory beneath ``root``, oldest first.  Looks at manifests and file sizes, not at tensor bytes."""
     line = root.history.line()
     newest: dict[int, CommitRef] = {}
-    for ref in root.history.commits():
-        newest[ref.step] = ref
+    for commit in root.history.commits():
+        newest[commit.step] = commit
     entries = []
     for step in _steps(root):
         ref = line.get(step)

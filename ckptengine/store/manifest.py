@@ -52,7 +52,7 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """A committed checkpoint.  ``files[rank]`` is that rank's file; ``tensors`` are in ordinal order, sorted by name."""
+    """A committed checkpoint.  ``files[rank]`` is that rank's file; ``tensors`` are in ordinal order: by name."""
 
     run: str
     attempt: int

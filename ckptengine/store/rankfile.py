@@ -120,7 +120,10 @@ class Tail:
 
 
 def encode_tail(table: int, index: Index, granules: npt.NDArray[np.uint64], values: object) -> tuple[bytes, bytes]:
-    """The granule table and the tail of a rank file whose body ends at ``table``; granules are raw CRCs in index order."""
+    """The granule table and the tail of a rank file whose body ends at ``table``.
+
+    Granules are raw CRCs in index order.
+    """
     encoded_table = granules.astype("<u8").tobytes()
     records = np.ascontiguousarray(index, INDEX_DTYPE).tobytes()
     encoded = canonical(values)

@@ -19,7 +19,7 @@ _CLAIM_TRIES = 1000
 
 
 class Root:
-    """The directory in which a run's checkpoints rest, for reading and for claiming attempts.  Stateless: every call looks."""
+    """The directory in which a run's checkpoints rest, for reading and for claiming attempts; every call looks anew."""
 
     def __init__(self, path: str | os.PathLike[str], ops: FileOps | None = None, mode: int | None = None) -> None:
         self.path = Path(path).absolute()
@@ -60,7 +60,8 @@ class Root:
         manifest = manifests.decode(read_file(path, manifests.MANIFEST_LIMIT_BYTES), str(path))
         if (manifest.step, manifest.attempt, manifest.save) != (ref.step, ref.attempt, ref.save):
             raise UnreadableFormat(
-                f"{path}: says step {manifest.step}, attempt {manifest.attempt}, save {manifest.save}; the file was renamed"
+                f"{path}: says step {manifest.step}, attempt {manifest.attempt}, save {manifest.save}; "
+                "the file was renamed"
             )
         return manifest
 
@@ -78,7 +79,8 @@ class Root:
         parent = self.history.newest_attempt()
         if parent is not None and run is not None and run != parent.run:
             raise Conflict(
-                f"{self.path}: holds checkpoints of run {parent.run!r}, not of {run!r}; use another root or that run's id"
+                f"{self.path}: holds checkpoints of run {parent.run!r}, not of {run!r}; "
+                "use another root or that run's id"
             )
         number = self._claim_number(directory, (known[-1] if known else 0) + 1)
         inherited = frozenset(ref for ref in self.history.line().values() if upto is None or ref.step <= upto)

@@ -19,8 +19,8 @@ from ckptengine.layout.box import Box
 from ckptengine.layout.cover import prove_cover
 from ckptengine.layout.dtypes import itemsize
 from ckptengine.layout.tensor import LogicalTensor
+from ckptengine.sources import jsonvalues
 from ckptengine.sources.port import Source
-from ckptengine.state import encoding
 from ckptengine.universal.grid import Grid, chunk_box, chunk_counts, contiguous_grid
 from ckptengine.universal.metadata import ATTRIBUTE, VERSION, array_document, chunk_key, consolidated, group_document
 from ckptengine.universal.names import NameTree
@@ -63,7 +63,7 @@ def refs(source: Source, reader: MakesReader) -> dict[str, Any]:
             f"contiguous in a file ({shown}); use the zarr view, or convert the checkpoint to zarr"
         )
     ours: dict[str, Any] = {"version": VERSION, "format": source.format, "step": source.step}
-    ours["metrics"] = encoding.encode(dict(source.metrics))
+    ours["metrics"] = jsonvalues.to_json(dict(source.metrics))
     root = consolidated(group_document({ATTRIBUTE: ours}), nodes)
     texts = {f"{path}/zarr.json": json.dumps(node) for path, node in nodes.items()}
     return {"version": 1, "refs": {"zarr.json": json.dumps(root), **texts, **found}}

@@ -12,8 +12,8 @@ from typing import Any
 from ckptengine.errors import NotFound, UnreadableFormat
 from ckptengine.layout.dtypes import itemsize
 from ckptengine.layout.tensor import LogicalTensor
+from ckptengine.sources import jsonvalues
 from ckptengine.sources.port import Files
-from ckptengine.state import decoding
 from ckptengine.universal.datatypes import true_type
 from ckptengine.universal.decoding import DecodingFiles
 from ckptengine.universal.metadata import ATTRIBUTE, VERSION
@@ -58,7 +58,7 @@ class UniversalSource:
 
     @property
     def metrics(self) -> Mapping[str, float]:
-        found = decoding.decode(self._ours.get("metrics", {}))
+        found = jsonvalues.from_json(self._ours.get("metrics", {}))
         return {key: float(value) for key, value in found.items()} if isinstance(found, dict) else {}
 
     @property
@@ -89,11 +89,11 @@ class UniversalSource:
         return self._aliases
 
     def encoded_values(self) -> object:
-        """The typed encoding of the values, as stored; None where there is none."""
-        return self._ours.get("values")
+        """The typed encoding of a live state's values, where the checkpoint was made from one of ours; else None."""
+        return self._ours.get("live_values")
 
     def values(self) -> object:
-        return decoding.decode(self._ours["values"]) if "values" in self._ours else {}
+        return jsonvalues.from_json(self._ours.get("values", {}))
 
 
 def _attribute(node: Mapping[str, Any]) -> Mapping[str, Any]:

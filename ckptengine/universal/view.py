@@ -26,8 +26,8 @@ from ckptengine.errors import UnusableRequest
 from ckptengine.layout.box import Box
 from ckptengine.layout.dtypes import itemsize
 from ckptengine.layout.tensor import LogicalTensor
+from ckptengine.sources import jsonvalues
 from ckptengine.sources.port import Source
-from ckptengine.state import encoding
 from ckptengine.universal import registered as registered_types
 from ckptengine.universal.direct import DirectPipeline
 from ckptengine.universal.grid import Grid, chunk_box, chunk_counts, view_grid
@@ -79,7 +79,7 @@ class CheckpointStore(Store):
     def _root_attributes(self) -> dict[str, Any]:
         source = self.source
         ours: dict[str, Any] = {"version": VERSION, "format": source.format, "step": source.step}
-        ours["metrics"] = encoding.encode(dict(source.metrics))
+        ours["metrics"] = jsonvalues.to_json(dict(source.metrics))
         return {ATTRIBUTE: ours}
 
     def _opened(self, path: str) -> tuple[LogicalTensor, Grid, ReadsBoxes]:

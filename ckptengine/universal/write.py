@@ -16,8 +16,8 @@ import numpy.typing as npt
 from ckptengine.layout.box import Box
 from ckptengine.layout.dtypes import itemsize
 from ckptengine.layout.tensor import LogicalTensor
+from ckptengine.sources import jsonvalues
 from ckptengine.sources.writer import Document, Job, Sink, Target, Unit
-from ckptengine.state import encoding as values_encoding
 from ckptengine.universal.chunks import (
     MISSING,
     Cut,
@@ -120,8 +120,9 @@ def _root_attributes(job: Job) -> Json:
     return {
         "version": VERSION,
         "step": job.step,
-        "metrics": values_encoding.encode(dict(job.metrics)),
-        "values": values_encoding.encode(job.values) if job.encoded_values is None else job.encoded_values,
+        "metrics": jsonvalues.to_json(dict(job.metrics)),
+        "values": jsonvalues.to_json(job.values),
+        **({} if job.encoded_values is None else {"live_values": job.encoded_values}),
         "aliases": dict(job.aliases),
         "provenance": dict(job.provenance),
     }

@@ -7,7 +7,7 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 
-HARNESS = ("ckptengine_bench", "bench")
+HARNESS = ("ckptengine.bench", "bench")
 """The harness as installed, or as it lies in a checkout of the project."""
 
 

@@ -72,7 +72,8 @@ def on_cpu(function: Any) -> Any:
     return made
 
 
-def worker(case: str, out: Path) -> None:
+def start(options: dict[str, Any]) -> Any:
+    """Set up this process; returns torch."""
     import numpy
     import torch
 
@@ -81,7 +82,6 @@ def worker(case: str, out: Path) -> None:
     torch.distributed.init_process_group("gloo")
     from megatron.core import parallel_state, tensor_parallel
 
-    options = CASES[case][1]
     parallel_state.initialize_model_parallel(
         options.get("tp", 1),
         options.get("pp", 1),
@@ -90,6 +90,12 @@ def worker(case: str, out: Path) -> None:
     )
     torch.manual_seed(5)
     tensor_parallel.random.get_cuda_rng_tracker = lambda: Fork()
+    return torch
+
+
+def worker(case: str, out: Path) -> None:
+    options = CASES[case][1]
+    torch = start(options)
     chunks, optimizer = build(torch, options)
     for step in range(3):
         train(torch, chunks, optimizer, step)
@@ -230,15 +236,15 @@ def train(torch: Any, chunks: Any, optimizer: Any, step: int) -> None:
     optimizer.step()
 
 
-def sharded_states(chunks: Any, optimizer: Any, options: dict[str, Any]) -> dict[str, Any]:
+def sharded_states(chunks: Any, optimizer: Any, options: dict[str, Any], loading: bool = False) -> dict[str, Any]:
     metadata = {"distrib_optim_sharding_type": options.get("distributed") or "fully_reshardable"}
     metadata |= {"distrib_optim_fully_reshardable_mem_efficient": True, "chained_optim_avoid_prefix": True}
     state: dict[str, Any] = {}
     for number, chunk in enumerate(chunks):
         key = f"model{number}" if len(chunks) > 1 else "model"
-        state[key] = chunk.sharded_state_dict()
+        state[key] = chunk.module.sharded_state_dict()
     model_states = {key: value for key, value in state.items() if key.startswith("model")}
-    kwargs = {"metadata": metadata}
+    kwargs = {"metadata": metadata, "is_loading": loading}
     state["optimizer"] = optimizer.sharded_state_dict(model_states if len(chunks) > 1 else state["model"], **kwargs)
     return state
 

@@ -16,7 +16,7 @@ import pytest
 
 from ckptengine.errors import UnusableRequest
 from ckptengine.operations.convert import convert
-from ckptengine.sources.deepspeed.torchwrite import cast
+from ckptengine.sources.torchrecords import cast
 from ckptengine.sources.detect import open_source
 
 from .reading import read_bytes, truth_of_safetensors

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ckptengine.sources.deepspeed.torchwrite import Run, TorchFile
 from ckptengine.sources.deepspeed.training import Trained, Training
 from ckptengine.sources.emit import Tensor, size
+from ckptengine.sources.torchrecords import Run, TorchFile
 from ckptengine.sources.writer import Job
 
 DS_VERSION = "0.16.0"

@@ -16,9 +16,9 @@ from typing import Any
 from ckptengine.errors import UnusableRequest
 from ckptengine.sources.deepspeed.classes import fragment_address, loss_scaler, zero_stage
 from ckptengine.sources.deepspeed.modelfile import ds_version, model_states
-from ckptengine.sources.deepspeed.torchwrite import Run, TorchFile, memory_bytes, read_bytes
 from ckptengine.sources.deepspeed.training import Group, Trained, training_of
 from ckptengine.sources.emit import Tensor
+from ckptengine.sources.torchrecords import Run, TorchFile, memory_bytes, read_bytes
 from ckptengine.sources.writer import Document, Job, Target, Unit
 
 SUB_GROUP_SIZE = 1_000_000_000

@@ -16,10 +16,10 @@ from ckptengine.errors import UnusableRequest
 from ckptengine.layout.dtypes import itemsize
 from ckptengine.sources.deepspeed.classes import loss_scaler, zero_stage
 from ckptengine.sources.deepspeed.modelfile import ds_version, model_states
-from ckptengine.sources.deepspeed.torchwrite import Run, TorchFile, memory_bytes, read_bytes
 from ckptengine.sources.deepspeed.training import Trained, Training, training_of
 from ckptengine.sources.emit import Tensor
 from ckptengine.sources.stream import group_by_size
+from ckptengine.sources.torchrecords import Run, TorchFile, memory_bytes, read_bytes
 from ckptengine.sources.writer import Document, Job, Target, Unit
 
 VERSION = 0.4

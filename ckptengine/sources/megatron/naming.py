@@ -11,6 +11,15 @@ _FLAT_BUFFER = re.compile(r"(?:chained_\d+\.)?optimizer\.distributed\..*")
 _WRAPPER = "module."
 
 
+def wrapper_prefix(keys: Iterable[str]) -> str:
+    """What wrappers of the model put before every weight's key: ``module.``, several times, or nothing."""
+    weights = [key for key in keys if _STATE.fullmatch(key) is None and _FLAT_BUFFER.fullmatch(key) is None]
+    prefix = ""
+    while weights and all(key.startswith(prefix + _WRAPPER) for key in weights):
+        prefix += _WRAPPER
+    return prefix
+
+
 def canonical_names(keys: Iterable[str]) -> dict[str, str]:
     """Canonical name -> key, in the order of the keys.
 
@@ -18,14 +27,10 @@ def canonical_names(keys: Iterable[str]) -> dict[str, str]:
     distributed optimizer, whose parameters the checkpoint does not name, are left out.
     """
     keys = [key for key in keys if _FLAT_BUFFER.fullmatch(key) is None]
-    parsed = {key: _STATE.fullmatch(key) for key in keys}
-    weights = [key for key in keys if parsed[key] is None]
-    prefix = ""
-    while weights and all(key.startswith(prefix + _WRAPPER) for key in weights):
-        prefix += _WRAPPER
+    prefix = wrapper_prefix(keys)
     names: dict[str, str] = {}
     for key in keys:
-        match = parsed[key]
+        match = _STATE.fullmatch(key)
         if match is None:
             names[f"model.{key[len(prefix) :]}"] = key
         else:

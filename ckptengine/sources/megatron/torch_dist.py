@@ -13,7 +13,7 @@ from ckptengine.sources.dcp.metadata import METADATA, Item, TensorRecord, read_m
 from ckptengine.sources.dcp.source import DcpItems
 from ckptengine.sources.files import InlineFiles
 from ckptengine.sources.megatron.flattened import is_flattened, unflatten
-from ckptengine.sources.megatron.naming import canonical_names
+from ckptengine.sources.megatron.naming import canonical_names, wrapper_prefix
 from ckptengine.sources.megatron.steps import common_step
 from ckptengine.sources.plain import DROPPED, plain
 from ckptengine.sources.port import Files, Opening
@@ -82,10 +82,11 @@ class TorchDistSource:
         made = plain(dict(self._common))
         values = made if isinstance(made, dict) else {}
         objects = {}
+        prefix = wrapper_prefix(self._records)
         for key, item in self._objects.items():
             value = self._value(key, item)
             if value is not DROPPED and value is not None:
-                objects[key] = value
+                objects[key.removeprefix(prefix)] = value
         return {**values, "objects": objects} if objects else values
 
     def _value(self, key: str, item: Item | None) -> object:

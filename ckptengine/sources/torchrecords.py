@@ -1,4 +1,4 @@
-"""torch.save files for DeepSpeed: records of flat ranges of tensors, cast and padded as they are streamed."""
+"""torch.save files whose storages are runs of tensors, cast and padded as they are streamed."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class TorchFile:
 
     def nbytes(self, value: object) -> int:
         """The size of the file."""
-        small = _small_records(value)
+        small = small_records(value)
         names = [*small, *(f"data/{number}" for number in range(len(self.records)))]
         return zip_bytes(names, [*map(len, small.values()), *(record.nbytes for record in self.records)])
 
@@ -74,7 +74,7 @@ class TorchFile:
         """Write the file whose value is ``value``."""
         with target.create(path) as sink:
             zipped = ZipWriter(sink)
-            for name, data in _small_records(value).items():
+            for name, data in small_records(value).items():
                 zipped.add(name, data)
             for number, record in enumerate(self.records):
                 zipped.begin(f"data/{number}")
@@ -97,7 +97,8 @@ def read_bytes(job: Job, records: Sequence[Record]) -> int:
     )
 
 
-def _small_records(value: object) -> dict[str, bytes]:
+def small_records(value: object) -> dict[str, bytes]:
+    """The records of a torch.save file but its storages."""
     return {
         "data.pkl": dumps(value),
         ".format_version": b"1",

@@ -1,0 +1,206 @@
+"""Write a checkpoint that Megatron-core loads onto any parallelism: ``--to megatron``.
+
+The target holds ``latest_checkpointed_iteration.txt`` and ``iter_<N>/`` in the ``torch_dist`` format, which is torch
+DCP with Megatron's keys.  Names must be Megatron's, layers stacked where Megatron stacks them; a rule file or a preset
+such as ``llama-to-megatron`` gives them that form.  The layout only says into how many files tensors are cut.
+
+Options: ``master`` (``"fp32_param"``, the default, or ``"param"`` for the distributed optimizer's ``fully_reshardable``
+form): the key of fp32 copies.  ``legacy`` (default False): one folder per tensor- and pipeline-parallel rank of the
+layout with the weights only; tensor parallelism needs rules, ``megatron-gpt`` if none are given.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+
+from ckptengine.errors import UnusableRequest
+from ckptengine.layout.box import Box
+from ckptengine.layout.tensor import LogicalTensor
+from ckptengine.sources.dcp.write import DcpWriter
+from ckptengine.sources.emit import Global, Instance
+from ckptengine.sources.megatron.extra import extra_states
+from ckptengine.sources.megatron.legacy_write import LegacyWriter
+from ckptengine.sources.megatron.naming import MASTERS
+from ckptengine.sources.megatron.torch_dist import COMMON, MANIFEST
+from ckptengine.sources.rules.names import Names
+from ckptengine.sources.stored import NUMPY_DTYPES
+from ckptengine.sources.torchrecords import TorchFile
+from ckptengine.sources.typed import plain_values
+from ckptengine.sources.writer import Document, Job, Sink, Target, Unit
+
+TRACKER = "latest_checkpointed_iteration.txt"
+_BACKEND = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+
+
+class MegatronWriter:
+    """The writer of ``--to megatron``."""
+
+    format = "megatron"
+
+    def units(self, job: Job) -> Sequence[Unit]:
+        """Those of the DCP checkpoint that this is, or one per rank."""
+        if _is_legacy(job):
+            return LegacyWriter(job).units()
+        view = _View(job)
+        return [
+            dataclasses.replace(
+                unit,
+                tensors=tuple(dict.fromkeys(view.names[key] for key in unit.tensors)),
+                files=tuple(f"{view.folder}/{file}" for file in unit.files),
+            )
+            for unit in DcpWriter().units(view.job)
+        ]
+
+    def write(self, job: Job, unit: Unit, target: Target) -> Document:
+        """One file of tensors."""
+        if _is_legacy(job):
+            return LegacyWriter(job).write(unit, target)
+        view = _View(job)
+        inner = next(made for made in DcpWriter().units(view.job) if made.key == unit.key)
+        return DcpWriter().write(view.job, inner, _Beneath(target, view.folder))
+
+    def finish(self, job: Job, results: Mapping[str, Document], target: Target) -> None:
+        """The metadata, ``common.pt``, the manifest; and the file that makes the iteration the newest, last."""
+        iteration = job.step or 0
+        if not _is_legacy(job):
+            view = _View(job)
+            beneath = _Beneath(target, view.folder)
+            DcpWriter().finish(view.job, results, beneath)
+            file = TorchFile()
+            file.write(job, beneath, COMMON, view.common(file))
+            with beneath.create(MANIFEST) as sink:
+                sink.write(json.dumps(_BACKEND).encode())
+        with target.create(TRACKER) as sink:
+            sink.write(str(iteration).encode())
+
+
+def _is_legacy(job: Job) -> bool:
+    return job.options.get("legacy", False) is True
+
+
+class _View:
+    """The job as the DCP writer sees it: tensors under Megatron's keys, objects as its only values."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self.folder = f"iter_{job.step or 0:07d}"
+        master = job.options.get("master", MASTERS[0])
+        if master not in MASTERS:
+            raise UnusableRequest(f"option master = {master!r}; it is one of {', '.join(MASTERS)}")
+        self._is_distributed = master == MASTERS[1]
+        names = [name for name in job.names if name not in job.aliases]
+        known = Names(names)
+        self.names: dict[str, str] = {}
+        self._steps: list[str] = []
+        for name in names:
+            canonical = known.take_apart(name)
+            if not canonical.root:
+                raise UnusableRequest(f"{name!r} is neither a weight nor a state of one; drop or rename it with rules")
+            state = canonical.state
+            if state == "step":
+                self._steps.append(name)
+                continue
+            if state:
+                kept = master if state == "master" else state
+                self.names[f"optimizer.state.{kept}.{canonical.parameter}"] = name
+            else:
+                self.names[canonical.parameter] = name
+        plain = plain_values(job)
+        self._values: dict[str, Any] = dict(plain) if isinstance(plain, dict) else {}
+        objects = self._values.pop("objects", None)
+        shapes = {key: job.tensor(name).shape for key, name in self.names.items()}
+        self.job = dataclasses.replace(
+            job,
+            names=list(self.names),
+            tensor=self._tensor,
+            read=self._read,
+            values=dict(objects) if isinstance(objects, dict) else extra_states(shapes),
+            encoded_values=None,
+            aliases={},
+        )
+
+    def _tensor(self, key: str) -> LogicalTensor:
+        return dataclasses.replace(self._job.tensor(self.names[key]), name=key)
+
+    def _read(self, key: str, box: Box, out: Any) -> None:
+        self._job.read(self.names[key], box, out)
+
+    def common(self, file: TorchFile) -> dict[str, Any]:
+        """The value of ``common.pt``: what all ranks share, the optimizer's groups and its step among it."""
+        values = dict(self._values)
+        optim = values.pop("optim", None)
+        optimizer = values.get("optimizer")
+        if not isinstance(optimizer, dict):
+            groups = optim.get("param_groups", []) if isinstance(optim, dict) else []
+            bare = [{k: v for k, v in group.items() if k != "params"} for group in groups if isinstance(group, dict)]
+            optimizer = {"optimizer": {"param_groups": bare}} if bare else None
+        if optimizer is not None:
+            values["optimizer"] = self._for_optimizer(optimizer, file)
+        if isinstance(values.get("args"), dict):
+            values["args"] = Instance(Global("argparse", "Namespace"), values["args"])
+        return {**values, "iteration": self._job.step or 0}
+
+    def _for_optimizer(self, optimizer: dict[Any, Any], file: TorchFile) -> dict[Any, Any]:
+        """The optimizer's values with its step where that kind of optimizer keeps it: once, or in every group.
+
+        A chain of optimizers has its values by number.
+        """
+        if optimizer and all(isinstance(key, int) for key in optimizer):
+            chain = {key: value for key, value in optimizer.items() if isinstance(value, dict)}
+            return {key: self._for_optimizer(value, file) for key, value in chain.items()}
+        made = {key: value for key, value in optimizer.items() if key not in ("param_state_sharding_type", "state")}
+        inner = made.get("optimizer")
+        if isinstance(inner, dict):
+            made["optimizer"] = self._for_optimizer(inner, file)
+            return {**made, "param_state_sharding_type": "fully_reshardable"} if self._is_distributed else made
+        groups = made.get("param_groups")
+        if isinstance(groups, list) and self._steps:
+            bare = [{k: v for k, v in group.items() if k != "step"} for group in groups if isinstance(group, dict)]
+            if self._is_distributed:
+                step = self._read_step()
+                made["param_groups"] = [{**group, "step": step} for group in bare]
+            else:
+                made["param_groups"] = bare
+                made["state"] = {"common_step": file.whole(self._job, self._steps[0])}
+        return made
+
+    def _read_step(self) -> float | int:
+        tensor = self._job.tensor(self._steps[0])
+        data = bytearray(tensor.nbytes)
+        self._job.read(tensor.name, Box((), ()), memoryview(data))
+        if tensor.dtype not in NUMPY_DTYPES:
+            raise UnusableRequest(f"{tensor.name} is {tensor.dtype}, which is no counter")
+        number: float | int = np.frombuffer(data, NUMPY_DTYPES[tensor.dtype])[0].item()
+        return number
+
+
+class _Beneath:
+    """A folder of a target as a target."""
+
+    def __init__(self, target: Target, folder: str) -> None:
+        self._target = target
+        self._folder = folder
+
+    @property
+    def root(self) -> str:
+        return f"{self._target.root.rstrip('/')}/{self._folder}"
+
+    def create(self, path: str) -> AbstractContextManager[Sink]:
+        return self._target.create(f"{self._folder}/{path}")
+
+    def local_path(self, path: str) -> str | None:
+        return self._target.local_path(f"{self._folder}/{path}")
+
+
+WRITER = MegatronWriter

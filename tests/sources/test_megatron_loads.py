@@ -1,0 +1,113 @@
+"""What is written for Megatron, read again here and loaded by Megatron-core itself under other parallelism."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ckptengine.errors import RuleError, UnusableRequest
+from ckptengine.operations.convert import convert
+from ckptengine.sources.detect import open_source
+
+from .reading import read_bytes, truth_of_safetensors
+
+ARCHIVE = Path(__file__).parent / "data" / "megatron.tar.xz"
+FLAT = "flat_tp2_dp2"
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("megatron")
+    with tarfile.open(ARCHIVE) as tar:
+        tar.extractall(folder, filter="data")
+    return folder
+
+
+def contents(source: Any) -> dict[str, tuple[str, tuple[int, ...], str]]:
+    found = {}
+    for name in source.names():
+        tensor = source.tensor(name)
+        digest = hashlib.sha256(read_bytes(source.files, tensor)).hexdigest()
+        found[name] = (tensor.dtype, tensor.shape, digest)
+    return found
+
+
+@pytest.mark.parametrize(("layout", "master"), [(None, "fp32_param"), ("dp=3", "param"), ("tp=2,pp=2", "fp32_param")])
+def test_written_and_read_again(written: Path, tmp_path: Path, layout: str | None, master: str) -> None:
+    source = open_source(written / FLAT / "checkpoint")
+    convert(source, tmp_path / "target", to="megatron", layout=layout, options={"master": master})
+    made = open_source(tmp_path / "target")
+    assert (made.format, made.step) == ("megatron", 3)
+    assert contents(made) == contents(source)
+    before, after = source.values(), made.values()
+    assert after["args"] == before["args"]
+    groups = [values["optimizer"]["optimizer"]["param_groups"] for values in (after, before)]
+    assert [{**group, "step": 3.0} for group in groups[0]] == groups[1]
+
+
+@pytest.mark.parametrize("layout", ["tp=1", "tp=2,pp=1", "tp=4,pp=2", "tp=2,pp=4"])
+def test_legacy_weights(written: Path, tmp_path: Path, layout: str) -> None:
+    source = open_source(written / "legacy_tp2_pp2" / "checkpoint", rules="megatron-gpt")
+    convert(source, tmp_path / "target", to="megatron", layout=layout, options={"legacy": True})
+    made = open_source(tmp_path / "target", rules="megatron-gpt")
+    before = {name: held for name, held in contents(source).items() if name.startswith("model.")}
+    assert contents(made) == before
+    ranks = sorted(path.name for path in (tmp_path / "target" / "iter_0000003").iterdir())
+    degrees = dict(item.split("=") for item in layout.split(","))
+    assert len(ranks) == int(degrees.get("tp", 1)) * int(degrees.get("pp", 1))
+
+
+def test_what_cannot_be_written(written: Path, tmp_path: Path) -> None:
+    source = open_source(written / "legacy_tp2_pp2" / "checkpoint", rules="megatron-gpt")
+    target = tmp_path / "target"
+    with pytest.raises(UnusableRequest, match="4 layers do not divide into 3"):
+        convert(source, target, to="megatron", layout="pp=3", options={"legacy": True})
+    with pytest.raises(RuleError, match="does not divide over 3"):
+        convert(source, target, to="megatron", layout="tp=3", options={"legacy": True})
+    with pytest.raises(UnusableRequest, match="ep > 1"):
+        convert(source, target, to="megatron", layout="ep=2", options={"legacy": True})
+    with pytest.raises(UnusableRequest, match="master"):
+        convert(source, target, to="megatron", options={"master": "other"})
+    assert not target.exists()
+
+
+INSTALLED = all(importlib.util.find_spec(name) is not None for name in ("megatron", "safetensors"))
+
+
+@pytest.mark.skipif(not INSTALLED, reason="megatron-core is not installed")
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("ranks", "options"),
+    [
+        (1, {"bf16": True, "swiglu": True}),
+        (4, {"tp": 2, "pp": 2, "bf16": True, "swiglu": True}),
+        (4, {"tp": 4, "bf16": True, "swiglu": True}),
+        (2, {"bf16": True, "swiglu": True, "distributed": "fully_reshardable"}),
+        (4, {"tp": 2, "bf16": True, "swiglu": True, "distributed": "fully_reshardable"}),
+    ],
+)
+def test_megatron_loads(written: Path, tmp_path: Path, ranks: int, options: dict[str, Any]) -> None:
+    source = open_source(written / FLAT / "checkpoint")
+    master = "param" if "distributed" in options else "fp32_param"
+    convert(source, tmp_path / "target", to="megatron", options={"master": master})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPTIONS": json.dumps(options), "PYTHONWARNINGS": "ignore"}
+    environment |= {"CHECKPOINT": str(tmp_path / "target" / "iter_0000003"), "OUT": str(tmp_path)}
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=29899"]
+    script = str(Path(__file__).with_name("resume_megatron.py"))
+    done = subprocess.run([*command, script], env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    loaded = truth_of_safetensors(tmp_path / "loaded.safetensors")
+    truth = contents(source)
+    steps = {name for name in truth if name.endswith(".step")}
+    assert set(loaded) == set(truth) - steps
+    for name, (dtype, shape, digest) in loaded.items():
+        assert (dtype, tuple(shape), digest) == truth[name], name

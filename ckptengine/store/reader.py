@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from bisect import bisect_left
 from typing import Any, Protocol
 
 import numpy as np
@@ -34,6 +35,7 @@ class Reader:
         self._ranks = {self.path(rank): rank for rank in range(manifest.world)}
         self._tails: dict[int, rankfile.Tail] = {}
         self._by_offset: dict[int, npt.NDArray[np.int64]] = {}
+        self._keys: dict[int, list[int]] = {}
         self._granules: dict[tuple[int, int], npt.NDArray[np.uint64]] = {}
         self._lock = threading.Lock()
 
@@ -84,12 +86,27 @@ class Reader:
 
     def extent(self, rank: int, tensor: int, piece: int) -> int:
         """The row of an extent in the rank's index; `DigestMismatch` where there is none."""
-        tail = self.tail(rank)
-        row = int(np.searchsorted(_keys(tail.index), tensor << 32 | piece))
-        if row < len(tail.index) and (int(tail.index["tensor"][row]), int(tail.index["piece"][row])) == (tensor, piece):
+        keys = self._keys.get(rank)
+        if keys is None:
+            keys = self._keys[rank] = _keys(self.tail(rank).index).tolist()
+        key = tensor << 32 | piece
+        row = bisect_left(keys, key)
+        if row < len(keys) and keys[row] == key:
             return row
         name = self.manifest.tensors[tensor].name
         raise DigestMismatch(f"{self.path(rank)}: piece {piece} of tensor {name!r} is not in its index")
+
+    def located(self, rank: int, tensor: int, piece: int, nbytes: int) -> tuple[int, int]:
+        """(row in the rank's index, file offset) of an extent; `DigestMismatch` unless it has ``nbytes`` bytes."""
+        row = self.extent(rank, tensor, piece)
+        record = self.tail(rank).index[row]
+        if int(record["nbytes"]) != nbytes:
+            name = self.manifest.tensors[tensor].name
+            raise DigestMismatch(
+                f"{self.path(rank)}: piece {piece} of tensor {name!r} has {record['nbytes']} bytes, {nbytes} follow "
+                "from its sharding; the file is damaged"
+            )
+        return row, int(record["offset"])
 
     def row_at(self, path: str, offset: int) -> Any:
         """The index record of the extent that begins at ``offset`` of a rank file, None where there is none."""
@@ -145,7 +162,7 @@ class Reader:
         if start == 0 and len(view) == nbytes and nbytes <= _WHOLE_READ_BYTES:
             self._files.read_into(self.path(rank), base, view)
             if native.crc64(view) != int(record["crc"]):
-                raise self._wrong(rank, row, 0, nbytes)
+                raise self.mismatch(rank, row, 0, nbytes)
             return
         granules = self.granules(rank, row)
         stop = start + len(view)
@@ -167,7 +184,7 @@ class Reader:
         wrong = np.flatnonzero(found != granules[first : first + len(found)])
         if len(wrong):
             at = (first + int(wrong[0])) * GRANULE_BYTES
-            raise self._wrong(rank, row, at, at + GRANULE_BYTES)
+            raise self.mismatch(rank, row, at, at + GRANULE_BYTES)
 
     def granules(self, rank: int, row: int) -> npt.NDArray[np.uint64]:
         """The raw CRCs of an extent's granules, checked against the CRC of the extent."""
@@ -185,13 +202,14 @@ class Reader:
             self._granules[key] = granules
         return granules
 
-    def _wrong(self, rank: int, row: int, start: int, stop: int) -> DigestMismatch:
+    def mismatch(self, rank: int, row: int, start: int, stop: int) -> DigestMismatch:
+        """The error for bytes ``[start, stop)`` of an extent that do not match their digest."""
         record = self.tail(rank).index[row]
         name = self.manifest.tensors[int(record["tensor"])].name
         base = int(record["offset"])
         return DigestMismatch(
-            f"{self.path(rank)}: bytes {base + start}..{base + min(stop, int(record['nbytes']))} of tensor {name!r} do not "
-            "match their digest; the file is damaged"
+            f"{self.path(rank)}: bytes {base + start}..{base + min(stop, int(record['nbytes']))} of tensor {name!r} do "
+            "not match their digest; the file is damaged"
         )
 
 

@@ -89,7 +89,33 @@ def moto(directory: Path) -> Iterator[str]:
 def gateway(directory: Path) -> Iterator[str]:
     """An S3 server that does not honour conditional puts (its bucket is called ``ckpt``); its endpoint."""
     pytest.importorskip("s3fs", reason="s3fs is not installed")
-    juicefs, database, port = tool("juicefs"), f"sqlite3://{directory}/meta.db", free_port()
+    port = free_port()
+    juicefs, database = formatted(directory)
+    command = [juicefs, "gateway", "--no-usage-report", "--cache-dir", str(directory / "cache"), database]
+    user = {"MINIO_ROOT_USER": USER, "MINIO_ROOT_PASSWORD": SECRET}
+    with process([*command, f"127.0.0.1:{port}"], directory / "gateway.log", lambda: answers(port), user):
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextlib.contextmanager
+def fuse(directory: Path) -> Iterator[Path]:
+    """A FUSE network file system; where it is mounted."""
+    if not os.path.exists("/dev/fuse") or os.getuid() != 0:
+        pytest.skip("mounting FUSE needs /dev/fuse and root")
+    juicefs, database = formatted(directory)
+    mount = directory / "mount"
+    mount.mkdir()
+    command = [juicefs, "mount", "--no-usage-report", "--cache-dir", str(directory / "cache"), database, str(mount)]
+    with process(command, directory / "mount.log", lambda: os.path.ismount(mount)):
+        try:
+            yield mount
+        finally:
+            subprocess.run(["umount", "-l", str(mount)], check=False)
+
+
+def formatted(directory: Path) -> tuple[str, str]:
+    """The juicefs program and the database of a new volume beneath ``directory``."""
+    juicefs, database = tool("juicefs"), f"sqlite3://{directory}/meta.db"
     made = subprocess.run(
         [juicefs, "format", "--storage", "file", "--bucket", f"{directory}/blocks/", database, "ckpt"],
         capture_output=True,
@@ -98,10 +124,7 @@ def gateway(directory: Path) -> Iterator[str]:
     )
     if made.returncode:
         pytest.skip(f"juicefs format failed: {made.stderr[-300:]!r}")
-    command = [juicefs, "gateway", "--no-usage-report", "--cache-dir", str(directory / "cache"), database]
-    user = {"MINIO_ROOT_USER": USER, "MINIO_ROOT_PASSWORD": SECRET}
-    with process([*command, f"127.0.0.1:{port}"], directory / "gateway.log", lambda: answers(port), user):
-        yield f"http://127.0.0.1:{port}"
+    return juicefs, database
 
 
 def s3_options(endpoint: str) -> dict[str, object]:

@@ -377,6 +377,41 @@ def test_parts_in_memory_are_bounded(loop: IoLoop, source: LocalTier, tmp_path: 
     assert 3 << 16 <= most[0] <= 5 << 16
 
 
+MEASURED = """
+import sys, threading, pathlib
+from ckptengine.operations.drain import Drain
+from ckptengine.operations.transfer import DrainFile
+from ckptengine.tiers.local import LocalTier
+from ckptengine.tiers.loop import IoLoop
+
+def anonymous():
+    return sum(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+
+root, name, size = sys.argv[1:]
+loop = IoLoop()
+drain = Drain(LocalTier(root + "/source"), LocalTier(root + "/target"), loop)
+before = anonymous()
+done = drain.submit(1, [DrainFile(name, int(size))], None)
+peak = 0
+while not done.done():
+    peak = max(peak, anonymous() - before)
+assert done.result().sent_bytes == int(size)
+print(peak)
+"""
+
+
+def test_memory_is_bounded_whatever_the_size(loop: IoLoop, tmp_path: Path) -> None:
+    name, size = "step-000000001/rank-00000-a000001-n0001.bin", 600 << 20
+    path = tmp_path / "source" / name
+    path.parent.mkdir(parents=True)
+    with path.open("wb") as file:
+        file.truncate(size)
+    arguments = [sys.executable, "-c", MEASURED, str(tmp_path), name, str(size)]
+    measured = subprocess.run(arguments, check=False, timeout=100, capture_output=True, text=True)
+    assert measured.returncode == 0, measured.stderr
+    assert int(measured.stdout) < 192 << 20
+
+
 def test_many_cycles_leave_nothing_open(loop: IoLoop, source: LocalTier, tmp_path: Path) -> None:
     step = write_step(source.root, 1, extents=(1000,))
     drain_one(loop, source, LocalTier(tmp_path / "warm"), step)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from ckptengine.tiers import local_files, mounts
 from ckptengine.tiers.local import LocalTier
 from ckptengine.tiers.loop import BlockingTier, IoLoop
 
+from . import services
 from .contract import BIG, PART, TierContract, loop, put_all
 
 __all__ = ["loop"]
@@ -39,6 +42,20 @@ class TestLocalTier(TierContract):
         assert flat.entries() == []
         assert flat.sweep("step-000000001/") == ["step-000000001/.manifest-a000001-n0001.json.77.tmp"]
         assert os.listdir(tier.root) == [".lock"]
+
+
+@pytest.fixture(scope="module")
+def fuse(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with services.fuse(tmp_path_factory.mktemp("fuse")) as mount:
+        yield mount
+
+
+class TestFuse(TierContract):
+    """A network file system through FUSE."""
+
+    @pytest.fixture
+    def tier(self, fuse: Path) -> LocalTier:
+        return LocalTier(fuse / uuid.uuid4().hex)
 
 
 @pytest.fixture

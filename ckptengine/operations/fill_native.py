@@ -111,9 +111,7 @@ class Executor:
                 memory_alignment=alignment,
                 offset_alignment=alignment,
             )
-            return native.read_ranges(
-                files, ranges, threads=_THREADS, granule_bytes=GRANULE_BYTES, granule_slots=slots
-            )
+            return native.read_ranges(files, ranges, threads=_THREADS, granule_bytes=GRANULE_BYTES, granule_slots=slots)
 
     def _read_remote(self, batch: Batch, ranges: npt.NDArray[Any], slots: int) -> tuple[_Words, _Words]:
         """Raw CRCs per range and per granule; neighbours are read in one request."""

@@ -19,7 +19,7 @@ from ckptengine.errors import (
     UnreadableFormat,
     UnsupportedValue,
 )
-from ckptengine.operations.filling import fill_targets
+from ckptengine.operations.filling import Fill
 from ckptengine.sources.native import NativeSource, open_commit
 from ckptengine.sources.port import Files, Source
 from ckptengine.state import random as streams
@@ -151,11 +151,13 @@ def _try_commit(turn: _Round, open_source: Callable[[], Source]) -> str | None:
     """Fill from one source on all ranks.  None: done; else why all ranks must take another one."""
     source: Source | None = None
     filling: Filling | None = None
+    fill: Fill | None = None
     problems: tuple[str, ...] = ()
     error: CheckpointError | None = None
     try:
         source = open_source()
         filling = _prepare(turn, source)
+        fill = Fill(source, filling.targets, shared=turn.port.world > 1)
     except StateMismatch as mismatch:
         problems = mismatch.problems or (str(mismatch),)
     except UnsupportedValue as refused:
@@ -167,10 +169,10 @@ def _try_commit(turn: _Round, open_source: Callable[[], Source]) -> str | None:
         return told
     strict = turn.request.strict and turn.request.names is None
     _raise_mismatch(turn, problems, filling.unused if filling is not None and strict else ())
-    assert source is not None and filling is not None
+    assert filling is not None and fill is not None
     turn.touched = True
     try:
-        fill_targets(source, filling.targets)
+        fill.run()
     except BAD_COPY as found:
         error = found
     told = turn.all_good(error)

@@ -13,6 +13,8 @@ from ckptengine.sources.deepspeed.source import FORMAT as DEEPSPEED
 from ckptengine.sources.files import LocalFiles, is_url, open_files
 from ckptengine.sources.megatron.source import FORMAT as MEGATRON
 from ckptengine.sources.port import Files, Format, Opening, Source
+from ckptengine.sources.rules.parse import load_rules
+from ckptengine.sources.rules.present import present
 from ckptengine.sources.safetensors.source import FORMAT as SAFETENSORS
 from ckptengine.sources.torchfile.source import FORMAT as TORCH
 
@@ -31,15 +33,18 @@ def open_source(
     rules: str | os.PathLike[str] | None = None,
     *,
     formats: Sequence[Format] = FORMATS,
+    views: bool = True,
 ) -> Source:
     """The checkpoint at a local path or an fsspec URL; a trailing ``@<digits>`` or ``@latest`` picks a step.
 
     The path may be a file, a checkpoint's folder, or a folder of steps as the frameworks lay them out.  ``formats``
-    are tried in their order.  Raises `NotFound` where there is nothing (or not that step), `UnreadableFormat` where
+    are tried in their order.  ``rules`` say what pieces mean, and (unless ``views`` is False) how the whole is shown.
+    Raises `NotFound` where there is nothing (or not that step), `UnreadableFormat` where
     nothing that is there is known, and what the format's own opener raises.
     """
     files, entry, wanted = _locate(os.fspath(path))
-    return _open_at(files, entry, wanted if step is None else step, rules, formats)
+    source = _open_at(files, entry, wanted if step is None else step, rules, formats)
+    return present(source, load_rules(rules)) if rules is not None and views else source
 
 
 def split_step(path: str) -> tuple[str, int | None, bool]:

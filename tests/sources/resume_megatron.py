@@ -8,8 +8,21 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from make_megatron import build, gather, sharded_states, start, train
+
+
+def keep_step(kind: Any) -> None:
+    """With torch's Adam, whose step is a state like others, Megatron 0.16 asks the loaded tensors for it."""
+    plain = kind._set_main_param_and_optimizer_states
+
+    def patched(self: Any, parameter: Any, tensors: Any) -> None:
+        group, order = self.model_param_group_index_map[parameter]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        plain(self, parameter, {**tensors, "step": state["step"].clone()})
+
+    kind._set_main_param_and_optimizer_states = patched
 
 
 def main() -> None:
@@ -19,6 +32,11 @@ def main() -> None:
     from safetensors.torch import save_file
 
     chunks, optimizer = build(torch, options)
+    if options.get("distributed"):
+        from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+        keep_step(DistributedOptimizer)
+        train(torch, chunks, optimizer, 7)  # with torch's Adam Megatron wants states before it loads them
     state = sharded_states(chunks, optimizer, options, loading=True)
     loaded = dist_checkpointing.load(state, os.environ["CHECKPOINT"])
     for number, chunk in enumerate(chunks):

@@ -117,16 +117,23 @@ class Rules:
     name: str
     rules: tuple[Rule, ...]
     variables: Mapping[str, Variable] = field(default_factory=dict)
+    _layouts: tuple[Rule, ...] = field(init=False, repr=False, default=())
+    _views: tuple[Rule, ...] = field(init=False, repr=False, default=())
+
+    def __post_init__(self) -> None:
+        layouts = tuple(rule for rule in self.rules if rule.layout is not None or rule.expert is not None)
+        object.__setattr__(self, "_layouts", layouts)
+        object.__setattr__(self, "_views", tuple(rule for rule in self.rules if rule.view is not None))
 
     def layout_rule(self, name: str) -> tuple[Rule, re.Match[str]] | None:
         """The rule that says how pieces of the parameter ``name`` make it whole."""
-        return self._claim(name, [rule for rule in self.rules if rule.layout is not None or rule.expert is not None])
+        return self._claim(name, self._layouts)
 
     def view_rule(self, name: str) -> tuple[Rule, re.Match[str]] | None:
         """The rule that says how the parameter ``name`` is shown."""
-        return self._claim(name, [rule for rule in self.rules if rule.view is not None])
+        return self._claim(name, self._views)
 
-    def _claim(self, name: str, rules: list[Rule]) -> tuple[Rule, re.Match[str]] | None:
+    def _claim(self, name: str, rules: tuple[Rule, ...]) -> tuple[Rule, re.Match[str]] | None:
         claims = [(rule, match) for rule in rules if (match := rule.match.fullmatch(name)) is not None]
         if not claims:
             return None

@@ -67,7 +67,7 @@ class _View:
         self._rules = rules
         names = list(base.names())
         self._names = Names(names)
-        self._values = base.values()
+        self._read_values: list[object] = []
         taken = {name: self._names.take_apart(name) for name in names}
         parameters = list(dict.fromkeys(canonical.parameter for canonical in taken.values()))
         rules.check(parameters)
@@ -116,6 +116,13 @@ class _View:
 
     def values(self) -> object:
         return _with_groups(self._values, self._renamed)
+
+    @property
+    def _values(self) -> object:
+        """The base's values, read when they are first asked for."""
+        if not self._read_values:
+            self._read_values.append(self._base.values())
+        return self._read_values[0]
 
     def tensor(self, name: str) -> LogicalTensor:
         recipe = self._recipes.get(name)

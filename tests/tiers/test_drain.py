@@ -401,7 +401,7 @@ print(peak)
 
 
 def test_memory_is_bounded_whatever_the_size(loop: IoLoop, tmp_path: Path) -> None:
-    name, size = "step-000000001/rank-00000-a000001-n0001.bin", 600 << 20
+    name, size = "step-000000001/rank-00000-a000001-n0001.bin", 300 << 20
     path = tmp_path / "source" / name
     path.parent.mkdir(parents=True)
     with path.open("wb") as file:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -74,13 +76,14 @@ def test_carries_and_commits(loop: IoLoop, source: LocalTier, target: LocalTier)
 
 @pytest.mark.skipif(not SHARED_MEMORY.is_dir(), reason="no memory file system at /dev/shm")
 def test_from_memory(loop: IoLoop, target: LocalTier) -> None:
-    memory = MemoryTier(f"test-drain-{uuid.uuid4().hex}")
+    base = Path(tempfile.mkdtemp(dir=SHARED_MEMORY))
     try:
+        memory = MemoryTier("job", base=base)
         step = write_step(memory.root, 7)
         drain_one(loop, memory, target, step)
         assert_equal(loop, memory, target, step)
     finally:
-        subprocess.run(["rm", "-rf", str(memory.root)], check=True)
+        shutil.rmtree(base)
 
 
 def test_nothing_is_there_before_the_manifest(loop: IoLoop, source: LocalTier, target: LocalTier) -> None:

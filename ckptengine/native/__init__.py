@@ -11,18 +11,7 @@ address: the caller keeps it alive and in place for as long as a function says. 
 from ckptengine.native.engine import Engine, Progress, WriteJob
 from ckptengine.native.faults import arm_fault, disarm_faults
 from ckptengine.native.files import DirectSupport, Files, ReadDigests, drop_cache, probe_direct, read_ranges
-from ckptengine.native.library import (
-    EXTENT,
-    NO_LOOPS,
-    RANGE,
-    SEGMENT_BYTES,
-    TRACE,
-    TRACE_KINDS,
-    available,
-    backend,
-    cuda_available,
-)
-from ckptengine.native.memory import (
+from ckptengine.native.host_memory import (
     copy_raw_crc64,
     crc64,
     digest,
@@ -33,6 +22,17 @@ from ckptengine.native.memory import (
     raw_positioned,
     scatter,
     shift,
+)
+from ckptengine.native.library import (
+    EXTENT,
+    NO_LOOPS,
+    RANGE,
+    SEGMENT_BYTES,
+    TRACE,
+    TRACE_KINDS,
+    available,
+    backend,
+    cuda_available,
 )
 
 __all__ = [

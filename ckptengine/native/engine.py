@@ -48,7 +48,8 @@ class Engine:
     one.  ``bytes_per_second`` caps writing (0: no cap; a fence that waits lifts it).  ``io_priority`` is 0 as the
     process, 1 low, 2 idle; ``niceness`` is added to the threads'.  Needs the native library (`UnusableRequest`).
 
-    A forked child cannot use its parent's engine (RuntimeError).  Engines are closed at interpreter exit.
+    A forked child cannot use its parent's engine or jobs (`UnusableRequest`, RuntimeError).  Engines are closed at
+    interpreter exit.
     """
 
     def __init__(
@@ -65,15 +66,21 @@ class Engine:
         if library is None:
             raise UnusableRequest("the native engine is not available; use the portable one")
         self.buffer_bytes = buffer_bytes
-        self._engine = library.Engine(
-            workers=workers,
-            buffers=buffers,
-            buffer_bytes=buffer_bytes,
-            pin=pin,
-            bytes_per_second=bytes_per_second,
-            io_priority=io_priority,
-            niceness=niceness,
-        )
+        try:
+            self._engine = library.Engine(
+                workers=workers,
+                buffers=buffers,
+                buffer_bytes=buffer_bytes,
+                pin=pin,
+                bytes_per_second=bytes_per_second,
+                io_priority=io_priority,
+                niceness=niceness,
+            )
+        except (RuntimeError, MemoryError) as error:
+            raise UnusableRequest(
+                f"cannot set up an engine of {workers} threads and {buffers} buffers of {buffer_bytes} bytes: {error}; "
+                "ask for fewer or smaller buffers"
+            ) from error
         _engines.add(self)
 
     def submit(
@@ -96,26 +103,30 @@ class Engine:
         is written or has stopped; ``keep`` is a reference held for that long.  ``reserve_bytes`` are preallocated, and
         set the file's size, before the first write.  ``order`` names extents to capture first.  ``compute_streams``
         are (device, cudaStream_t) whose present work the copies from that device come after.  ValueError for extents
-        that overlap, are out of order or contradict themselves.
+        that overlap, are out of order or contradict themselves; `UnusableRequest` when the engine is closed, belongs to
+        a parent process, or cannot reach a device.
         """
         direct = files.direct >= 0
-        job = self._engine.submit(
-            extents=octets_of_records(extents, EXTENT),
-            loops=np.ascontiguousarray(loops, np.int64),
-            direct=files.direct,
-            buffered=files.buffered,
-            body_begin=body[0],
-            body_end=body[1],
-            segment_bytes=min(SEGMENT_BYTES, self.buffer_bytes),
-            granule_bytes=granule_bytes,
-            granule_slots=granule_slots,
-            memory_alignment=files.memory_alignment if direct else 1,
-            offset_alignment=files.offset_alignment if direct else 1,
-            min_live_bytes=16384,
-            reserve_bytes=reserve_bytes,
-            order=ids_of(order if order is not None else ()),
-            compute_streams=list(compute_streams),
-        )
+        try:
+            job = self._engine.submit(
+                extents=octets_of_records(extents, EXTENT),
+                loops=np.ascontiguousarray(loops, np.int64),
+                direct=files.direct,
+                buffered=files.buffered,
+                body_begin=body[0],
+                body_end=body[1],
+                segment_bytes=min(SEGMENT_BYTES, self.buffer_bytes),
+                granule_bytes=granule_bytes,
+                granule_slots=granule_slots,
+                memory_alignment=files.memory_alignment if direct else 1,
+                offset_alignment=files.offset_alignment if direct else 1,
+                min_live_bytes=16384,
+                reserve_bytes=reserve_bytes,
+                order=ids_of(order if order is not None else ()),
+                compute_streams=list(compute_streams),
+            )
+        except RuntimeError as error:
+            raise UnusableRequest(f"cannot start writing {files.name}: {error}") from error
         return WriteJob(job, files, keep)
 
     @property

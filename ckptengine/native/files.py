@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from ckptengine.errors import StorageFailed, Truncated
 from ckptengine.layout import crc64, digest
 from ckptengine.layout.digest import Words
+from ckptengine.native.host_memory import memory
 from ckptengine.native.library import RANGE, SEGMENT_BYTES, library, octets_of_records
-from ckptengine.native.memory import memory
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,13 +2,14 @@
 
     python -m bench.bitflips --flips 10000 [--seed 0]
 
-Three checks per flip, on a small checkpoint with every kind of content: `verify` reports it; a load raises, or fills the
-state with exactly the right bytes; reading each tensor raises or gives exactly the right bytes.
+Three checks per flip, on a small checkpoint with every kind of content: `verify` reports it; a load raises, or fills
+the state with exactly the right bytes; reading each tensor raises or gives exactly the right bytes.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import random
@@ -93,10 +94,8 @@ class Flipper:
             problems += [f"{name} was loaded wrong" for name in wrong_leaves(state)]
         except CheckpointError:
             pass
-        try:
+        with contextlib.suppress(CheckpointError):
             problems += self._read()
-        except CheckpointError:
-            pass
         return problems
 
     def _read(self) -> list[str]:
@@ -109,7 +108,8 @@ class Flipper:
                     part = checkpoint.read(name, slice(3, 5)) if found.ndim else None
                 except CheckpointError:
                     continue
-                if not torch.equal(found, wanted[name]) or (part is not None and not torch.equal(part, wanted[name][3:5])):
+                wrong_part = part is not None and not torch.equal(part, wanted[name][3:5])
+                if wrong_part or not torch.equal(found, wanted[name]):
                     problems.append(f"{name} was read wrong")
         return problems
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from ckptengine.errors import CheckpointError
+from ckptengine.version import version
 
 COMMANDS = {
     "demo": "train a small GPT, kill it in a save, resume, and show that not a bit differs",
@@ -40,9 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(_usage())
         return 0 if arguments else 2
     if arguments[0] == "--version":
-        from importlib.metadata import version
-
-        sys.stdout.write(f"ckptengine {version('ckptengine')}\n")
+        sys.stdout.write(f"ckptengine {version}\n")
         return 0
     if arguments[0] not in COMMANDS:
         sys.stderr.write(f"ckptengine: no command {arguments[0]!r}; commands are {', '.join(COMMANDS)}\n")

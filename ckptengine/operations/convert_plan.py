@@ -133,22 +133,12 @@ def make_plan(
     writer = writer_of(to)
     names = list(source.names())
     tensors = _Tensors(source)
-    covered = 0
     aliases = source.aliases()
-    for name in names:
-        if name not in aliases:
-            tensor = tensors.tensor(name)
-            prove_cover(name, tensor.shape, [fragment.box for fragment in tensor.fragments])
-            covered += 1
+    own = [name for name in names if name not in aliases]
+    for name in own:
+        tensor = tensors.tensor(name)
+        prove_cover(name, tensor.shape, [fragment.box for fragment in tensor.fragments])
     threads = _fitting_workers(workers, memory_bytes)
-    chosen = layout or Layout()
-    provenance = {
-        "version": version,
-        "source": source.files.root,
-        "format": source.format,
-        "step": source.step,
-        "rules": None if rules is None else str(rules),
-    }
     job = Job(
         names=names,
         tensor=tensors.tensor,
@@ -158,20 +148,14 @@ def make_plan(
         aliases=aliases,
         step=source.step,
         metrics=source.metrics,
-        layout=chosen,
+        layout=layout or Layout(),
         chunk_bytes=max(LEAST_CHUNK_BYTES, min(CHUNK_BYTES, memory_bytes // (4 * threads))),
         unit_memory_bytes=memory_bytes // threads,
         options=dict(options or {}),
-        provenance=provenance,
+        provenance=_provenance(source, rules),
         rules=rules,
     )
     units = writer.units(job)
-    largest = sorted((unit.memory_bytes for unit in units), reverse=True)[:threads]
-    if largest and largest[0] + _THREAD_BYTES > memory_bytes:
-        raise UnusableRequest(
-            f"converting to {to} needs {largest[0] + _THREAD_BYTES} bytes of memory for one of its files and may use "
-            f"{memory_bytes}; allow more memory"
-        )
     plan = Plan(
         source=source.files.root,
         source_format=source.format,
@@ -184,11 +168,33 @@ def make_plan(
         files=len({file for unit in units for file in unit.files}),
         read_bytes=sum(unit.read_bytes for unit in units),
         write_bytes=sum(unit.write_bytes for unit in units),
-        peak_memory_bytes=min(memory_bytes, sum(largest) + threads * _THREAD_BYTES),
+        peak_memory_bytes=_peak_memory_bytes(to, units, threads, memory_bytes),
         workers=threads,
-        covered=covered,
+        covered=len(own),
     )
     return Planned(source, writer, job, units, plan, memory_bytes, _fingerprint(source, tensors, job, units, plan))
+
+
+def _provenance(source: Source, rules: object) -> dict[str, object]:
+    """What the target records of where it came from."""
+    return {
+        "version": version,
+        "source": source.files.root,
+        "format": source.format,
+        "step": source.step,
+        "rules": None if rules is None else str(rules),
+    }
+
+
+def _peak_memory_bytes(to: str, units: Sequence[Unit], threads: int, memory_bytes: int) -> int:
+    """What the largest units hold at the same time; `UnusableRequest` where one alone needs more than there is."""
+    largest = sorted((unit.memory_bytes for unit in units), reverse=True)[:threads]
+    if largest and largest[0] + _THREAD_BYTES > memory_bytes:
+        raise UnusableRequest(
+            f"converting to {to} needs {largest[0] + _THREAD_BYTES} bytes of memory for one of its files and may use "
+            f"{memory_bytes}; allow more memory"
+        )
+    return min(memory_bytes, sum(largest) + threads * _THREAD_BYTES)
 
 
 def _fitting_workers(workers: int | None, memory_bytes: int) -> int:

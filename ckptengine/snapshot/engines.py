@@ -6,6 +6,7 @@ import os
 import threading
 
 from ckptengine import native
+from ckptengine.snapshot.native_engine import NativeEngine
 from ckptengine.snapshot.plain import PlainEngine
 from ckptengine.snapshot.port import CaptureEngine
 from ckptengine.store.files import FileOps
@@ -25,8 +26,6 @@ def engine_for(arena_bytes: int | None = None, ops: FileOps | None = None) -> Ca
     """
     if ops is not None or os.environ.get(ENGINE_VARIABLE) == "portable" or not native.available():
         return PlainEngine(ops)
-    from ckptengine.snapshot.native_engine import NativeEngine
-
     size_bytes = arena_bytes or ARENA_BYTES
     with _guard:
         # A forked child has none of its parent's threads: it builds its own.

@@ -13,7 +13,7 @@ import ckptengine as ce
 
 
 def state_of(step: int, rank: int = 0, world: int = 1) -> dict[str, Any]:
-    """The state at ``step``: small tensors of several dtypes, a large one, values; with ``world`` > 1 one is sharded."""
+    """The state at ``step``: small tensors of several dtypes, a large one, values; with ``world`` > 1 one sharded."""
     base = step * 2_003
     wide = torch.arange(12_000, dtype=torch.int64) + base
     state: dict[str, Any] = {
@@ -87,7 +87,8 @@ def debris(root: Path) -> list[str]:
     """Files beneath a root that no manifest names and that are no attempt records or locks; empty step folders too."""
     found = []
     for folder in sorted(root.glob("step-*")):
-        manifests = {path.name.removeprefix("manifest-").removesuffix(".json") for path in folder.glob("manifest-*.json")}
+        found = folder.glob("manifest-*.json")
+        manifests = {path.name.removeprefix("manifest-").removesuffix(".json") for path in found}
         names = sorted(path.name for path in folder.iterdir())
         if not names:
             found.append(f"{folder.name}/")

@@ -1,4 +1,4 @@
-"""The facade's behaviour when things go wrong around it: other jobs, odd roots, exceptions, forks, ends of processes."""
+"""The facade when things go wrong around it: other jobs, odd roots, exceptions, forks, ends of processes."""
 
 from __future__ import annotations
 
@@ -311,7 +311,8 @@ def test_a_failure_while_closing_goes_with_the_loop_s_exception(tmp_path: Path) 
         ops.arm(Fault(8, "fail", errno.ENOSPC))
         checkpointer.save(1)
         raise ZeroDivisionError
-    with pytest.raises(SaveFailed, match="ENOSPC"), ce.Checkpointer(state_of(1), tmp_path, file_ops=ops) as checkpointer:
+    refused = pytest.raises(SaveFailed, match="ENOSPC")
+    with refused, ce.Checkpointer(state_of(1), tmp_path, file_ops=ops) as checkpointer:
         ops.arm(Fault(8, "fail", errno.ENOSPC))
         checkpointer.save(1)
 

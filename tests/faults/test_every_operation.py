@@ -1,4 +1,4 @@
-"""Every file operation of a save fails in every way: named error at once, nothing lost, nothing left, next save works."""
+"""Every file operation of a save fails in every way: named error, nothing lost, nothing left, next save works."""
 
 from __future__ import annotations
 

@@ -59,7 +59,8 @@ def use_everything(root: Path) -> None:
 def places(document: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """The paths of all nodes of a JSON document."""
     found = [path]
-    children = document.items() if isinstance(document, dict) else enumerate(document) if isinstance(document, list) else ()
+    values = enumerate(document) if isinstance(document, list) else ()
+    children = document.items() if isinstance(document, dict) else values
     for key, child in children:
         found += places(child, (*path, key))
     return found
@@ -129,7 +130,8 @@ def test_a_newer_version_says_so(root: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_json_that_is_too_deep_or_not_json(root: Path) -> None:
     path = manifest_path(root)
-    for data in (b"", b"\n", b"{}\n{}", b"[" * 100_000, b"\xff\xfe\n", b'{"version":[1,0],"bytes":1}\n1', os.urandom(5000)):
+    header = b'{"version":[1,0],"bytes":1}\n1'
+    for data in (b"", b"\n", b"{}\n{}", b"[" * 100_000, b"\xff\xfe\n", header, os.urandom(5000)):
         path.write_bytes(data)
         with pytest.raises(CheckpointError):
             ce.open(root, 1)

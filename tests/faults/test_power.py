@@ -95,7 +95,7 @@ def test_the_emulation_finds_a_writer_that_does_not_flush(tmp_path: Path) -> Non
 
 
 def test_a_failed_save_whose_removal_is_lost_in_a_power_cut(tmp_path: Path) -> None:
-    """The flush behind the manifest's name fails and power goes: the save before it is the newest, or this one whole."""
+    """The flush behind the manifest's name fails and power goes: the save before is the newest, or this one whole."""
     before = tmp_path / "before"
     before.mkdir()
     log = PowerLog(before)

@@ -1,4 +1,4 @@
-"""Faults of one rank of two: nobody hangs, nothing acknowledged is lost, and a late rank changes nothing that counts."""
+"""Faults of one rank of two: nobody hangs, nothing acknowledged is lost, a late rank changes nothing that counts."""
 
 from __future__ import annotations
 

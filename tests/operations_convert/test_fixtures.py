@@ -1,4 +1,4 @@
-"""Real checkpoints of the frameworks to zarr, read by stock zarr and held against what the frameworks said was in them."""
+"""Real checkpoints of the frameworks to zarr, read by stock zarr and held against what the frameworks said."""
 
 from __future__ import annotations
 

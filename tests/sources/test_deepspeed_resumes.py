@@ -16,8 +16,8 @@ import pytest
 
 from ckptengine.errors import UnusableRequest
 from ckptengine.operations.convert import convert
-from ckptengine.sources.torchrecords import cast
 from ckptengine.sources.detect import open_source
+from ckptengine.sources.torchrecords import cast
 
 from .reading import read_bytes, truth_of_safetensors
 

@@ -9,9 +9,12 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+
+T = TypeVar("T")
 
 
 class Fenced(Protocol):
@@ -50,11 +53,20 @@ def unwatch(target: Fenced) -> None:
             _handles.clear()
 
 
+def _not_traced(hook: T) -> T:
+    """Have torch.compile call the hook as it is, as `torch.compiler.disable` does, without importing the compiler."""
+    for mark, value in (("", True), ("_recursive", True), ("_msg", "waits for captures in flight")):
+        setattr(hook, f"_torchdynamo_disable{mark}", value)
+    return hook
+
+
+@_not_traced
 def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for target in list(_live):
         target.before_update(optimizer)
 
 
+@_not_traced
 def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for target in list(_live):
         target.after_update(optimizer)

@@ -32,7 +32,7 @@ from ckptengine.policy.interval import Interval
 from ckptengine.policy.keep import Keep
 from ckptengine.snapshot import fence
 from ckptengine.snapshot.engines import engine_for
-from ckptengine.snapshot.register import EagerPool, register
+from ckptengine.snapshot.register import Registrar
 from ckptengine.sources.files import open_files
 from ckptengine.state.walker import Walker
 from ckptengine.store.files import FileOps
@@ -112,7 +112,7 @@ class Checkpointer:
         self._root = Root(root, file_ops, mode)
         self._port = choose(process_group, rank_timeout_s)
         self._walker = Walker(state, random=random)
-        self._pool = EagerPool()
+        self._registrar = Registrar()
         self._saves = self._restores = 0
         self._rhythm = Rhythm(interval, self._port, rank_timeout_s)
         self._troubles = Troubles(failure_policy(on_failure))
@@ -157,7 +157,7 @@ class Checkpointer:
             step=step,
             number=self._saves,
             flat=flat,
-            registered=register(flat.tensors, self._pool),
+            registered=self._registrar.register(flat.tensors),
             metrics=metrics_of(metrics),
             handle=handle,
         )

@@ -162,6 +162,12 @@ def combine_granules(raws: Words, granule_bytes: int, total_bytes: int) -> int:
     return combine(head, int(raws[-1]), total_bytes - (expected - 1) * granule_bytes)
 
 
+def standard_each(raws: Words, nbytes: NDArray[np.int64] | NDArray[np.uint64]) -> Words:
+    """`raw_to_standard` of many: the standard CRCs of byte strings of ``nbytes`` from their raw ones."""
+    ones = np.full(len(raws), _ONES, np.uint64)
+    return raws.astype(np.uint64) ^ shift_each(ones, nbytes) ^ ones
+
+
 def format_digest(standard: int) -> str:
     """``"crc64nvme:<16 hex digits>"``, the written form of a standard CRC."""
     return f"{ALGORITHM}:{standard:016x}"

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from ckptengine import native
-from ckptengine.layout.digest import raw_to_standard
-from ckptengine.snapshot.port import CaptureEngine, Extent, WriteJob
+from ckptengine.layout.digest import standard_each
+from ckptengine.snapshot.port import CaptureEngine, Extents, WriteJob
 from ckptengine.store import rankfile
 from ckptengine.store.files import FileOps, close_after_failure, discard, guarded, write_all
 
@@ -27,34 +27,30 @@ class Sealed:
 
 
 class RankWriter:
-    """One rank file from creation to durability.  ``keys`` are (tensor, piece) ordinals of ``extents``."""
+    """One rank file from creation to durability.  ``keys``: (tensor, piece) ordinals of the extents, uint32[n, 2]."""
 
     def __init__(
-        self, ops: FileOps, path: Path, identity: rankfile.FileIdentity, mode: int, keys: Sequence[tuple[int, int]]
+        self, ops: FileOps, path: Path, identity: rankfile.FileIdentity, mode: int, keys: npt.NDArray[np.uint32]
     ) -> None:
         self._ops, self._path, self._identity = ops, path, identity
         self._keys = keys
         self._offsets: list[int] = []
-        self._sizes: list[int] = []
+        self._sizes: Sequence[int] = []
         self._end = rankfile.HEADER_BYTES
         self._job: WriteJob | None = None
         self._fd: int | None = guarded("create", path, lambda: ops.create(path, mode))
 
-    def start(self, engine: CaptureEngine, extents: Sequence[Extent], addresses: Sequence[int]) -> WriteJob:
-        """Place ``extents`` (their offsets are set here) and start capturing them.
-
-        ``addresses``: where each lies in memory, 0 for what is not written straight from there.
-        """
-        self._sizes = [extent.nbytes for extent in extents]
-        placed = addresses if engine.direct else [0] * len(extents)
+    def start(self, engine: CaptureEngine, extents: Extents) -> WriteJob:
+        """Place ``extents`` and start capturing them."""
+        self._sizes = extents.sizes
+        placed = extents.addresses if engine.direct else [0] * len(extents)
         self._offsets, self._end = rankfile.place(self._sizes, placed)
         fd = self._fd
         assert fd is not None
         if self._end > rankfile.HEADER_BYTES:
             guarded("allocate", self._path, lambda: self._ops.preallocate(fd, self._end))
         write_all(self._ops, fd, rankfile.encode_header(self._identity), 0, self._path)
-        located = [replace(extent, offset=offset) for extent, offset in zip(extents, self._offsets, strict=True)]
-        self._job = engine.start(fd, self._path, located, rankfile.HEADER_BYTES, self._end)
+        self._job = engine.start(fd, self._path, extents.at(self._offsets), rankfile.HEADER_BYTES, self._end)
         return self._job
 
     def seal(self, values: object) -> Sealed:
@@ -70,10 +66,16 @@ class RankWriter:
         self._fd = None
         guarded("close", self._path, lambda: self._ops.close(fd))
         guarded("flush directory", self._path.parent, lambda: self._ops.fsync_dir(self._path.parent))
-        contributions: dict[int, int] = {}
-        for (tensor, _), raw in zip(self._keys, digests.contributions.tolist(), strict=True):
-            contributions[tensor] = contributions.get(tensor, 0) ^ raw
-        return Sealed(self._end + len(table) + len(tail), native.crc64(tail), contributions)
+        return Sealed(
+            self._end + len(table) + len(tail), native.crc64(tail), self._contributions(digests.contributions)
+        )
+
+    def _contributions(self, raws: npt.NDArray[np.uint64]) -> dict[int, int]:
+        """Tensor ordinal -> what this rank adds to its raw CRC."""
+        found: dict[int, int] = {}
+        for tensor, raw in zip(self._keys[:, 0].tolist(), raws.tolist(), strict=True):
+            found[tensor] = found.get(tensor, 0) ^ raw
+        return found
 
     def _index(
         self, granules: npt.NDArray[np.uint64], raws: npt.NDArray[np.uint64]
@@ -82,13 +84,15 @@ class RankWriter:
         index = np.zeros(len(self._keys), rankfile.INDEX_DTYPE)
         if not len(index):
             return index, granules
-        index["tensor"], index["piece"] = np.array(self._keys, np.uint32).T
+        index["tensor"], index["piece"] = self._keys.T
         index["offset"], index["nbytes"] = self._offsets, self._sizes
-        index["crc"] = [raw_to_standard(raw, n) for raw, n in zip(raws.tolist(), self._sizes, strict=True)]
+        index["crc"] = standard_each(raws, index["nbytes"].astype(np.int64))
         order = np.lexsort((index["piece"], index["tensor"]))
-        starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(rankfile.granule_counts(index["nbytes"]))])
-        parts = [granules[starts[i] : starts[i + 1]] for i in order.tolist()]
-        return index[order], np.concatenate(parts) if parts else granules
+        counts = rankfile.granule_counts(index["nbytes"])
+        starts = (np.cumsum(counts) - counts)[order]  # where each extent's granules begin, in the new order
+        counts = counts[order]
+        begins = np.cumsum(counts) - counts
+        return index[order], granules[np.repeat(starts - begins, counts) + np.arange(len(granules))]
 
     def abort(self, *, keep: bool = False) -> None:
         """Stop and leave nothing behind; never raises (the error that led here is the one to report).

@@ -14,13 +14,16 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from torch.optim.optimizer import Optimizer
 
 from ckptengine.coordination.port import Coordinator, gather, publish, receive
-from ckptengine.errors import CheckpointError, CoordinationFailed, SaveFailed, Superseded
-from ckptengine.layout.digest import raw_to_standard
+from ckptengine.errors import CheckpointError, CoordinationFailed, SaveFailed, StorageFailed, Superseded
+from ckptengine.layout.digest import standard_each
 from ckptengine.operations.attempts import Claims
 from ckptengine.operations.handle import SaveHandle
 from ckptengine.operations.rank_writer import RankWriter, Sealed
@@ -28,7 +31,7 @@ from ckptengine.operations.replicas import check_replicas, held_digests
 from ckptengine.operations.structure import Agreement, Structure
 from ckptengine.snapshot.capture import Capture
 from ckptengine.snapshot.port import CaptureEngine
-from ckptengine.snapshot.register import Registered, extents_of
+from ckptengine.snapshot.register import Planner, Registered
 from ckptengine.state.leaves import FlatState
 from ckptengine.state.merge import merge_aliases, merge_values
 from ckptengine.store import names
@@ -40,6 +43,7 @@ from ckptengine.version import version
 
 log = logging.getLogger("ckptengine")
 
+_CREATE_TRIES = 5
 CANCEL_S = 5.0
 """How long closing waits for a save that it cancelled, and for each background thread."""
 
@@ -83,6 +87,7 @@ class Saver:
         self, root: Root, port: Coordinator, engine: CaptureEngine, settings: SaveSettings, claims: Claims | None
     ) -> None:
         self._root, self._port, self._engine, self._settings = root, port, engine, settings
+        self._planner = Planner()
         self._agreement = Agreement(port, settings.rank_timeout_s, claims)
         self._to_capture: queue.SimpleQueue[SaveJob | None] = queue.SimpleQueue()
         self._to_commit: queue.SimpleQueue[SaveJob | None] = queue.SimpleQueue()
@@ -209,15 +214,14 @@ class Saver:
             raise job.cancelled
         rank = self._port.rank
         directory = self._root.step_path(job.step)
-        make_dirs(self._root.ops, directory, self._root.mode)
         identity = self._identity(job)
-        planned = extents_of(job.registered, structure, rank)
+        extents, keys, lazy = self._planner.plan(job.registered, structure, rank)
         path = directory / names.rank_file(rank, job.attempt, job.number)
-        job.writer = RankWriter(self._root.ops, path, identity, self._root.file_mode, planned.keys)
+        job.writer = self._create(path, identity, keys)
         started_s = time.perf_counter()
-        work = job.writer.start(self._engine, planned.extents, planned.addresses)
+        work = job.writer.start(self._engine, extents)
         job.handle.track(work.progress)
-        job.capture = Capture(work, planned.lazy, paranoid=self._settings.paranoid)
+        job.capture = Capture(work, lazy, job.registered.versions, paranoid=self._settings.paranoid)
         if self._port.world > 1:  # while the engine streams, and before the fence can let go
             job.held = held_digests(job.registered, structure, rank)
         job.ready.set()
@@ -226,6 +230,18 @@ class Saver:
             raise job.capture.error
         job.handle.event("capture", started_s)
         job.handle.advance("captured")
+
+    def _create(self, path: Path, identity: FileIdentity, keys: npt.NDArray[np.uint32]) -> RankWriter:
+        """The rank file, in a step directory that is there: retention removes empty ones, ours in between too."""
+        for _ in range(_CREATE_TRIES):
+            make_dirs(self._root.ops, path.parent, self._root.mode)
+            try:
+                return RankWriter(self._root.ops, path, identity, self._root.file_mode, keys)
+            except StorageFailed as failed:
+                if not isinstance(failed.__cause__, FileNotFoundError):
+                    raise
+                refused = failed
+        raise refused
 
     def _identity(self, job: SaveJob) -> FileIdentity:
         return FileIdentity(
@@ -303,13 +319,15 @@ class Saver:
         publish(self._port, key, {})
 
     def _manifest(self, job: SaveJob, structure: Structure, notes: Sequence[Mapping[str, Any]]) -> Manifest:
-        raws = [0] * len(structure.tensors)
+        raws = np.zeros(len(structure.tensors), np.uint64)
         for one in notes:
-            for tensor, raw in one["crcs"]:
-                raws[tensor] ^= raw
+            if one["crcs"]:
+                found = np.array(one["crcs"], np.uint64)
+                raws[found[:, 0].astype(np.int64)] ^= found[:, 1]
+        crcs = standard_each(raws, np.array([t.nbytes for t in structure.tensors], np.int64)).tolist()
         tensors = [
-            TensorRecord(t.name, t.dtype, t.shape, t.layout, t.writer, raw_to_standard(raw, t.nbytes))
-            for t, raw in zip(structure.tensors, raws, strict=True)
+            TensorRecord(t.name, t.dtype, t.shape, t.layout, t.writer, crc)
+            for t, crc in zip(structure.tensors, crcs, strict=True)
         ]
         return Manifest(
             run=job.run,

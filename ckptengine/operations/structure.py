@@ -5,6 +5,7 @@ Ranks describe themselves once; later saves only say that nothing changed.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from ckptengine.layout.cover import prove_cover
 from ckptengine.layout.dtypes import itemsize
 from ckptengine.layout.irregular import Irregular
 from ckptengine.layout.piece import Piece
-from ckptengine.layout.sharding import Layout, replicated
+from ckptengine.layout.sharding import Layout, Sharding, replicated
 from ckptengine.operations.attempts import Claims
 from ckptengine.plan.write import Planned, Writer, assign_writers, stored_pieces, writer_from_json, writer_to_json
 from ckptengine.state.leaves import FlatState, TensorLeaf
@@ -46,6 +47,9 @@ class Structure:
     tensors: tuple[GlobalTensor, ...]
     layouts: tuple[Layout, ...]
     documents: tuple[Any, ...]
+    _pieces: dict[tuple[int, Writer, tuple[int, ...], int], tuple[Piece, ...]] = field(
+        init=False, repr=False, compare=False, default_factory=dict
+    )
     _ordinals: dict[str, int] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -58,7 +62,12 @@ class Structure:
     def stored(self, ordinal: int, rank: int) -> tuple[Piece, ...]:
         """The pieces of a tensor that ``rank`` writes."""
         tensor = self.tensors[ordinal]
-        return stored_pieces(self.layouts[tensor.layout], tensor.writer, tensor.shape, rank)
+        key = (tensor.layout, tensor.writer, tensor.shape, rank)
+        pieces = self._pieces.get(key)
+        if pieces is None:
+            pieces = stored_pieces(self.layouts[tensor.layout], tensor.writer, tensor.shape, rank)
+            self._pieces[key] = pieces
+        return pieces
 
     def prove(self, world: int) -> None:
         """Prove that what all ranks write covers every tensor exactly; `LayoutError` names what does not."""
@@ -96,18 +105,23 @@ def merge(descriptions: Sequence[Sequence[Any]]) -> Structure:
     documents: list[Any] = []
     layouts: list[Layout] = []
     interned: dict[bytes, int] = {}
+    known: dict[int, int] = {}
+    kept: list[Layout] = []
     rows: list[tuple[str, str, tuple[int, ...], int]] = []
     for name in sorted(found):
         by_rank = found[name]
         dtype, shape = _common(name, by_rank)
         layout = _common_layout(name, by_rank)
-        document = layout_json.to_json(layout)
-        key = canonical(document)
-        if key not in interned:
-            interned[key] = len(layouts)
-            layouts.append(layout)
-            documents.append(document)
-        rows.append((name, dtype, shape, interned[key]))
+        number = known.get(id(layout))
+        if number is None:
+            document = layout_json.to_json(layout)
+            number = interned.setdefault(canonical(document), len(layouts))
+            if number == len(layouts):
+                layouts.append(layout)
+                documents.append(document)
+            known[id(layout)] = number
+            kept.append(layout)  # so that its id stays its own
+        rows.append((name, dtype, shape, number))
     items = [Planned(name, dtype, shape, layouts[layout]) for name, dtype, shape, layout in rows]
     writers = assign_writers(items, world=len(descriptions))
     tensors = tuple(GlobalTensor(*row, writer) for row, writer in zip(rows, writers, strict=True))
@@ -129,10 +143,15 @@ def _common(name: str, by_rank: Mapping[int, Sequence[Any]]) -> tuple[str, tuple
     return next(iter(seen))
 
 
+@functools.lru_cache(maxsize=1024)
+def _replicated(ranks: tuple[int, ...]) -> Sharding:
+    return replicated(ranks)
+
+
 def _common_layout(name: str, by_rank: Mapping[int, Sequence[Any]]) -> Layout:
     documents = {rank: layout for rank, (_, _, layout) in by_rank.items()}
     if all(document is None for document in documents.values()):
-        return replicated(sorted(documents))
+        return _replicated(tuple(sorted(documents)))
     if any(document is None for document in documents.values()):
         plain = [rank for rank, document in documents.items() if document is None]
         raise RanksDisagree(f"tensor {name!r} is sharded on some ranks and plain on ranks {plain[:8]}")

@@ -3,33 +3,39 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch.optim.optimizer import Optimizer
 
 from ckptengine.errors import CheckpointError, Stalled, TornCapture
 from ckptengine.snapshot.port import WriteJob
+from ckptengine.state.leaves import TensorLeaf
+
+Places = npt.NDArray[np.int64]
 
 GUARD_SAMPLES = 2
 """Granules per extent that the mutation guard digests again; paranoid mode takes all."""
 
 
-@dataclass(frozen=True, slots=True)
-class Lazy:
-    """A live tensor that an extent reads, and what the tripwires compare.
+class LazySet:
+    """The extents that read live tensors, and what the tripwires compare; the same for every save of a structure."""
 
-    ``owners``: ids of the optimizers that write it.
-    """
-
-    extent: int
-    name: str
-    tensor: torch.Tensor
-    version: int
-    address: int
-    storage: int
-    owners: frozenset[int]
+    def __init__(self, extents: Sequence[int], leaves: Sequence[TensorLeaf]) -> None:
+        self.extents = np.array(extents, np.int64)
+        self.leaves = leaves
+        self.addresses = [leaf.tensor.data_ptr() for leaf in leaves]
+        self.by_storage: dict[int, list[int]] = {}
+        self.by_owner: dict[int, list[int]] = {}
+        self.unowned: list[int] = []
+        for place, leaf in enumerate(leaves):
+            self.by_storage.setdefault(storage_of(leaf.tensor), []).append(place)
+            for owner in leaf.owners:
+                self.by_owner.setdefault(owner, []).append(place)
+            if not leaf.owners:
+                self.unowned.append(place)
 
 
 class Capture:
@@ -39,14 +45,14 @@ class Capture:
     the capture.  Version counters, addresses and sampled bytes are extra tripwires.
     """
 
-    def __init__(self, job: WriteJob, lazy: Sequence[Lazy], *, paranoid: bool = False) -> None:
+    def __init__(self, job: WriteJob, lazy: LazySet, versions: Mapping[str, int], *, paranoid: bool = False) -> None:
         self._job = job
+        self._lazy = lazy
+        self._versions = versions
         self._paranoid = paranoid
         self._lock = threading.Lock()
-        self._waiting = {item.extent: item for item in lazy}
-        self._by_storage: dict[int, list[int]] = {}
-        for item in lazy:
-            self._by_storage.setdefault(item.storage, []).append(item.extent)
+        self._waiting = np.ones(len(lazy.extents), np.bool_)
+        self._released = not len(lazy.extents)
         self._error: CheckpointError | None = None
 
     @property
@@ -57,25 +63,25 @@ class Capture:
     @property
     def released(self) -> bool:
         """Whether every live tensor may change again."""
-        return not self._waiting
+        return self._released
 
     def fence(self, optimizer: Optimizer | None, timeout_s: float | None) -> None:
         """Block until what ``optimizer`` (None: everything) overwrites, and what no optimizer owns, is captured.
 
         Past ``timeout_s`` the save is given up rather than training stopped.  Raises nothing: the save's handle tells.
         """
-        extents = self._wanted(optimizer)
-        if not extents:
+        places = self._wanted(optimizer)
+        if not len(places):
             return
-        if not self._job.wait_captured(extents, timeout_s):
+        if not self._job.wait_captured(self._lazy.extents[places].tolist(), timeout_s):
             self._job.cancel()
             self._tear(Stalled(f"the save was given up: it would have blocked training for more than {timeout_s:g} s"))
-        self._release(extents)
+        self._release(places)
 
     def after_update(self, optimizer: Optimizer) -> None:
         """An update has happened: whatever of it was not released is torn."""
-        if self._waiting:
-            torn = [self._waiting[e].name for e in self._touched(optimizer) if e in self._waiting]
+        if not self._released:
+            torn = [self._lazy.leaves[place].name for place in self._touched(optimizer) if self._waiting[place]]
             if torn:
                 self._tear(
                     TornCapture(
@@ -91,47 +97,46 @@ class Capture:
     def finish(self) -> None:
         """Wait until everything is captured and checked; called in the background."""
         self._job.wait_captured(None)
-        with self._lock:
-            extents = list(self._waiting)
-        self._release(extents)
+        self._release(np.flatnonzero(self._waiting))
 
-    def _wanted(self, optimizer: Optimizer | None) -> list[int]:
-        with self._lock:
-            if not self._waiting:
-                return []
-            if optimizer is None:
-                return list(self._waiting)
-            touched = set(self._touched(optimizer))
-            return [e for e, item in self._waiting.items() if e in touched or not item.owners]
+    def _wanted(self, optimizer: Optimizer | None) -> Places:
+        if self._released:
+            return np.zeros(0, np.int64)
+        if optimizer is None:
+            return np.flatnonzero(self._waiting)
+        wanted = np.zeros(len(self._waiting), np.bool_)
+        wanted[self._touched(optimizer)] = True
+        wanted[self._lazy.unowned] = True
+        return np.flatnonzero(wanted & self._waiting)
 
-    def _touched(self, optimizer: Optimizer) -> Iterable[int]:
-        """Extents whose storage belongs to a parameter or state of ``optimizer``."""
-        key = id(optimizer)
-        owned = [e for e, item in list(self._waiting.items()) if key in item.owners]
-        if owned:
+    def _touched(self, optimizer: Optimizer) -> list[int]:
+        """Places of the leaves whose storage belongs to a parameter or state of ``optimizer``."""
+        owned = self._lazy.by_owner.get(id(optimizer))
+        if owned is not None:
             return owned
         found: list[int] = []
         for tensor in _tensors_of(optimizer):
-            found.extend(self._by_storage.get(storage_of(tensor), ()))
+            found.extend(self._lazy.by_storage.get(storage_of(tensor), ()))
         return found
 
-    def _release(self, extents: Sequence[int]) -> None:
-        """Run the tripwires over captured extents, once each, and let go of their tensors."""
+    def _release(self, places: Places) -> None:
+        """Run the tripwires over captured leaves, once each, and let go of them."""
         with self._lock:
-            items = [self._waiting[e] for e in extents if e in self._waiting]
-            if not items:
+            places = places[self._waiting[places]]
+            if not len(places):
                 return
+            lazy = self._lazy
             torn = [
-                item.name
-                for item in items
-                if item.tensor._version != item.version or item.tensor.data_ptr() != item.address
+                leaf.name
+                for leaf, address in ((lazy.leaves[p], lazy.addresses[p]) for p in places.tolist())
+                if leaf.tensor._version != self._versions[leaf.name] or leaf.tensor.data_ptr() != address
             ]
             if not torn and self._error is None:
-                by_extent = {item.extent: item.name for item in items}
+                by_extent = dict(zip(lazy.extents[places].tolist(), places.tolist(), strict=True))
                 samples = None if self._paranoid else GUARD_SAMPLES
-                torn = [by_extent[e] for e in self._job.recheck(list(by_extent), samples)]
-            for item in items:
-                del self._waiting[item.extent]
+                torn = [lazy.leaves[by_extent[e]].name for e in self._job.recheck(list(by_extent), samples)]
+            self._waiting[places] = False
+            self._released = not self._waiting.any()
         if torn:
             self._tear(
                 TornCapture(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ import torch
 from ckptengine import native
 from ckptengine.layout.digest import GRANULE_BYTES
 from ckptengine.layout.runs import runs_of
-from ckptengine.snapshot.port import Digests, Extent, Progress
+from ckptengine.snapshot.port import Digests, Extents, Progress
 
 WORKERS = 2
 
@@ -102,7 +103,7 @@ class NativeEngine:
         )
         self._support: dict[int, native.DirectSupport] = {}
 
-    def start(self, fd: int, path: Path, extents: Sequence[Extent], begin: int, end: int) -> NativeJob:
+    def start(self, fd: int, path: Path, extents: Extents, begin: int, end: int) -> NativeJob:
         table, loops, slots = _table(extents)
         files = self._files(fd, path)
         try:
@@ -113,7 +114,7 @@ class NativeEngine:
                 loops=loops,
                 granule_slots=slots,
                 compute_streams=_streams(extents),
-                keep=list(extents),
+                keep=extents.regions,
             )
         except BaseException:
             if files.direct >= 0:
@@ -144,33 +145,45 @@ class NativeEngine:
         self._engine.close()
 
 
-def _streams(extents: Sequence[Extent]) -> list[tuple[int, int]]:
+def _streams(extents: Extents) -> list[tuple[int, int]]:
     """(device, stream) of the current compute stream of every CUDA device that extents lie on."""
-    devices = {e.region.device.index for e in extents if e.region.device.type == "cuda"}
+    devices = {region.device.index for region in extents.regions if region.device.type == "cuda"}
     return [(device, int(torch.cuda.current_stream(device).cuda_stream)) for device in sorted(devices)]
 
 
-def _table(extents: Sequence[Extent]) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64], int]:
+def _table(extents: Extents) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64], int]:
     """The extents as the library wants them, their loops, and the number of granules."""
+    if "table" not in extents.static:
+        extents.static["table"] = _static_table(extents)
+    known, loops, granules = extents.static["table"]
+    table = known.copy()
+    table["file_offset"] = extents.offsets
+    table["address"] = [
+        address or region.data_ptr() for address, region in zip(extents.addresses, extents.regions, strict=True)
+    ]
+    return table, loops, granules
+
+
+def _static_table(extents: Extents) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64], int]:
+    """All but addresses and file offsets."""
     rows: list[tuple[int, ...]] = []
     loops: list[tuple[int, int]] = []
     granule = 0
-    for extent in extents:
-        region, item = extent.region, extent.itemsize
+    for region, box, shape, nbytes in zip(extents.regions, extents.boxes, extents.shapes, extents.sizes, strict=True):
+        item = region.element_size()
         source_begin = len(loops)
         if not region.is_contiguous():
             loops.extend((n, s * item) for n, s in zip(region.shape, region.stride(), strict=True))
         source_dims = len(loops) - source_begin
-        runs = runs_of(extent.box, extent.global_shape)
         run_begin = len(loops)
-        loops.extend((count, stride * item) for count, stride in runs.loops)
-        total = 1
-        for n in extent.global_shape:
-            total *= n
+        run, follow = nbytes, 0
+        if box.shape != shape:
+            runs = runs_of(box, shape)
+            loops.extend((count, stride * item) for count, stride in runs.loops)
+            run, follow = runs.length * item, (math.prod(shape) - runs.stop) * item
         device = region.device.index if region.device.type == "cuda" else -1
-        run_dims, follow_bytes = len(loops) - run_begin, (total - runs.stop) * item
-        memory = (region.data_ptr(), extent.nbytes, extent.offset, granule, runs.length * item, 0, follow_bytes)
-        rows.append((*memory, item, source_begin, source_dims, run_begin, run_dims, device))
-        granule += -(-extent.nbytes // GRANULE_BYTES)
+        places = (item, source_begin, source_dims, run_begin, len(loops) - run_begin, device)
+        rows.append((0, nbytes, 0, granule, run, 0, follow, *places))
+        granule += -(-nbytes // GRANULE_BYTES)
     table = np.array(rows, native.EXTENT) if rows else np.zeros(0, native.EXTENT)
     return table, np.array(loops, np.int64).reshape(-1, 2), granule

@@ -20,7 +20,7 @@ from ckptengine import native
 from ckptengine.errors import CheckpointError, SaveFailed
 from ckptengine.layout.box import Box
 from ckptengine.layout.digest import GRANULE_BYTES, combine, shift
-from ckptengine.snapshot.port import Digests, Extent, Progress
+from ckptengine.snapshot.port import Digests, Extent, Extents, Progress
 from ckptengine.store.files import FileOps, write_all
 
 CHUNK_BYTES = 4 << 20
@@ -58,7 +58,7 @@ def _is_one_run(box: Box, shape: tuple[int, ...]) -> bool:
 class PlainJob:
     """See `WriteJob`."""
 
-    def __init__(self, ops: FileOps, fd: int, path: Path, extents: Sequence[Extent], begin: int, end: int) -> None:
+    def __init__(self, ops: FileOps, fd: int, path: Path, extents: Extents, begin: int, end: int) -> None:
         self._ops, self._fd, self._path = ops, fd, path
         self._extents = list(extents)
         self._begin, self._end = begin, end
@@ -241,7 +241,7 @@ class PlainEngine:
         self._closed = False
         self._thread: threading.Thread | None = None
 
-    def start(self, fd: int, path: Path, extents: Sequence[Extent], begin: int, end: int) -> PlainJob:
+    def start(self, fd: int, path: Path, extents: Extents, begin: int, end: int) -> PlainJob:
         job = PlainJob(self._ops, fd, path, extents, begin, end)
         with self._changed:
             if self._closed:

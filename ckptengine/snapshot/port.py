@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +33,56 @@ class Extent:
     @property
     def itemsize(self) -> int:
         return self.region.element_size()
+
+
+class Extents(Sequence[Extent]):
+    """The extents of one rank file as columns: a hundred thousand of them cost no object each.
+
+    ``addresses``: where each lies in host memory, 0 for what is not written straight from there.  ``static``: what an
+    engine derived from the columns that do not change between saves, kept for the next one.
+    """
+
+    def __init__(self, regions: list[torch.Tensor], boxes: list[Box], shapes: list[tuple[int, ...]]) -> None:
+        self.regions, self.boxes, self.shapes = regions, boxes, shapes
+        self.sizes = [box.size * region.element_size() for box, region in zip(boxes, regions, strict=True)]
+        self.addresses = [direct_address(region) for region in regions]
+        self.offsets: Sequence[int] = ()
+        self.static: dict[str, Any] = {}
+
+    def at(self, offsets: Sequence[int]) -> Extents:
+        """The same extents at these file offsets."""
+        placed = copy.copy(self)
+        placed.regions = list(self.regions)  # a job keeps its memory alive whatever the next save points at
+        placed.offsets = offsets
+        return placed
+
+    def point(self, number: int, region: torch.Tensor) -> None:
+        """Let one extent read another buffer of the same shape and type."""
+        self.regions[number] = region
+        self.addresses[number] = direct_address(region)
+
+    def __len__(self) -> int:
+        return len(self.regions)
+
+    @overload
+    def __getitem__(self, index: int) -> Extent: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Extent]: ...
+    def __getitem__(self, index: int | slice) -> Extent | Sequence[Extent]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return Extent(
+            region=self.regions[index],
+            offset=self.offsets[index],
+            nbytes=self.sizes[index],
+            box=self.boxes[index],
+            global_shape=self.shapes[index],
+        )
+
+
+def direct_address(region: torch.Tensor) -> int:
+    """Where a region lies as one run of host memory, 0 where it does not."""
+    return region.data_ptr() if region.device.type == "cpu" and region.is_contiguous() else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +147,7 @@ class CaptureEngine(Protocol):
     direct: bool
     """Whether large extents should be placed congruent to their memory addresses."""
 
-    def start(self, fd: int, path: Path, extents: Sequence[Extent], begin: int, end: int) -> WriteJob:
+    def start(self, fd: int, path: Path, extents: Extents, begin: int, end: int) -> WriteJob:
         """Capture ``extents`` (sorted by offset, disjoint) into bytes [begin, end) of the file; gaps become zeros.
 
         Returns at once; jobs run in order.  ``fd`` stays the caller's and must outlive the job.

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from ckptengine.layout.dtypes import itemsize
+from ckptengine.layout.box import Box
 from ckptengine.layout.piece import Piece
-from ckptengine.snapshot.capture import Lazy, storage_of
-from ckptengine.snapshot.port import Extent
+from ckptengine.snapshot.capture import LazySet
+from ckptengine.snapshot.port import Extents
 from ckptengine.state.leaves import TensorLeaf
 
 
@@ -63,16 +65,37 @@ class Registered:
         self.leaves = ()
 
 
-def register(leaves: Sequence[TensorLeaf], pool: EagerPool) -> Registered:
-    """Copy what may change before the fence, note the versions of the rest.  No device is synchronised."""
-    copies: dict[str, torch.Tensor] = {}
-    versions: dict[str, int] = {}
-    for leaf in leaves:
-        if leaf.eager or not _readable_in_place(leaf):
-            copies[leaf.name] = pool.copy(leaf)
-        else:
-            versions[leaf.name] = leaf.tensor._version
-    return Registered(leaves, copies, versions, pool)
+class Registrar:
+    """Registers leaves for a save, and remembers which of them may wait while the walk finds the same ones."""
+
+    def __init__(self) -> None:
+        self._pool = EagerPool()
+        self._leaves: Sequence[TensorLeaf] | None = None
+        self._eager: list[TensorLeaf] = []
+        self._names: list[str] = []
+        self._tensors: list[torch.Tensor] = []
+
+    def register(self, leaves: Sequence[TensorLeaf]) -> Registered:
+        """Copy what may change before the fence, note the versions of the rest.  No device is synchronised."""
+        if leaves is not self._leaves:
+            waiting = [leaf for leaf in leaves if _may_wait(leaf)]
+            self._names = [leaf.name for leaf in waiting]
+            self._tensors = [leaf.tensor for leaf in waiting]
+            known = set(self._names)
+            self._eager = [leaf for leaf in leaves if leaf.name not in known]
+            self._leaves = leaves
+        copies = {leaf.name: self._pool.copy(leaf) for leaf in self._eager}
+        versions = dict(zip(self._names, [tensor._version for tensor in self._tensors], strict=True))
+        return Registered(leaves, copies, versions, self._pool)
+
+
+def _may_wait(leaf: TensorLeaf) -> bool:
+    """Whether a leaf is stable until the fence and can be read where it lies.
+
+    Step counters are states of an optimizer like any other: only its step changes them, behind the fence.
+    """
+    stable = not leaf.eager or (leaf.role == "optimizer" and bool(leaf.owners) and leaf.tensor.device.type == "cpu")
+    return stable and _readable_in_place(leaf)
 
 
 def _readable_in_place(leaf: TensorLeaf) -> bool:
@@ -85,49 +108,63 @@ def _readable_in_place(leaf: TensorLeaf) -> bool:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Planned:
-    """The extents of one rank file: live ones first.  ``keys``: (tensor, piece) ordinals; ``addresses``: 0 for none."""
+class Planner:
+    """Cuts registered leaves into the extents that a rank writes, and remembers the cut while nothing changes."""
 
-    extents: list[Extent]
-    keys: list[tuple[int, int]]
-    addresses: list[int]
-    lazy: list[Lazy]
+    def __init__(self) -> None:
+        self._of: tuple[object, object, frozenset[str]] | None = None
+        self._extents: Extents | None = None
+        self._keys = np.zeros((0, 2), np.uint32)
+        self._lazy = LazySet([], [])
+        self._copied: list[tuple[int, str, Piece]] = []
 
+    def plan(
+        self, registered: Registered, structure: Stored, rank: int
+    ) -> tuple[Extents, npt.NDArray[np.uint32], LazySet]:
+        """The extents, live ones first; their (tensor, piece) ordinals, uint32[n, 2]; and what reads live memory."""
+        of = (registered.leaves, structure, frozenset(registered.copies))
+        known = self._of
+        same = known is not None and known[0] is of[0] and known[1] is of[1] and known[2] == of[2]
+        if not same or self._extents is None:
+            self._extents = self._cut(registered, structure, rank)
+            self._of = of
+        else:
+            for number, name, piece in self._copied:
+                self._extents.point(number, region_of(registered.copies[name], piece))
+        return self._extents, self._keys, self._lazy
 
-def extents_of(registered: Registered, structure: Stored, rank: int) -> Planned:
-    """Cut the registered leaves into the extents that ``rank`` writes."""
-    planned = Planned([], [], [], [])
-    live = [leaf for leaf in registered.leaves if leaf.name not in registered.copies]
-    copied = [leaf for leaf in registered.leaves if leaf.name in registered.copies]
-    for leaf in (*live, *copied):
-        tensor = registered.copies.get(leaf.name, leaf.tensor)
-        ordinal = structure.ordinal(leaf.name)
-        for number, piece in enumerate(structure.stored(ordinal, rank)):
-            if piece.box.size:
-                region = region_of(tensor, piece)
-                if leaf.name in registered.versions:
-                    planned.lazy.append(_lazy(leaf, len(planned.extents), registered.versions[leaf.name]))
-                planned.keys.append((ordinal, number))
-                planned.extents.append(_extent(leaf, piece, region))
-                direct = region.is_contiguous() and region.device.type == "cpu"
-                planned.addresses.append(region.data_ptr() if direct else 0)
-    return planned
+    def _cut(self, registered: Registered, structure: Stored, rank: int) -> Extents:
+        regions: list[torch.Tensor] = []
+        boxes: list[Box] = []
+        shapes: list[tuple[int, ...]] = []
+        keys: list[tuple[int, int]] = []
+        lazy: list[int] = []
+        leaves: list[TensorLeaf] = []
+        self._copied = []
+        for leaf in sorted(registered.leaves, key=lambda leaf: leaf.name in registered.copies):
+            copy = registered.copies.get(leaf.name)
+            ordinal = structure.ordinal(leaf.name)
+            for number, piece in enumerate(structure.stored(ordinal, rank)):
+                if not piece.box.size:
+                    continue
+                if copy is None:
+                    lazy.append(len(regions))
+                    leaves.append(leaf)
+                else:
+                    self._copied.append((len(regions), leaf.name, piece))
+                keys.append((ordinal, number))
+                regions.append(region_of(leaf.tensor if copy is None else copy, piece))
+                boxes.append(piece.box)
+                shapes.append(leaf.global_shape)
+        self._keys = np.array(keys, np.uint32).reshape(-1, 2)
+        self._lazy = LazySet(lazy, leaves)
+        return Extents(regions, boxes, shapes)
 
 
 def region_of(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:
     """The view of a local tensor that holds ``piece``; a non-contiguous one must be the piece."""
+    if piece.start == 0 and piece.box.shape == tuple(tensor.shape) and piece.is_contiguous:
+        return tensor
     if tensor.is_contiguous():
         return torch.as_strided(tensor, piece.box.shape, piece.strides, tensor.storage_offset() + piece.start)
     return tensor
-
-
-def _extent(leaf: TensorLeaf, piece: Piece, region: torch.Tensor) -> Extent:
-    nbytes = piece.box.size * itemsize(leaf.dtype)
-    return Extent(region=region, offset=0, nbytes=nbytes, box=piece.box, global_shape=leaf.global_shape)
-
-
-def _lazy(leaf: TensorLeaf, extent: int, version: int) -> Lazy:
-    return Lazy(
-        extent, leaf.name, leaf.tensor, version, leaf.tensor.data_ptr(), storage_of(leaf.tensor), frozenset(leaf.owners)
-    )

@@ -32,7 +32,9 @@ _SAMPLES = 8
 _NEAR_BYTES = 64 << 10
 _GROUP_BYTES = 8 << 20
 
-_UNIT: dict[int, np.dtype[Any]] = {1: np.dtype("u1"), 2: np.dtype("u2"), 4: np.dtype("u4"), 8: np.dtype("u8"), 16: np.dtype("c16")}
+_UNIT: dict[int, np.dtype[Any]] = {
+    size: np.dtype(code) for size, code in ((1, "u1"), (2, "u2"), (4, "u4"), (8, "u8"), (16, "c16"))
+}
 _Words = npt.NDArray[np.uint64]
 
 

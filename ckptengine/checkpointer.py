@@ -220,7 +220,8 @@ class Checkpointer:
     ) -> int | None:
         """Fill the state in place from the newest step that verifies, or from ``step``, or only ``names`` of it.
 
-        Falls back over damaged steps and says so in the log.  None only when no checkpoint exists at all.  All ranks
+        Falls back over damaged steps and says so in the log.  None only when no checkpoint exists at all; of
+        ``start_from``, which is used while the root is empty, the step is the one that it records, or 0.  All ranks
         agree on one step; every rank must call it.  After an older step than the newest, what came after belongs to an
         abandoned line of history.
 
@@ -245,8 +246,7 @@ class Checkpointer:
         try:
             restored = restore_newest(self._root, files, self._port, request, self._restores, step)
             if restored is None and self._start_from is not None and step is None:
-                restore_from(open_any(self._start_from), self._port, request, self._restores)
-                return None
+                return restore_from(open_any(self._start_from), self._port, request, self._restores).step
         except RestoreIncomplete as error:
             self._broken = error
             raise

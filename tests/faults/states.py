@@ -87,8 +87,8 @@ def debris(root: Path) -> list[str]:
     """Files beneath a root that no manifest names and that are no attempt records or locks; empty step folders too."""
     found = []
     for folder in sorted(root.glob("step-*")):
-        found = folder.glob("manifest-*.json")
-        manifests = {path.name.removeprefix("manifest-").removesuffix(".json") for path in found}
+        there = folder.glob("manifest-*.json")
+        manifests = {path.name.removeprefix("manifest-").removesuffix(".json") for path in there}
         names = sorted(path.name for path in folder.iterdir())
         if not names:
             found.append(f"{folder.name}/")

@@ -373,7 +373,6 @@ def test_a_storage_that_is_resized(tmp_path: Path) -> None:
     assert_holds(tmp_path, 1, {"flat": torch.arange(100_000.0)})
 
 
-@pytest.mark.xfail(reason="giving up waits for the write in progress", strict=False)
 def test_a_stalled_save_is_given_up_and_training_goes_on(tmp_path: Path, latch: Held) -> None:
     model, optimizer = model_and(torch.optim.SGD)
     state = {"model": model, "optim": optimizer}

@@ -52,7 +52,7 @@ def _load() -> Any:
     try:
         return importlib.import_module("ckptengine._native")
     except ImportError as error:
-        log.info("no native library (%s): using the portable path, which is slower", error)
+        log.warning("no native library (%s): using the portable path, which is slower", error)
         return None
 
 

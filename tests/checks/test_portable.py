@@ -50,6 +50,21 @@ def portable(saved: Path, *roots: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def test_a_missing_native_part_is_said_once() -> None:
+    program = (
+        "import sys; sys.modules['ckptengine._native'] = None\n"
+        "from ckptengine import native\n"
+        "assert native.crc64(b'123456789') == 0xAE8B14860A799888\n"
+        "print(native.backend())\n"
+    )
+    command = [sys.executable, "-W", "error", "-c", program]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "portable\n"
+    assert len(done.stderr.splitlines()) == 1
+    assert "no native library" in done.stderr
+    assert "slower" in done.stderr
+
+
 @pytest.mark.skipif(native.available(), reason="covered together with the native part")
 def test_portable_saves_and_restores(tmp_path: Path) -> None:
     portable(tmp_path / "run")

@@ -65,7 +65,8 @@ def test_a_fault_at_every_operation(tmp_path: Path, kind: Kind, error: int, stic
         ops.arm(Fault(at, kind, error, sticky))
         handle = checkpointer.save(step)
         failed = handle.exception(WITHIN_S)
-        where = f"operation {at} ({ops.hit})"
+        hit = ops.hit
+        where = f"operation {at} ({hit})"
         if failed is None:
             acknowledged.append(step)
         else:
@@ -90,7 +91,7 @@ def test_a_fault_at_every_operation(tmp_path: Path, kind: Kind, error: int, stic
         assert load_exactly(root, step) == step
         if not sticky:
             left = debris(root)
-            removal_refused = ops.hit in ("unlink", "rmdir", "create")  # a create that was done, not reported
+            removal_refused = hit in ("unlink", "rmdir", "create")  # a create that was done, not reported
             assert not left or removal_refused, f"{where} left {left}"
     assert engine_threads() == before_threads
     assert open_descriptors() == before_descriptors

@@ -132,8 +132,10 @@ class Collector:
             walk.in_containers[name] = live
         if tensor.is_meta:
             walk.on_meta.append(name)
-        elif live is not None and tensor.numel():
-            key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, described.global_shape, self._rank)
+        elif live is not None and 0 not in described.global_shape:
+            # An empty shard has no memory by which to know it, but tied tensors are one object.
+            place = tensor.data_ptr() if tensor.numel() else -id(live.tensor if isinstance(live, Sharded) else live)
+            key = (place, tensor.shape, tensor.stride(), tensor.dtype, described.global_shape, self._rank)
             owner = self._tied.setdefault(key, found)
             if owner is not found and owner.described.pieces == described.pieces:
                 owner.eager = owner.eager or eager

@@ -5,19 +5,20 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Iterable
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import zarr
-from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
+from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, SuffixByteRequest
 from zarr.core.buffer import Buffer, BufferPrototype
 
-from ckptengine.errors import CheckpointError, Damaged, NotFound, Truncated, UnusableRequest
+from ckptengine.errors import CheckpointError, Damaged, NotFound, Truncated
 from ckptengine.layout.box import Box
 from ckptengine.sources.files import InlineFiles
 from ckptengine.sources.port import Files
 from ckptengine.universal import registered
+from ckptengine.universal.readonly import ReadOnlyStore
 
 CACHE_BYTES = 64 << 20
 """Decoded chunks that are kept, so that a chunk read in several parts is decoded once."""
@@ -25,11 +26,11 @@ CACHE_BYTES = 64 << 20
 DECODED = ":decoded/"
 
 
-class FilesStore(Store):
+class FilesStore(ReadOnlyStore):
     """A read-only zarr store over `Files`."""
 
     def __init__(self, files: Files) -> None:
-        super().__init__(read_only=True)
+        super().__init__(f"{files.root} is open for reading only")
         self._files = files
 
     def _range(self, key: str, byte_range: ByteRequest | None) -> tuple[int, int]:
@@ -77,31 +78,8 @@ class FilesStore(Store):
                 elif path.startswith(prefix):
                     yield path
 
-    def _refuse(self) -> NoReturn:
-        raise UnusableRequest(f"{self._files.root} is open for reading only")
-
-    async def set(self, key: str, value: Buffer) -> None:
-        self._refuse()
-
-    async def delete(self, key: str) -> None:
-        self._refuse()
-
-    @property
-    def supports_writes(self) -> bool:
-        return False
-
-    @property
-    def supports_deletes(self) -> bool:
-        return False
-
-    @property
-    def supports_listing(self) -> bool:
-        return True
-
     def __eq__(self, other: object) -> bool:
         return isinstance(other, FilesStore) and other._files is self._files
-
-    __hash__ = None  # type: ignore[assignment]
 
 
 class DecodingFiles:

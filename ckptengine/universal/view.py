@@ -11,12 +11,12 @@ import math
 import threading
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import zarr
-from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
+from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, SuffixByteRequest
 from zarr.core.array import AsyncArray
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.core.group import AsyncGroup, GroupMetadata
@@ -34,6 +34,7 @@ from ckptengine.universal.grid import Grid, chunk_box, chunk_counts, view_grid
 from ckptengine.universal.metadata import ATTRIBUTE, VERSION, array_document, group_document
 from ckptengine.universal.names import NameTree
 from ckptengine.universal.readers import MakesReader, ReadsBoxes
+from ckptengine.universal.readonly import ReadOnlyStore
 
 CACHED_TENSORS = 256
 """Tensors whose grids and fragment indexes are kept."""
@@ -52,11 +53,11 @@ def open_view(source: Source, reader: MakesReader, *, registered: bool = True) -
     return zarr.Group(_LazyGroup(metadata=root, store_path=StorePath(store)))
 
 
-class CheckpointStore(Store):
+class CheckpointStore(ReadOnlyStore):
     """A read-only zarr store over a source.  Keys that are neither metadata nor a chunk of a tensor do not exist."""
 
     def __init__(self, source: Source, reader: MakesReader, *, registered: bool = True) -> None:
-        super().__init__(read_only=True)
+        super().__init__(f"the view of {source.files.root} is read-only; convert it to zarr to change it")
         self.source = source
         self.registered = registered
         self.tree = NameTree(source.names())
@@ -191,38 +192,10 @@ class CheckpointStore(Store):
             raise FileNotFoundError(key)
         return len(json.dumps(document).encode())
 
-    def _refuse(self) -> NoReturn:
-        raise UnusableRequest(f"the view of {self.source.files.root} is read-only; convert it to zarr to change it")
-
-    async def set(self, key: str, value: Buffer) -> None:
-        self._refuse()
-
-    async def delete(self, key: str) -> None:
-        self._refuse()
-
-    @property
-    def supports_writes(self) -> bool:
-        return False
-
-    @property
-    def supports_deletes(self) -> bool:
-        return False
-
-    @property
-    def supports_listing(self) -> bool:
-        return True
-
-    def with_read_only(self, read_only: bool = False) -> Store:
-        if not read_only:
-            self._refuse()
-        return self
-
     def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, CheckpointStore) and other.source is self.source and (other.registered == self.registered)
         )
-
-    __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
         return f"CheckpointStore({self.source.format}: {self.source.files.root})"

@@ -1,7 +1,6 @@
 """`make test`: every test, on as many workers as there are cores, at most two; arguments go on to pytest.
 
-    python -m tests.run                  everything
-    python -m tests.run tests/state -x   pytest's own arguments
+`python -m tests.run` runs everything, `python -m tests.run tests/state -x` that folder up to the first failure.
 """
 
 from __future__ import annotations

@@ -79,7 +79,8 @@ def test_no_import_inside_a_function_but_of_extras() -> None:
         str(found)
         for module in modules(PACKAGE)
         for found in imports(module)
-        if found.inside and (found.top == PACKAGE or found.top in sys.stdlib_module_names or module.path not in INSIDE)
+        if found.inside
+        and (found.top == PACKAGE or found.top in sys.stdlib_module_names or module.path not in INSIDE)
         and not is_dynamic(module.text.splitlines()[found.line - 1])
     ]
     assert not hidden

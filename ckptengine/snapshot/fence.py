@@ -13,7 +13,6 @@ from typing import Any, Protocol, TypeVar
 
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-
 T = TypeVar("T")
 
 

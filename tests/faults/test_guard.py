@@ -1,4 +1,4 @@
-"""The fence and the mutation guard: what changes while it is being captured is never committed; what is fenced is exact.
+"""The fence and the mutation guard: what changes while being captured is never committed; what is fenced is exact.
 
 A slow disk (each write waits for a latch) keeps the capture open for as long as a test wants.
 """
@@ -187,7 +187,8 @@ def test_a_step_that_a_grad_scaler_skips_neither_waits_nor_tears(tmp_path: Path,
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     wanted = frozen(model, optimizer)
     latch.threshold_bytes = 1
-    with ce.Checkpointer({"model": model, "optim": optimizer, "scaler": scaler}, tmp_path, file_ops=latch) as checkpointer:
+    state = {"model": model, "optim": optimizer, "scaler": scaler}
+    with ce.Checkpointer(state, tmp_path, file_ops=latch) as checkpointer:
         latch.shut()
         handle = checkpointer.save(1)
         assert latch.reached.wait(WITHIN_S)

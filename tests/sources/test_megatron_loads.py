@@ -83,6 +83,15 @@ def test_what_cannot_be_written(written: Path, tmp_path: Path) -> None:
 INSTALLED = all(importlib.util.find_spec(name) is not None for name in ("megatron", "safetensors"))
 
 
+def torchrun(script: str, ranks: int, options: dict[str, Any], checkpoint: Path, out: Path, mode: str = "") -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPTIONS": json.dumps(options), "PYTHONWARNINGS": "ignore"}
+    environment |= {"CHECKPOINT": str(checkpoint), "OUT": str(out), "MODE": mode}
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=29899"]
+    path = str(Path(__file__).with_name(script))
+    done = subprocess.run([*command, path], env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 @pytest.mark.skipif(not INSTALLED, reason="megatron-core is not installed")
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
@@ -99,15 +108,47 @@ def test_megatron_loads(written: Path, tmp_path: Path, ranks: int, options: dict
     source = open_source(written / FLAT / "checkpoint")
     master = "param" if "distributed" in options else "fp32_param"
     convert(source, tmp_path / "target", to="megatron", options={"master": master})
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPTIONS": json.dumps(options), "PYTHONWARNINGS": "ignore"}
-    environment |= {"CHECKPOINT": str(tmp_path / "target" / "iter_0000003"), "OUT": str(tmp_path)}
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=29899"]
-    script = str(Path(__file__).with_name("resume_megatron.py"))
-    done = subprocess.run([*command, script], env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun("resume_megatron.py", ranks, options, tmp_path / "target" / "iter_0000003", tmp_path)
     loaded = truth_of_safetensors(tmp_path / "loaded.safetensors")
     truth = contents(source)
     steps = {name for name in truth if name.endswith(".step")}
     assert set(loaded) == set(truth) - steps
     for name, (dtype, shape, digest) in loaded.items():
         assert (dtype, tuple(shape), digest) == truth[name], name
+
+
+@pytest.mark.skipif(
+    not INSTALLED or importlib.util.find_spec("transformers") is None,
+    reason="megatron-core and transformers are not installed",
+)
+@pytest.mark.timeout(300)
+def test_transformers_gives_megatrons_logits(tmp_path: Path) -> None:
+    """TP 2 x PP 2 of Megatron -> safetensors under Llama's names -> transformers."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    torchrun("megatron_logits.py", 4, {"tp": 2, "pp": 2}, checkpoint, tmp_path, "save")
+    torchrun("megatron_logits.py", 1, {}, checkpoint, tmp_path, "logits")
+    convert(checkpoint, tmp_path / "target", to="safetensors", rules="megatron-to-llama")
+    config = LlamaConfig(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=12,
+        rms_norm_eps=1e-5,
+        rope_theta=10000.0,
+        tie_word_embeddings=False,
+    )
+    model = LlamaForCausalLM(config)
+    model.load_state_dict(load_file(tmp_path / "target" / "model.safetensors"))
+    with torch.no_grad():
+        logits = model(torch.arange(12).view(1, 12) * 5 % 61).logits
+    expected = torch.load(tmp_path / "logits.pt", weights_only=True)
+    assert expected.abs().max() > 1
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ckptengine.errors import LayoutError
@@ -29,6 +29,20 @@ class Irregular:
         for rank, pieces in self.held:
             boxes = tuple(piece.box for piece in pieces)
             self._groups[boxes] = (*self._groups.get(boxes, ()), rank)
+
+    @classmethod
+    def joined(cls, held: Iterable[tuple[int, tuple[Piece, ...]]]) -> Irregular:
+        """What several ranks list, as one sharding.
+
+        A box that ranks share which otherwise hold different ones (key heads beside query heads) stays with the first
+        of them, so that it is stored once.
+        """
+        owners: dict[Box, tuple[Box, ...]] = {}
+        kept: list[tuple[int, tuple[Piece, ...]]] = []
+        for rank, pieces in sorted(held, key=lambda one: one[0]):
+            boxes = tuple(piece.box for piece in pieces)
+            kept.append((rank, tuple(piece for piece in pieces if owners.setdefault(piece.box, boxes) == boxes)))
+        return cls(tuple(kept))
 
     def pieces(self, rank: int, shape: Sequence[int]) -> tuple[Piece, ...]:
         """What ``rank`` holds; `LayoutError` where a box sticks out of ``shape``."""

@@ -10,6 +10,7 @@ import torch
 from ckptengine import native
 from ckptengine.errors import ReplicasDiffer
 from ckptengine.layout.dtypes import itemsize
+from ckptengine.layout.irregular import Irregular
 from ckptengine.operations.structure import Structure
 from ckptengine.plan.write import Owner
 from ckptengine.snapshot.plain import live_bytes
@@ -36,7 +37,8 @@ def held_digests(registered: Registered, structure: Structure, rank: int) -> lis
             continue  # what it writes is what it holds
         source = registered.copies.get(leaf.name, leaf.tensor)
         raw = 0
-        for piece in leaf.pieces:
+        pieces = layout.pieces(rank, leaf.global_shape) if isinstance(layout, Irregular) else leaf.pieces
+        for piece in pieces:
             if piece.size:
                 data = live_bytes(_contiguous(region_of(source, piece)))
                 raw ^= native.raw_positioned(data, piece.box, leaf.global_shape, itemsize(leaf.dtype))

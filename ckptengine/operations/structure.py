@@ -158,11 +158,7 @@ def _common_layout(name: str, by_rank: Mapping[int, Sequence[Any]]) -> Layout:
     layouts = {rank: layout_json.from_json(document) for rank, document in documents.items()}
     first = next(iter(layouts.values()))
     if all(isinstance(layout, Irregular) for layout in layouts.values()):
-        held = sorted(
-            ((r, p) for layout in layouts.values() for r, p in layout.held),  # type: ignore[union-attr]
-            key=lambda one: one[0],
-        )
-        return Irregular(tuple(held))
+        return Irregular.joined(one for layout in layouts.values() for one in layout.held)  # type: ignore[union-attr]
     differing = [rank for rank, layout in layouts.items() if layout != first]
     if differing:
         raise RanksDisagree(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib
 import json
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +32,8 @@ LEAST_CHUNK_BYTES = 256 << 10
 _THREAD_BYTES = SCRATCH_BYTES + BUFFER_BYTES
 """What each thread reads through beside what its unit needs."""
 
-CACHED_TENSORS = 512
+CACHED_TENSORS = 16384
+"""Tensors whose headers are kept; a plan walks over all of them several times."""
 
 _WRITERS = {
     "native": "ckptengine.sources.native_writer",
@@ -221,15 +224,21 @@ def _fingerprint(source: Source, tensors: _Tensors, job: Job, units: Sequence[Un
     what.append(sorted((key, str(value)) for key, value in job.options.items()))
     what.append(version)
     digest.update(json.dumps(what).encode())
+    version_of = functools.lru_cache(maxsize=4096)(functools.partial(_file_version, source))
     for name in job.names:
         tensor = tensors.tensor(name)
         first = tensor.fragments[0] if len(tensor.fragments) else None
-        size = source.files.size(first.file) if first is not None else 0
-        where = None if first is None else (first.file, first.offset, size)
+        where = None if first is None else (first.file, first.offset, version_of(first.file))
         digest.update(repr((name, tensor.dtype, tensor.shape, tensor.digest, where)).encode())
     for unit in units:
         digest.update(repr((unit.key, unit.files)).encode())
     return digest.hexdigest()
+
+
+def _file_version(source: Source, file: str) -> tuple[int, int]:
+    """Size of a file and, where it is local, when it was written."""
+    local = source.files.local_path(file)
+    return source.files.size(file), 0 if local is None else os.stat(local).st_mtime_ns
 
 
 class _Tensors:
@@ -239,6 +248,7 @@ class _Tensors:
         self._source = source
         self._lock = threading.Lock()
         self._direct = DirectReads(source.files)
+        self._verifying = isinstance(source, Verifying)
         self._recent: OrderedDict[str, tuple[LogicalTensor, BoxReader]] = OrderedDict()
 
     def _opened(self, name: str) -> tuple[LogicalTensor, BoxReader]:
@@ -247,7 +257,7 @@ class _Tensors:
             if found is None:
                 tensor = self._source.tensor(name)
                 # What the whole tensor's digest will be compared with need not be verified range by range too.
-                checked = tensor.digest is None and isinstance(self._source, Verifying)
+                checked = tensor.digest is None and self._verifying
                 reader = BoxReader(self._source, tensor, read_into=None if checked else self._direct.read_into)
                 found = self._recent[name] = (tensor, reader)
                 while len(self._recent) > CACHED_TENSORS:

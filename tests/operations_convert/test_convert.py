@@ -477,3 +477,13 @@ def test_verification_finds_what_the_target_does_not_hold(tmp_path: Path, monkey
     monkeypatch.setattr(convert_plan, "writer_of", lambda name: Wrong())
     with pytest.raises(DigestMismatch, match=r"1 tensors read back differ.*model\.layers\.2\.weight"):
         convert(source, tmp_path / "out", to="zarr", verify=True)
+
+
+def test_a_source_that_changed_is_not_gone_on_with(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-c", CHILD, str(tmp_path), "4"], cwd=root, capture_output=True, check=False)
+    source, _ = checkpoint(tmp_path / "in")
+    first = tmp_path / "in" / source.tensor("model.layers.0.weight").fragments[0].file
+    os.utime(first, ns=(1, 1))
+    with pytest.raises(AlreadyExists, match="unfinished conversion of something else"):
+        convert(source, tmp_path / "out", to="zarr")

@@ -69,7 +69,8 @@ def stored(folder: Path, name: str, dtype: str, array: np.ndarray, boxes: Sequen
         fragments.append(Fragment(box, file, len(body)))
         part = array[tuple(slice(o, e) for o, e in zip(box.offsets, box.ends, strict=True))]
         body += np.ascontiguousarray(part).tobytes()
-    (folder / file).write_bytes(bytes(body))
+    if not (folder / file).exists() or (folder / file).read_bytes() != body:
+        (folder / file).write_bytes(bytes(body))
     return LogicalTensor(name, dtype, array.shape, fragments)
 
 

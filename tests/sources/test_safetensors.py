@@ -190,10 +190,10 @@ def test_many_tensors_open_fast(tmp_path: Path) -> None:
     count = 100_000
     header = {f"layers.{i}.weight": entry(4 * i, 4 * i + 4, [1], "F32") for i in range(count)}
     craft(tmp_path / "x.safetensors", header, raw(counting(count)))
-    start = time.perf_counter()
+    start_s = time.process_time()
     source = open_source(tmp_path)
     assert len(source.names()) == count
-    assert time.perf_counter() - start < 5  # about 0.5 s; generous, since the machine is shared
+    assert time.process_time() - start_s < 5  # about 0.5 s; processor time, since the machine is shared
     tensor = source.tensor("model.layers.77777.weight")
     assert isinstance(tensor, LogicalTensor)
     assert read_bytes(source.files, tensor) == raw(torch.tensor([77777.0]))

@@ -187,7 +187,7 @@ def test_an_answer_that_was_lost_is_not_taken_for_another_writer(loop: IoLoop, m
 def test_lasting_trouble_is_a_named_error_in_bounded_time(loop: IoLoop, moto: str, trouble: str) -> None:
     armed: list[bool] = []
     with services.FlakyProxy(moto, lambda _: trouble if armed else "") as proxy:
-        tier = s3(loop, proxy.endpoint, retry=Retry(attempts=2, first_s=0.01, most_s=0.02, timeout_s=0.3))
+        tier = s3(loop, proxy.endpoint, retry=Retry(attempts=2, first_s=0.01, most_s=0.02, timeout_s=1.0))
         flat = BlockingTier(tier, loop, timeout_s=20)
         flat.create("good.json", b"good")
         flat.close()

@@ -1,6 +1,6 @@
 """Write the golden checkpoints of one format version.  Run once per version; what it wrote is never written again.
 
-    python -m tests.golden.make v1
+python -m tests.golden.make v1
 """
 
 from __future__ import annotations

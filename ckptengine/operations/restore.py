@@ -19,6 +19,7 @@ from ckptengine.errors import (
     UnreadableFormat,
     UnsupportedValue,
 )
+from ckptengine.operations.convert_plan import HoldsEncodedValues
 from ckptengine.operations.filling import Fill
 from ckptengine.sources.native import NativeSource, open_commit
 from ckptengine.sources.port import Files, Source
@@ -58,8 +59,12 @@ class RestoreRequest:
 class Restored:
     """The step that was restored, and which newer ones were passed over and why."""
 
-    step: int
+    ref: CommitRef
     passed_over: tuple[tuple[int, str], ...] = ()
+
+    @property
+    def step(self) -> int:
+        return self.ref.step
 
 
 class _Round:
@@ -83,11 +88,23 @@ class _Round:
         return "; ".join(wrong[:4]) or None
 
 
+Openers = Callable[[CommitRef], Sequence[Callable[[], Source]]]
+"""The ways to open one commit, best first; the same number of them on every rank."""
+
+
 def restore_newest(
-    root: Root, files: Files, port: Coordinator, request: RestoreRequest, number: int, step: int | None = None
+    root: Root,
+    files: Files,
+    port: Coordinator,
+    request: RestoreRequest,
+    number: int,
+    step: int | None = None,
+    *,
+    openers: Openers | None = None,
 ) -> Restored | None:
     """Fill the state from the newest commit that verifies, or from ``step``.
 
+    ``openers``: how a commit is opened; default: beneath ``root``, whose bytes are ``files``.
     None when no checkpoint exists at all.  Raises `NotFound` (no such step), `StateMismatch` (nothing was changed),
     `Damaged` (some exist, none is good, nothing was changed) or `RestoreIncomplete` (damage showed while filling and no
     other copy is left).
@@ -96,9 +113,13 @@ def restore_newest(
     candidates = _agreed_candidates(turn, root, step)
     passed_over: list[tuple[int, str]] = []
     for ref in (CommitRef(*candidate) for candidate in candidates):
-        problem = _try_commit(turn, lambda r=ref: open_commit(root, r, files))  # type: ignore[misc]
-        if problem is None:
-            return Restored(ref.step, tuple(passed_over))
+        ways = openers(ref) if openers is not None else [lambda r=ref: open_commit(root, r, files)]  # type: ignore[misc]
+        problem = ""
+        for way in ways:
+            told = _try_commit(turn, way)
+            if told is None:
+                return Restored(ref, tuple(passed_over))
+            problem = told
         log.warning("step %d cannot be restored: %s", ref.step, problem)
         passed_over.append((ref.step, problem))
     if not candidates:
@@ -116,7 +137,7 @@ def restore_from(source: Source, port: Coordinator, request: RestoreRequest, num
     if problem is not None:
         kind = RestoreIncomplete if turn.touched else Damaged
         raise kind(f"{source.files.root}: {problem}")
-    return Restored(source.step or 0)
+    return Restored(CommitRef(source.step or 0, 0, 0))
 
 
 def _agreed_candidates(turn: _Round, root: Root, step: int | None) -> list[list[int]]:
@@ -248,7 +269,8 @@ def saved_state(source: Source, port: Coordinator, on_world_change: WorldPolicy)
         if name not in aliases:
             tensor = source.tensor(name)
             tensors[name] = (tensor.dtype, tensor.shape)
-    return SavedState(tensors=tensors, aliases=aliases, values=None, rank_values=None)
+    encoded = source.encoded_values() if isinstance(source, HoldsEncodedValues) else None
+    return SavedState(tensors=tensors, aliases=aliases, values=encoded, rank_values=None)
 
 
 def _rank_values(source: NativeSource, port: Coordinator, policy: WorldPolicy) -> Any:

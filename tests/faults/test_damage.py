@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import ckptengine as ce
+from ckptengine import native
 from ckptengine.errors import (
     CheckpointError,
     Damaged,
@@ -23,8 +24,6 @@ from ckptengine.errors import (
     StorageFailed,
     UnreadableFormat,
 )
-from ckptengine.operations import filling
-from ckptengine.sources.files import LocalFiles
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from bench.bitflips import Flipper
@@ -205,17 +204,18 @@ def test_a_device_that_fails_while_reading_sends_restore_to_another_step(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bad = rank_file(root, 3).name
-    original = LocalFiles.read_into
+    original = native.read_ranges
+    refused = []
 
-    def read_into(self: LocalFiles, path: str, offset: int, view: memoryview) -> None:
-        if bad in path:
-            raise StorageFailed(f"cannot read {path}: {os.strerror(errno.EIO)}")
-        original(self, path, offset, view)
+    def read_ranges(files: native.Files, *arguments: Any, **options: Any) -> native.ReadDigests:
+        if bad in files.name:
+            refused.append(files.name)
+            raise StorageFailed(f"cannot read {files.name}: {os.strerror(errno.EIO)}")
+        return original(files, *arguments, **options)
 
-    monkeypatch.setattr(LocalFiles, "read_into", read_into)
-    if hasattr(filling, "native"):  # reads of its own
-        pytest.skip("restores read past the file layer")
+    monkeypatch.setattr(native, "read_ranges", read_ranges)
     found, state = restore(root)
+    assert refused
     assert found == 2
     assert differences(state, 2) == []
 

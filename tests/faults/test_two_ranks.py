@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,10 @@ from .states import blank, differences, set_state, state_of
 
 WORLD = 2
 WITHIN_S = 5.0
+CASES: list[tuple[Kind, int, bool]] = [("fail", errno.ENOSPC, False), ("late", errno.EIO, True), ("short", 0, True)]
+if os.environ.get("CKPTENGINE_ALL_FAULTS"):  # bench/soak.py
+    CASES += [("fail", number, sticky) for number in (errno.EIO, errno.EROFS, errno.EMFILE) for sticky in (False, True)]
+    CASES += [("tear", errno.EIO, False), ("tear", errno.ENOSPC, True), ("late", errno.EIO, False), ("short", 0, False)]
 
 
 @pytest.fixture
@@ -95,9 +100,7 @@ def count_operations(ranks: Ranks, root: Path, rank: int) -> int:
 
 
 @pytest.mark.parametrize("rank", range(WORLD))
-@pytest.mark.parametrize(
-    ("kind", "error", "sticky"), [("fail", errno.ENOSPC, False), ("late", errno.EIO, True), ("short", 0, True)]
-)
+@pytest.mark.parametrize(("kind", "error", "sticky"), CASES)
 def test_a_fault_at_every_operation_of_one_rank(
     ranks: Ranks, tmp_path: Path, rank: int, kind: Kind, error: int, sticky: bool
 ) -> None:

@@ -6,6 +6,7 @@ import math
 import os
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from ckptengine import native
+from ckptengine.errors import UnusableRequest
 from ckptengine.layout.digest import GRANULE_BYTES
 from ckptengine.layout.runs import runs_of
 from ckptengine.snapshot.port import Digests, Extents, Progress
@@ -87,19 +89,43 @@ class NativeJob:
         self._close_direct()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    """How much an engine takes, and how far it stays out of the way.
+
+    ``arena_bytes``: all the host memory that it takes, whatever the size of the state.  ``max_bytes_per_s``: a cap on
+    writing, None for none (an update that waits lifts it).  ``low_priority``: its threads and their I/O go last.
+    """
+
+    arena_bytes: int = 64 << 20
+    max_bytes_per_s: int | None = None
+    low_priority: bool = False
+
+    def __post_init__(self) -> None:
+        if self.arena_bytes < native.SEGMENT_BYTES:
+            raise UnusableRequest(f"arena_bytes={self.arena_bytes} is less than one buffer of {native.SEGMENT_BYTES}")
+        if self.max_bytes_per_s is not None and self.max_bytes_per_s <= 0:
+            raise UnusableRequest(f"max_bytes_per_s={self.max_bytes_per_s} must be above 0")
+
+
+DEFAULT = EngineSettings()
+
+
 class NativeEngine:
-    """See `CaptureEngine`.  ``arena_bytes``: all the host memory that it takes."""
+    """See `CaptureEngine`."""
 
     name = "native"
     direct = True
     private = False
 
-    def __init__(self, arena_bytes: int) -> None:
-        segment = native.SEGMENT_BYTES
+    def __init__(self, settings: EngineSettings = DEFAULT) -> None:
         self._engine = native.Engine(
             workers=WORKERS,
-            buffers=max(2, arena_bytes // segment),
+            buffers=max(2, settings.arena_bytes // native.SEGMENT_BYTES),
             pin=torch.cuda.is_available(),
+            bytes_per_second=settings.max_bytes_per_s or 0,
+            io_priority=2 if settings.low_priority else 0,
+            niceness=10 if settings.low_priority else 0,
         )
         self._support: dict[int, native.DirectSupport] = {}
 

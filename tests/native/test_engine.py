@@ -137,7 +137,7 @@ def test_cancel(engine: native.Engine, target: Target, faults: None) -> None:
     tensors = [counting(800_000)]
     extents, end, slots = tiled(tensors)
     native.arm_fault("write", sticky=True, delay_s=0.01)
-    job = engine.submit(target.files, extents, body=(0, end), granule_slots=slots, keep=tensors)
+    job = engine.submit(target.files, extents, body=(0, end), granule_slots=slots, keep=tuple(tensors))
     job.cancel()
     with pytest.raises(SaveFailed, match="cancelled"):
         job.wait_written(60)
@@ -254,7 +254,7 @@ engine = native.Engine(workers=2, buffers=2, buffer_bytes=1 << 16)
 tensors = [counting(3_000_000)]
 extents, end, slots = tiled(tensors)
 native.arm_fault("write", sticky=True, delay_s=0.01)
-job = engine.submit(target.files, extents, body=(0, end), granule_slots=slots, keep=tensors)
+job = engine.submit(target.files, extents, body=(0, end), granule_slots=slots, keep=tuple(tensors))
 """
 
 

@@ -37,14 +37,14 @@ def main() -> int:
         for vocabulary in arguments.vocabulary:
             failures += not _holds(
                 f"{source} -> {target} ({vocabulary} rows)",
-                lambda folder, s=source, t=target, v=vocabulary: check_pair(s, t, folder, v),  # type: ignore[misc]
+                lambda folder, s=source, t=target, v=vocabulary: check_pair(s, t, folder, v),
             )
         if number % 50 == 49:
             print(f"{number + 1} of {len(pairs)} pairs, {failures} failures, {time.perf_counter() - started_s:.0f} s")
     for scenario in SCENARIOS if arguments.processes else ():
         failures += not _holds(
             scenario,
-            lambda folder, s=scenario: check_processes(s, folder),  # type: ignore[misc]
+            lambda folder, s=scenario: check_processes(s, folder),
         )
     print(f"{len(pairs)} pairs x {len(arguments.vocabulary)} vocabularies: {failures} failures")
     return int(failures > 0)

@@ -1,7 +1,7 @@
 """Metadata and plans of very large jobs, made without data: sizes, seconds and memory beside torch DCP's, with floors.
 
 ``python -m bench.simulate_scale [--json FILE] [--large]``.  Manifests and indexes are really encoded and decoded; plans
-are those that a restore carries out.  ``--large`` adds 10,000 ranks x 10,000 tensors, for which DCP is extrapolated from
+are those that a restore carries out.  ``--large`` adds 10,000 ranks x 10,000 tensors, where DCP is extrapolated from
 its cost per fragment.
 """
 
@@ -80,11 +80,12 @@ def main() -> int:
             f"{run['engine']:10}{mark} {run['ranks']:6} x {run['tensors']:6} -> {run['target_ranks']:5}: "
             f"manifest {run['central_bytes'] / MB:9.2f} MB, all {run['metadata_bytes'] / MB:10.1f} MB, one rank reads "
             f"{run['read_by_one_rank_bytes'] / MB:9.2f} MB, plan to save {run['plan_save_s']:8.2f} s, to restore "
-            f"{run['plan_restore_s']:7.2f} s, {run['fragments_of_one_rank']} fragments, peak {run['peak_bytes'] / MB:.0f} MB"
+            f"{run['plan_restore_s']:7.2f} s, {run['fragments_of_one_rank']} fragments, "
+            f"peak {run['peak_bytes'] / MB:.0f} MB"
         )
     if arguments.json:
         with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump({"runs": runs, "floors": {title: found for title, found in checks}}, file, indent=1)
+            json.dump({"runs": runs, "floors": dict(checks)}, file, indent=1)
     return int(missed > 0)
 
 

@@ -152,8 +152,9 @@ def soak_saves(saves: int) -> dict[str, Any]:
 
 def soak_ranks() -> dict[str, Any]:
     """The two-rank sweep of the tests with every kind of fault."""
-    tests = Path(__file__).parents[1] / "tests" / "faults"
-    command = [sys.executable, "-m", "pytest", "-q", str(tests / "test_two_ranks.py"), str(tests / "test_real_ranks.py")]
+    folder = Path(__file__).parents[1] / "tests" / "faults"
+    tests = [str(folder / name) for name in ("test_two_ranks.py", "test_real_ranks.py")]
+    command = [sys.executable, "-m", "pytest", "-q", *tests]
     ran = subprocess.run(command, env={**os.environ, "CKPTENGINE_ALL_FAULTS": "1"}, capture_output=True, text=True)
     return {"summary": ran.stdout.strip().splitlines()[-1:], "good": ran.returncode == 0}
 

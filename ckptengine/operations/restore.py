@@ -269,7 +269,7 @@ def saved_state(source: Source, port: Coordinator, on_world_change: WorldPolicy)
         if name not in aliases:
             tensor = source.tensor(name)
             tensors[name] = (tensor.dtype, tensor.shape)
-    encoded = source.encoded_values() if isinstance(source, HoldsEncodedValues) else None
+    encoded: Any = source.encoded_values() if isinstance(source, HoldsEncodedValues) else None
     return SavedState(tensors=tensors, aliases=aliases, values=encoded, rank_values=None)
 
 

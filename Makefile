@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 NATIVE := $(shell find native/src native/bindings -type f) native/CMakeLists.txt CMakeLists.txt
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench soak clean
 
 demo: $(VENV)/.ready
 	$(BIN)/ckptengine demo
@@ -18,6 +18,9 @@ check: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(BIN)/ckptengine bench
+
+soak: $(VENV)/.ready
+	$(BIN)/python -m bench.soak
 
 $(VENV)/.ready: pyproject.toml constraints.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

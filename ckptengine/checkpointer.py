@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import threading
 import time
 import weakref
 from collections.abc import Mapping, Sequence
@@ -14,15 +15,15 @@ from torch.distributed import ProcessGroup
 from torch.optim.optimizer import Optimizer
 
 from ckptengine.coordination.choose import choose
-from ckptengine.coordination.port import Coordinator, publish, receive
-from ckptengine.errors import CheckpointError, RestoreIncomplete, RootInUse, SaveFailed, UnusableRequest
-from ckptengine.operations.attempts import Claims
+from ckptengine.coordination.port import Coordinator
+from ckptengine.errors import CheckpointError, RestoreIncomplete, UnusableRequest
 from ckptengine.operations.handle import SaveHandle
 from ckptengine.operations.metrics import metrics_of
+from ckptengine.operations.onward import Onward
 from ckptengine.operations.opening import open_any
 from ckptengine.operations.overlap import Overlap, OverlapPolicy, check_policy
-from ckptengine.operations.restore import RestoreRequest, WorldPolicy, restore_from, restore_newest
-from ckptengine.operations.retention import Retention
+from ckptengine.operations.places import Places
+from ckptengine.operations.restore import RestoreRequest, WorldPolicy, restore_from
 from ckptengine.operations.rhythm import Rhythm
 from ckptengine.operations.save import SaveJob, Saver, SaveSettings
 from ckptengine.operations.stopping import EXIT_STATUS, Stopping
@@ -32,11 +33,10 @@ from ckptengine.policy.interval import Interval
 from ckptengine.policy.keep import Keep
 from ckptengine.snapshot import fence
 from ckptengine.snapshot.engines import engine_for
+from ckptengine.snapshot.native_engine import DEFAULT, EngineSettings
 from ckptengine.snapshot.register import Registrar
-from ckptengine.sources.files import open_files
 from ckptengine.state.walker import Walker
 from ckptengine.store.files import FileOps
-from ckptengine.store.root import Root
 from ckptengine.tiers.spec import Tier
 
 CLOSE_AFTER_ERROR_S = 30.0
@@ -52,10 +52,11 @@ class Checkpointer:
 
     Args:
         state: nested live state (modules, optimizers, schedulers, loaders, tensors, plain values).
-        root: directory where durable checkpoints rest.
+        root: directory or fsspec URL where durable checkpoints rest.
         interval: when `step` saves; None: only `save` does.
         keep: which checkpoints of the root are kept; None: all.
-        tiers: faster tiers in front of the root, fastest first.
+        tiers: faster tiers in front of the root, fastest first.  Saves land on the first and are carried on in the
+            background, as far as the tiers' intervals want; an explicit `save` goes all the way.
         on_failure: ``"raise"``, or `Tolerate`: what a failed save does to the training loop.
         overlap: when a save comes while the ones before are in flight: ``"wait"`` for room, ``"skip"`` this one, or
             ``"latest"``: give up the one in flight.
@@ -68,7 +69,9 @@ class Checkpointer:
         mode: permissions of what is written; default: the umask.
         rank_timeout_s: how long ranks wait for one another in the background.
         stall_budget_s: how long one fence may block training before the save is given up; None: no limit.
-        arena_bytes: host memory for copies; default: 64 MiB on CPU state.
+        arena_bytes: host memory of the capture engine, whatever the size of the state.
+        max_bytes_per_s: a cap on what saves write; an update that waits lifts it.
+        low_priority: the engine's threads and their I/O go last.
         paranoid: digest everything again before the fence lets go, not samples.
         sigterm_s: watch for SIGTERM: the next `step` saves, waits for it up to this long after the signal and exits
             with status 143, on all ranks at one step; None: leave the signal alone.
@@ -96,7 +99,9 @@ class Checkpointer:
         mode: int | None = None,
         rank_timeout_s: float = 300.0,
         stall_budget_s: float | None = None,
-        arena_bytes: int | None = None,
+        arena_bytes: int = DEFAULT.arena_bytes,
+        max_bytes_per_s: int | None = None,
+        low_priority: bool = False,
         paranoid: bool = False,
         sigterm_s: float | None = None,
         file_ops: FileOps | None = None,
@@ -109,27 +114,37 @@ class Checkpointer:
         self._state, self._start_from, self._random = state, start_from, random
         self._on_world_change = on_world_change
         self._timeout_s = rank_timeout_s
-        self._root = Root(root, file_ops, mode)
-        self._port = choose(process_group, rank_timeout_s)
+        policy = failure_policy(on_failure)
         self._walker = Walker(state, random=random)
+        self._port = choose(process_group, rank_timeout_s)
         self._registrar = Registrar()
         self._saves = self._restores = 0
-        self._rhythm = Rhythm(interval, self._port, rank_timeout_s)
-        self._troubles = Troubles(failure_policy(on_failure))
-        self._claims = _claims(self._root, run, linear, self._port, rank_timeout_s)
-        engine = engine_for(arena_bytes, file_ops)
+        self._places = Places(
+            root,
+            tiers,
+            port=self._port,
+            interval=interval,
+            keep=keep,
+            policy=policy,
+            run=run,
+            linear=linear,
+            file_ops=file_ops,
+            mode=mode,
+            timeout_s=rank_timeout_s,
+        )
+        self._rhythm = Rhythm(self._places.interval, self._port, rank_timeout_s)
+        self._troubles = Troubles(policy)
+        wanted = EngineSettings(arena_bytes=arena_bytes, max_bytes_per_s=max_bytes_per_s, low_priority=low_priority)
+        engine = engine_for(wanted, file_ops)
         settings = SaveSettings(rank_timeout_s=rank_timeout_s, stall_budget_s=stall_budget_s, paranoid=paranoid)
-        self._saver = Saver(self._root, self._port, engine, settings, self._claims)
-        self._retention = Retention(self._root, keep) if keep is not None and self._port.rank == 0 else None
-        if self._retention is not None:
-            retention = self._retention  # bound by itself: the saver must not keep this object alive
-            self._saver.on_commit(lambda _: retention.after_commit())
+        self._saver = Saver(self._places.landing, self._port, engine, settings, self._places.claims)
+        if self._places.levels is not None:
+            self._saver.carry_on(Onward(self._places.levels))
         self._overlap = Overlap(overlap, self._saver, self._port, rank_timeout_s)
-        del tiers
         self._stopping = Stopping(self._port, sigterm_s) if sigterm_s is not None else None
         fence.watch(self)
         # Nothing here may refer to self: a checkpointer that nobody closed ends when it is collected, or at exit.
-        self._finalizer = weakref.finalize(self, _shut, self._saver, self._claims, self._port, self._pid)
+        self._finalizer = weakref.finalize(self, _shut, self._saver, self._places, self._port, self._pid)
         # At exit our own hook ends it: that of the native engine, which weakref's may follow, would cut saves off.
         self._finalizer.atexit = False
         _open.add(self)
@@ -142,6 +157,9 @@ class Checkpointer:
         Raises the error of an earlier save, as ``on_failure`` says, and `UnsupportedValue` for a value in the state
         that has no encoding; everything that goes wrong later is on the handle.
         """
+        return self._save(step, metrics, all_the_way=True)
+
+    def _save(self, step: int, metrics: Mapping[str, Any] | None, *, all_the_way: bool) -> SaveHandle:
         self._usable()
         if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 1 << 63:
             raise UnusableRequest(f"step {step!r} is not a whole number from 0 on, below 2**63")
@@ -160,6 +178,7 @@ class Checkpointer:
             registered=self._registrar.register(flat.tensors),
             metrics=metrics_of(metrics),
             handle=handle,
+            all_the_way=all_the_way,
         )
         self._troubles.watch(handle)
         self._rhythm.saved(step)
@@ -179,7 +198,7 @@ class Checkpointer:
         last = self._stopping is not None and self._stopping.decided()
         if not (self._rhythm.due(step) or last):
             return None
-        handle = self.save(step, metrics=metrics)
+        handle = self._save(step, metrics, all_the_way=last)
         if last and self._stopping is not None:
             self._stopping.finish(handle)
             self._close(CLOSE_AFTER_ERROR_S)
@@ -205,11 +224,14 @@ class Checkpointer:
             self._saver.after_update(optimizer)
 
     def wait(self, stage: str = "durable", timeout_s: float | None = None) -> bool:
-        """Wait until every save in flight has reached ``stage``.  False when the time ran out; raises what failed."""
+        """Wait until every save in flight has reached ``stage``, or has come as far as it is meant to.
+
+        False when the time ran out; raises what failed.
+        """
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
-        for job in self._saver.in_flight():
+        for handle in self._troubles.under_way():
             left_s = None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
-            if not job.handle.wait(stage, left_s):
+            if not handle.wait(stage, left_s) and not handle.done():
                 return False
         return True
 
@@ -242,20 +264,17 @@ class Checkpointer:
             on_world_change=self._on_world_change,
             timeout_s=self._timeout_s,
         )
-        files = open_files(self._root.path)
         try:
-            restored = restore_newest(self._root, files, self._port, request, self._restores, step)
+            restored = self._places.restore(request, self._restores, step)
             if restored is None and self._start_from is not None and step is None:
                 return restore_from(open_any(self._start_from), self._port, request, self._restores).step
         except RestoreIncomplete as error:
             self._broken = error
             raise
-        finally:
-            files.close()
         if restored is None:
             return None
-        if self._claims is not None and names is None:
-            self._claims.restored(restored.step)
+        if self._places.claims is not None and names is None:
+            self._places.claims.restored(restored.step)
         self._broken = None
         return restored.step
 
@@ -275,7 +294,7 @@ class Checkpointer:
         if self._stopping is not None:
             self._stopping.close()
         self._finalizer.detach()
-        _shut(self._saver, self._claims, self._port, self._pid, timeout_s)
+        _shut(self._saver, self._places, self._port, self._pid, timeout_s)
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -304,39 +323,20 @@ class Checkpointer:
 _open: weakref.WeakSet[Checkpointer] = weakref.WeakSet()
 
 
-@atexit.register
 def _end_all() -> None:
     """At exit: finish what is in flight of checkpointers that nobody closed."""
     for checkpointer in list(_open):
         checkpointer._finalizer()
 
 
-def _claims(root: Root, run: str | None, linear: bool, port: Coordinator, timeout_s: float) -> Claims | None:
-    """Take the root on rank 0; every rank raises when that is refused."""
-    claims: Claims | None = None
-    refused: CheckpointError | None = None
-    if port.rank == 0:
-        try:
-            claims = Claims(root, run, linear=linear)
-        except CheckpointError as error:
-            refused = error
-        publish(port, "opened", None if refused is None else {"code": refused.code, "error": str(refused)})
-    else:
-        answer = receive(port, "opened", timeout_s)
-        if answer is not None:
-            refused = (RootInUse if answer["code"] == RootInUse.code else SaveFailed)(answer["error"])
-    if refused is not None:
-        port.close()
-        raise refused
-    return claims
+# As early as the interpreter lets us: the pools of threads that drains need refuse work once `atexit` begins.
+getattr(threading, "_register_atexit", atexit.register)(_end_all)
 
 
-def _shut(
-    saver: Saver, claims: Claims | None, port: Coordinator, pid: int, timeout_s: float | None = CLOSE_AT_EXIT_S
-) -> None:
+def _shut(saver: Saver, places: Places, port: Coordinator, pid: int, timeout_s: float | None = CLOSE_AT_EXIT_S) -> None:
     if os.getpid() != pid:
         return
+    deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
     saver.close(timeout_s)
-    if claims is not None:
-        claims.close()
+    places.close(None if deadline_s is None else max(0.0, deadline_s - time.monotonic()))
     port.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 from ckptengine.store import names
 from ckptengine.store.files import make_dirs
@@ -15,11 +16,14 @@ class Claims:
     """Holds the root's lock and claims attempts: the first at the first save, a new one when history is left behind.
 
     ``linear``: saves continue one training run, so that a first save at step s without a restore leaves steps beyond s
-    behind.  A one-shot save adds to whatever there is.
+    behind.  A one-shot save adds to whatever there is.  ``announce``: told the number of each claimed attempt before it
+    is used; where that raises, the attempt is not used.
     """
 
-    def __init__(self, root: Root, run: str | None, *, linear: bool) -> None:
-        self._root, self._run, self._linear = root, run, linear
+    def __init__(
+        self, root: Root, run: str | None, *, linear: bool, announce: Callable[[int], None] | None = None
+    ) -> None:
+        self._root, self._run, self._linear, self._announce = root, run, linear, announce
         self._guard = threading.Lock()
         self._attempt: Attempt | None = None
         self._base: int | None = None
@@ -33,15 +37,21 @@ class Claims:
             self._attempt = None
             line = self._root.history.line()
             if line and max(line) > step:
-                self._attempt = self._root.claim(self._run, upto=step)
+                self._attempt = self._claim(step)
 
     def current(self, step: int) -> Attempt:
         """The attempt for a save of ``step``."""
         with self._guard:
             if self._attempt is None:
                 upto = self._base if self._base is not None or not self._linear else step
-                self._attempt = self._root.claim(self._run, upto=upto)
+                self._attempt = self._claim(upto)
             return self._attempt
+
+    def _claim(self, upto: int | None) -> Attempt:
+        attempt = self._root.claim(self._run, upto=upto)
+        if self._announce is not None:
+            self._announce(attempt.number)
+        return attempt
 
     def close(self) -> None:
         self._lock.release()

@@ -9,13 +9,12 @@ that have arrived are not sent a second time, not even by another process.
 from __future__ import annotations
 
 import concurrent.futures
-import json
 import logging
 import queue
 import threading
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ckptengine.coordination.alone import Alone
@@ -23,15 +22,18 @@ from ckptengine.coordination.port import Coordinator
 from ckptengine.errors import (
     AlreadyExists,
     CheckpointError,
-    CoordinationFailed,
+    Conflict,
+    Damaged,
     RankTimeout,
     SaveFailed,
     Superseded,
     UnusableRequest,
 )
+from ckptengine.operations.peers import Peers
 from ckptengine.operations.progress import progress_log
 from ckptengine.operations.transfer import Budget, DrainFile, Moved, Throttle, Transfer
 from ckptengine.store import names
+from ckptengine.store.history import CommitRef, decode_attempt
 from ckptengine.tiers.loop import IoLoop
 from ckptengine.tiers.port import TierPort
 
@@ -90,6 +92,9 @@ class Drain:
     """Carries steps from ``source`` to ``target`` on ``loop``, with a thread of its own to keep their order.
 
     ``port``: the ranks that drain together.  Its keys follow from the two places, the step, and how often it came.
+    ``again(tries)``: asked on rank 0 when a step could not be carried, how long to wait before the next try; None gives
+    it up.  What comes behind waits meanwhile, so that all ranks keep one order.  ``guard``: called right before a
+    manifest is put; it raises where this job may not do so any more.
     """
 
     def __init__(
@@ -100,8 +105,11 @@ class Drain:
         *,
         port: Coordinator | None = None,
         settings: DrainSettings | None = None,
+        again: Callable[[int], float | None] | None = None,
+        guard: Callable[[], None] | None = None,
     ) -> None:
         self._source, self._target, self._loop = source, target, loop
+        self._again, self._guard = again, guard
         self._port: Coordinator = port or Alone()
         self._settings = settings or DrainSettings()
         self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
@@ -111,6 +119,7 @@ class Drain:
         self._name = f"{zlib.crc32(source.label.encode()):08x}-{zlib.crc32(target.label.encode()):08x}"
         self._closed = False
         self._stopping = threading.Event()
+        self._peers = Peers(self._port, self._settings.rank_timeout_s, self._stopping)
         self._running: concurrent.futures.Future[list[Moved]] | None = None
         self._limits: tuple[Budget, Throttle] | None = None
         self._thread = threading.Thread(target=self._serve, name="ckptengine-drain", daemon=True)
@@ -190,38 +199,65 @@ class Drain:
         while (job := self._queue.get()) is not None:
             if self._stopping.is_set():
                 return
-            started_s = time.monotonic()
-            try:
-                moved = self._carry(job)
-            except BaseException as error:
-                self._settle(job, error if isinstance(error, CheckpointError) else self._unexpected(job, error))
-                continue
-            self._settle(
-                job,
-                DrainReport(
-                    step=job.step,
-                    target=self._target.label,
-                    seconds=time.monotonic() - started_s,
-                    sent_bytes=sum(one.sent_bytes for one in moved),
-                    resumed_bytes=sum(one.resumed_bytes for one in moved),
-                    read_back_bytes=sum(one.read_back_bytes for one in moved),
-                ),
-            )
+            tries, key = 0, job.key
+            while True:
+                outcome = self._attempt(job)
+                if isinstance(outcome, DrainReport):
+                    break
+                tries += 1
+                wait_s = self._wait_s(job, tries, outcome)
+                if wait_s is None:
+                    break
+                log.warning(
+                    "step %d could not be carried to %s, next try in %g s: %s",
+                    *(job.step, self._target.label, wait_s, outcome),
+                    extra=_fields(job, self._target.label, tries=tries, error=outcome.code),
+                )
+                if self._stopping.wait(wait_s):
+                    break
+                job.key, job.done_bytes = f"{key}/{tries}", 0
+            self._settle(job, outcome)
+
+    def _attempt(self, job: _Job) -> DrainReport | CheckpointError:
+        started_s = time.monotonic()
+        try:
+            moved = self._carry(job)
+        except BaseException as error:
+            return error if isinstance(error, CheckpointError) else self._unexpected(job, error)
+        return DrainReport(
+            step=job.step,
+            target=self._target.label,
+            seconds=time.monotonic() - started_s,
+            sent_bytes=sum(one.sent_bytes for one in moved),
+            resumed_bytes=sum(one.resumed_bytes for one in moved),
+            read_back_bytes=sum(one.read_back_bytes for one in moved),
+        )
+
+    def _wait_s(self, job: _Job, tries: int, error: CheckpointError) -> float | None:
+        """How long to wait before the next try, as rank 0 says; None: there is none."""
+        again = self._again
+        if again is None or self._stopping.is_set():
+            return None
+        final = isinstance(error, Conflict | Damaged | RankTimeout | UnusableRequest)
+        return self._peers.decided(f"{job.key}/again", lambda: None if final else again(tries))
 
     def _carry(self, job: _Job) -> list[Moved]:
         moved: list[Moved] = []
         failure: CheckpointError | None = None
+        said = f"step {job.step} was not carried to {self._target.label}"
         try:
             moved = self._copy(job)
         except CheckpointError as error:
             failure = error
-        self._agree(job, "arrived", failure)
+        self._peers.agree(f"{job.key}/arrived", said, failure)
         try:
             if job.manifest is not None:
+                if self._guard is not None:
+                    self._guard()
                 self._loop.run(self._publish(job.manifest, job.companions))
         except CheckpointError as error:
             failure = error
-        self._agree(job, "published", failure)
+        self._peers.agree(f"{job.key}/published", said, failure)
         for file in job.files:
             progress_log(self._source, self._target, file.name, file.size_bytes).forget()
         return moved
@@ -272,68 +308,34 @@ class Drain:
         for entry in await self._target.entries(f"{names.ATTEMPTS}/"):
             claimed = names.ATTEMPT_PATTERN.search(entry.name)
             if claimed is not None and int(claimed[1]) > int(match[1]):
+                if await self._builds_on(int(claimed[1]), manifest.name):
+                    continue
                 raise Superseded(
                     f"{self._target.label}: attempt {int(claimed[1])} took over from attempt {int(match[1])}; "
                     f"this job may not commit there any more"
                 )
 
-    def _agree(self, job: _Job, stage: str, failure: CheckpointError | None) -> None:
-        """Tell and hear how all ranks fared; raise this rank's failure, or say which other ranks failed."""
-        said = None if failure is None else f"{failure.code}: {failure}"
-        try:
-            outcomes = self._exchange(f"{job.key}/{stage}", said)
-        except CheckpointError:
-            if failure is not None:
-                raise failure from None
-            raise
-        if failure is not None:
-            raise failure
-        failed = {rank: outcome for rank, outcome in enumerate(outcomes) if outcome is not None}
-        if failed:
-            first = min(failed)
-            raise CoordinationFailed(
-                f"step {job.step} was not carried to {self._target.label}: rank {first} failed ({failed[first]})"
-                + (f", and {len(failed) - 1} more" if len(failed) > 1 else "")
-            )
-
-    def _exchange(self, key: str, said: str | None) -> list[str | None]:
-        port = self._port
-        if port.world == 1:
-            return [said]
-        deadline_s = time.monotonic() + self._settings.rank_timeout_s
-        if port.rank != 0:
-            port.put(f"{key}/{port.rank}", json.dumps(said).encode())
-            outcomes: list[str | None] = json.loads(self._get(f"{key}/all", deadline_s + 10 * _POLL_S))
-            return outcomes
-        outcomes = [said]
-        for rank in range(1, port.world):
-            try:
-                outcomes.append(json.loads(self._get(f"{key}/{rank}", deadline_s)))
-                port.delete(f"{key}/{rank}")
-            except RankTimeout as late:
-                outcomes.append(f"{late.code}: {late}")
-        port.put(f"{key}/all", json.dumps(outcomes).encode())
-        return outcomes
-
-    def _get(self, key: str, deadline_s: float) -> bytes:
-        """Wait for ``key`` in short turns, so that `close` is not held up by ranks that never answer."""
-        while True:
-            try:
-                return self._port.get(key, _POLL_S)
-            except RankTimeout:
-                if self._stopping.is_set():
-                    raise SaveFailed("the drain was closed while it waited for other ranks") from None
-                if time.monotonic() > deadline_s:
-                    raise
+    async def _builds_on(self, attempt: int, manifest_name: str) -> bool:
+        """Whether a newer attempt counts this commit as its own past, as one that drains what another job left."""
+        folder, _, base = manifest_name.partition("/")
+        step, saved = names.STEP_PATTERN.match(folder), names.MANIFEST_PATTERN.match(base)
+        entry = await self._target.stat(f"{names.ATTEMPTS}/{names.attempt_record(attempt, 0)}")
+        if step is None or saved is None or entry is None:
+            return False
+        data = await self._target.read(entry.name, 0, entry.size_bytes)
+        record = decode_attempt(data, attempt, f"{self._target.label}/{entry.name}")
+        return CommitRef(int(step[1]), int(saved[1]), int(saved[2])) in record.inherited
 
     def _settle(self, job: _Job, outcome: DrainReport | CheckpointError) -> None:
         with self._lock:
             if job in self._jobs:
                 self._jobs.remove(job)
-        fields = {"ckptengine": {"step": job.step, "target": self._target.label}}
         if isinstance(outcome, DrainReport):
-            log.info("step %d is durable on %s", job.step, self._target.label, extra=fields)
+            sent = {"seconds": outcome.seconds, "sent_bytes": outcome.sent_bytes}
+            fields = _fields(job, self._target.label, **sent)
+            log.info("step %d has arrived on %s", job.step, self._target.label, extra=fields)
         else:
+            fields = _fields(job, self._target.label, error=outcome.code)
             log.warning("step %d was not carried to %s: %s", job.step, self._target.label, outcome, extra=fields)
         if job.future.done():
             return
@@ -354,6 +356,11 @@ class Drain:
         )
         failed.__cause__ = error
         return failed
+
+
+def _fields(job: _Job, target: str, **more: object) -> dict[str, object]:
+    """Structured fields of a log line."""
+    return {"ckptengine": {"step": job.step, "target": target, **more}}
 
 
 def _size(job: _Job) -> int:

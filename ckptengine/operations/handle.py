@@ -23,7 +23,8 @@ class SaveHandle:
 
     Stages in order: ``"capturing"``, ``"captured"`` (live tensors may change), ``"committed"`` (survives a power cut on
     the first storage tier and is visible to restore), ``"durable"`` (same on the last tier); or ``"skipped"`` (the
-    overlap policy left it out) or ``"failed"``.
+    overlap policy left it out) or ``"failed"``.  A save that the tiers' intervals do not want on the last tier ends
+    where it is meant for: ``"committed"``, or ``"captured"`` where that is host memory, which no power cut spares.
     """
 
     def __init__(self, step: int) -> None:
@@ -31,6 +32,8 @@ class SaveHandle:
         self.counters: dict[str, float] = {}
         self._changed = threading.Condition()
         self._stage: Stage = "capturing"
+        self._furthest = 0
+        self._ended = False
         self._error: CheckpointError | None = None
         self._callbacks: list[Callable[[SaveHandle], object]] = []
         self._events: list[dict[str, Any]] = []
@@ -42,25 +45,26 @@ class SaveHandle:
         return self._stage
 
     def done(self) -> bool:
-        """Whether nothing more will happen: durable, skipped or failed."""
-        return self._stage in _ENDS
+        """Whether nothing more will happen: durable, as far as it is meant to go, skipped or failed."""
+        return self._ended or self._stage in _ENDS
 
     def wait(self, stage: str = "durable", timeout_s: float | None = None) -> bool:
         """Block until ``stage`` is reached.  False when the time ran out; raises the save's error when it failed.
 
-        A skipped save never reaches a stage: waiting for it returns False at once.
+        A skipped save never reaches a stage, and one that is not wanted on the last tier never becomes durable: waiting
+        for that returns False as soon as it is known.  What has been committed stays so if a later hop fails.
         """
         if stage not in _ORDER:
             raise UnusableRequest(f"no stage {stage!r}; stages are {', '.join(_ORDER)}")
         with self._changed:
             self._changed.wait_for(lambda: self._reached(stage) or self.done(), timeout_s)
-            if self._error is not None:
+            if self._error is not None and not (self._reached(stage) and self._furthest >= _ORDER["committed"]):
                 raise self._error
             return self._reached(stage)
 
     def result(self, timeout_s: float | None = None) -> int:
-        """The step, once durable.  Raises the save's error, or TimeoutError."""
-        if not self.wait("durable", timeout_s) and self._stage != "skipped":
+        """The step, once durable or as far as it is meant to go.  Raises the save's error, or TimeoutError."""
+        if not self.wait("durable", timeout_s) and not self.done():
             raise TimeoutError(f"save of step {self.step} is {self._stage} after {timeout_s} s")
         return self.step
 
@@ -123,8 +127,16 @@ class SaveHandle:
             if self.done() or _ORDER.get(stage, 9) <= _ORDER[self._stage]:
                 return
             self._stage = stage
+            self._furthest = max(self._furthest, _ORDER.get(stage, 0))
             self.counters.setdefault(f"{stage}_s", time.perf_counter() - self._started_s)
             self._finish()
+
+    def end(self) -> None:
+        """It has come as far as it is meant to."""
+        with self._changed:
+            if not self.done():
+                self._ended = True
+                self._finish()
 
     def fail(self, error: CheckpointError) -> None:
         """End with ``error`` unless already ended."""
@@ -135,7 +147,7 @@ class SaveHandle:
             self._finish()
 
     def _reached(self, stage: str) -> bool:
-        return _ORDER.get(self._stage, -1) >= _ORDER[stage]
+        return self._stage != "skipped" and self._furthest >= _ORDER[stage]
 
     def _finish(self) -> None:
         self._changed.notify_all()

@@ -10,34 +10,42 @@ from __future__ import annotations
 import concurrent.futures
 import logging
 import os
-import tempfile
+import shutil
 import threading
 import time
-import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ckptengine.coordination.port import Coordinator, publish, receive
-from ckptengine.errors import AlreadyExists, CheckpointError, Superseded, UnusableRequest
+from ckptengine.errors import (
+    AlreadyExists,
+    CheckpointError,
+    SaveFailed,
+    Superseded,
+    UnusableRequest,
+)
 from ckptengine.operations.drain import Drain, DrainReport, DrainSettings, Named
+from ckptengine.operations.landing import landing_for
+from ckptengine.operations.left_behind import left_behind
+from ckptengine.operations.level import Landed, Level, Way
 from ckptengine.operations.rank_digest import rank_file_digest
 from ckptengine.operations.retain import apply_retention, plan_retention
 from ckptengine.operations.tiered import TieredFiles
 from ckptengine.operations.transfer import DrainFile
-from ckptengine.policy.cost import CostHistory
+from ckptengine.policy.failure import FailurePolicy, Retry, Trouble
 from ckptengine.policy.interval import Interval, LastSave, Soonest
 from ckptengine.policy.keep import Keep
+from ckptengine.sources.files import open_files
 from ckptengine.sources.port import Files
 from ckptengine.store import names
-from ckptengine.store.history import History
+from ckptengine.store.history import CommitRef, History
 from ckptengine.store.lock import RootLock
-from ckptengine.store.manifest import FileRecord
+from ckptengine.store.manifest import Manifest
 from ckptengine.tiers.files import TierFiles
 from ckptengine.tiers.lease import Lease
 from ckptengine.tiers.local import LocalTier
 from ckptengine.tiers.loop import BlockingTier, IoLoop
-from ckptengine.tiers.port import TierPort
 from ckptengine.tiers.spec import Tier, open_tier
 
 log = logging.getLogger("ckptengine")
@@ -45,41 +53,14 @@ log = logging.getLogger("ckptengine")
 _NEWEST = Keep(last=1)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Landed:
-    """One step that is committed on the first tier, as this rank knows it.
-
-    ``record`` is that of this rank's file; ``manifest`` its encoded bytes, on rank 0.  ``all_the_way``: it goes to the
-    root whatever the intervals say (an explicit save).
-    """
-
-    step: int
-    attempt: int
-    save: int
-    record: FileRecord
-    manifest: bytes | None
-    all_the_way: bool = False
-
-
-@dataclass(slots=True)
-class _Level:
-    spec: Tier
-    tier: TierPort
-    flat: BlockingTier
-    keep: Keep | None
-    drain: Drain | None = None
-    last: LastSave | None = None
-    costs: CostHistory = field(default_factory=CostHistory)
-    verified: set[int] = field(default_factory=set)
-
-
 class Levels:
     """The tiers in front of a root, and the root.  Built by all ranks with the same arguments.
 
-    ``root`` is a directory or a URL.  A URL without a directory in front of it gets a landing place beneath the
-    temporary directory.  ``keep`` and ``interval`` are the root's.  ``file_mode`` and ``directory_mode``: permissions.
+    ``root`` is a directory or a URL.  A URL without a directory or host memory in front of it gets a landing place in
+    host memory (on the temporary disk where there is little), which is removed once all is carried on.  ``keep`` and
+    ``interval`` are the root's.  ``policy``: whether a hop that failed is tried again.
 
-    Raises `RootInUse` where another live job holds the root.
+    Raises `RootInUse` where another live job holds the root, `UnusableRequest` for a root in host memory.
     """
 
     def __init__(
@@ -90,33 +71,48 @@ class Levels:
         port: Coordinator,
         interval: Interval | None = None,
         keep: Keep | None = None,
+        policy: FailurePolicy | None = None,
         settings: DrainSettings | None = None,
         rank_timeout_s: float = 300.0,
     ) -> None:
-        self._port, self._timeout_s = port, rank_timeout_s
+        self._port, self._timeout_s, self._policy = port, rank_timeout_s, policy
         self._settings = settings or DrainSettings()
         specs = [*tiers, Tier(root, interval=interval, keep=keep)]
-        if not (specs[0].is_memory or specs[0].local_path is not None):
-            specs.insert(0, Tier(_landing_for(specs[0])))
+        if specs[-1].is_memory:
+            raise UnusableRequest(
+                f"{specs[-1].label} is host memory, where nothing is ever committed; give it as a tier in front of a "
+                f"root: tiers=[ckptengine.Tier({specs[-1].label!r})]"
+            )
+        self._has_own_landing = not (specs[0].is_memory or specs[0].local_path is not None)
+        if self._has_own_landing:
+            specs.insert(0, landing_for(specs[0]))
         self._loop = IoLoop()
-        self._levels: list[_Level] = []
+        self._levels: list[Level] = []
         self._held: RootLock | Lease | None = None
         self._retaining = threading.Lock()
-        self._number = 0
+        self._number = self._resumed = 0
+        self._stranded = False
         try:
             for number, spec in enumerate(specs):
                 tier = open_tier(spec, self._loop)
                 last = number == len(specs) - 1
                 kept = spec.keep if last or spec.keep is not None else _NEWEST
-                self._levels.append(_Level(spec, tier, BlockingTier(tier, self._loop), kept))
+                self._levels.append(Level(spec, tier, BlockingTier(tier, self._loop), kept))
             if port.rank == 0 and len(specs) > 1:
                 self._held = self._hold_root()
         except BaseException:
             self.close(0.0)
             raise
         for source, target in zip(self._levels, self._levels[1:], strict=False):
+            cap = target.spec.max_bytes_per_s
             target.drain = Drain(
-                source.tier, target.tier, self._loop, port=port, settings=_capped(self._settings, target.spec)
+                source.tier,
+                target.tier,
+                self._loop,
+                port=port,
+                settings=self._settings if cap is None else replace(self._settings, max_bytes_per_s=cap),
+                again=self._again,
+                guard=self._guard,
             )
 
     # ---- where
@@ -133,13 +129,25 @@ class Levels:
         """Whether saves land on the root itself, and nothing is carried anywhere."""
         return len(self._levels) == 1
 
+    @property
+    def labels(self) -> list[str]:
+        """The tiers in words, nearest first, the root last; without credentials."""
+        return [level.spec.label for level in self._levels]
+
+    def is_committed(self, number: int) -> bool:
+        """Whether a step on tier ``number`` may be called committed: it survives a power cut, or is on the root."""
+        return number == self.last or self._levels[number].is_lasting
+
     def files(self) -> list[Files]:
         """What lies on each tier, nearest first, for `ckptengine.operations.tiered`."""
-        return [TierFiles(level.flat) for level in self._levels]
+        return [
+            open_files(level.tier.root) if isinstance(level.tier, LocalTier) else TierFiles(level.flat)
+            for level in self._levels
+        ]
 
     def history(self) -> History:
         """The history over all tiers: what the attempts, and the line that counts, are to be taken from."""
-        return History(TieredFiles(self.files()))
+        return History(TieredFiles([TierFiles(level.flat) for level in self._levels]))
 
     @property
     def last(self) -> int:
@@ -164,9 +172,12 @@ class Levels:
 
     # ---- carrying
 
-    def landed(self, landed: Landed) -> concurrent.futures.Future[int]:
+    def landed(
+        self, landed: Landed, arrived: Callable[[int], None] = lambda number: None
+    ) -> concurrent.futures.Future[int]:
         """Carry a step on as far as it is wanted, in the background; called for each on every rank, in order.
 
+        ``arrived`` is told, on a background thread, of each further tier where the step is committed.
         The future has the index of the last tier that wants it, once the step is committed there and what the tiers
         keep has been applied; `last` is the root's.  Its error is a `CheckpointError`; the step then stays where it has
         come to, and `landed` may be called for it again.
@@ -178,9 +189,28 @@ class Levels:
         self._levels[0].verified.add(landed.step)
         for level in self._levels[: reach + 1]:
             level.last = LastSave(landed.step, now_s)
-        done: concurrent.futures.Future[int] = concurrent.futures.Future()
-        self._carry(landed, 1, reach, now_s, done)
-        return done
+        way = Way(landed, reach, now_s, arrived, concurrent.futures.Future())
+        self._carry(way, 1)
+        return way.done
+
+    def resume(self, ref: CommitRef, manifest: Manifest) -> concurrent.futures.Future[int] | None:
+        """Carry on what an earlier job left where saves land; called by all ranks alike.  None: nothing to be done.
+
+        Only where every rank finds its own file there, and the root does not have the step.
+        """
+        if self.is_single:
+            return None
+        self._resumed += 1
+        left = left_behind(
+            self._levels[0].flat,
+            self._levels[-1].flat,
+            ref,
+            manifest,
+            port=self._port,
+            key=f"resume/{self._resumed}",
+            timeout_s=self._timeout_s,
+        )
+        return None if left is None else self.landed(left)
 
     def pending(self) -> dict[str, tuple[int, ...]]:
         """Steps on their way, by the tier that they go to."""
@@ -203,14 +233,22 @@ class Levels:
                             f"or give it a root of its own"
                         ) from None
 
-    def close(self, timeout_s: float | None = None) -> bool:
-        """Finish carrying within ``timeout_s``, then let everything go.  Whether all was carried."""
+    def drain(self, timeout_s: float | None = None) -> bool:
+        """Finish carrying within ``timeout_s``, give up the rest; nothing more can land.  Whether all was carried."""
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         finished = True
         for level in self._levels:
             if level.drain is not None:
                 left_s = None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
                 finished = level.drain.close(left_s) and finished
+        return finished
+
+    def close(self, timeout_s: float | None = None) -> bool:
+        """`drain`, then let everything go.  Whether all was carried."""
+        finished = self.drain(timeout_s)
+        if self._has_own_landing and finished and not self._stranded and len(self._levels) > 1 and self._leads_node():
+            # While the root is still held: another job may use this place next.
+            shutil.rmtree(self.landing, ignore_errors=True)
         if self._held is not None:
             self._held.release()
         for level in self._levels:
@@ -237,30 +275,25 @@ class Levels:
             publish(self._port, key, reach)
         return reach
 
-    def _carry(
-        self,
-        landed: Landed,
-        number: int,
-        reach: int,
-        started_s: float,
-        done: concurrent.futures.Future[int],
-    ) -> None:
+    def _carry(self, way: Way, number: int) -> None:
         """Put a step on its way to tier ``number``, and from there on; ends by itself behind the last one."""
-        if number > reach:
-            self._retain(upto=reach)
-            done.set_result(reach)
+        if number > way.reach:
+            self._retain(upto=way.reach)
+            way.done.set_result(way.reach)
             return
+        landed = way.landed
         level, source = self._levels[number], self._levels[number - 1]
         assert level.drain is not None
 
         def arrived(carried: concurrent.futures.Future[DrainReport]) -> None:
             error = carried.exception()
             if error is not None:
-                done.set_exception(error)
+                self._strand(way, error)
                 return
             level.verified.add(landed.step)
-            level.costs = level.costs.add(0.0, time.monotonic() - started_s)
-            self._carry(landed, number + 1, reach, started_s, done)
+            level.costs = level.costs.add(0.0, time.monotonic() - way.started_s)
+            way.arrived(number)
+            self._carry(way, number + 1)
 
         try:
             file = f"{names.step_dir(landed.step)}/{names.rank_file(self._port.rank, landed.attempt, landed.save)}"
@@ -270,9 +303,27 @@ class Levels:
             files = [DrainFile(file, landed.record.nbytes, digest)]
             carried = level.drain.submit(landed.step, files, named, companions)
         except CheckpointError as error:
-            done.set_exception(error)
+            self._strand(way, error)
             return
         carried.add_done_callback(arrived)
+
+    def _strand(self, way: Way, error: BaseException) -> None:
+        self._stranded = True
+        way.done.set_exception(error)
+
+    def _again(self, tries: int) -> float | None:
+        """Seconds until a failed hop is tried again, as the policy says; None: not at all."""
+        if self._policy is None:
+            return None
+        decision = self._policy.decide(Trouble(attempts=tries, age_steps=0, age_s=0.0))
+        return decision.after_s if isinstance(decision, Retry) else None
+
+    def _guard(self) -> None:
+        if isinstance(self._held, Lease) and self._held.lost:
+            raise SaveFailed(
+                f"the lease of {self._levels[-1].spec.label} could not be renewed in time, so another job may hold it "
+                f"now; nothing is committed there until it is renewed: look whether the place can be reached"
+            )
 
     def _named(self, landed: Landed) -> Named | None:
         if self._port.rank != 0 or landed.manifest is None:
@@ -347,29 +398,3 @@ class Levels:
 
 def _manifest_name(landed: Landed) -> str:
     return f"{names.step_dir(landed.step)}/{names.manifest(landed.attempt, landed.save)}"
-
-
-def _capped(settings: DrainSettings, spec: Tier) -> DrainSettings:
-    return DrainSettings(
-        part_bytes=settings.part_bytes,
-        memory_bytes=settings.memory_bytes,
-        parallel_parts=settings.parallel_parts,
-        max_bytes_per_s=spec.max_bytes_per_s if spec.max_bytes_per_s is not None else settings.max_bytes_per_s,
-        rank_timeout_s=settings.rank_timeout_s,
-    )
-
-
-def _landing_for(root: Tier) -> str:
-    """A directory of this user and this root on the node's temporary disk."""
-    home = Path(tempfile.gettempdir()) / f"ckptengine-{os.getuid()}"
-    try:
-        home.mkdir(mode=0o700, exist_ok=True)
-        found = home.lstat()
-    except OSError as refusal:
-        raise UnusableRequest(
-            f"{root.label} needs a directory to land in, and {home} cannot be used ({refusal.strerror}); "
-            f"give one: tiers=[ckptengine.Tier(directory)]"
-        ) from refusal
-    if found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise UnusableRequest(f"{home} belongs to somebody else; give a directory: tiers=[ckptengine.Tier(directory)]")
-    return str(home / f"landing-{zlib.crc32(root.label.encode()):08x}")

@@ -67,6 +67,8 @@ class SaveJob:
     registered: Registered
     metrics: Mapping[str, float]
     handle: SaveHandle
+    all_the_way: bool = False
+    """It goes to the last tier whatever the tiers' intervals say."""
     ready: threading.Event = field(default_factory=threading.Event)
     capture: Capture | None = None
     held: list[tuple[int, int]] = field(default_factory=list)
@@ -74,6 +76,8 @@ class SaveJob:
     structure: Structure | None = None
     run: str = ""
     attempt: int = 0
+    record: FileRecord | None = None
+    manifest: Manifest | None = None
     cancelled: CheckpointError | None = None
     superseded: bool = False
     unsettled: bool = False
@@ -93,8 +97,7 @@ class Saver:
         self._to_commit: queue.SimpleQueue[SaveJob | None] = queue.SimpleQueue()
         self._jobs: list[SaveJob] = []
         self._changed = threading.Condition()
-        self._on_commit: list[Callable[[SaveJob], None]] = []
-        self._onward: object | None = None
+        self._onward: Callable[[SaveJob], None] | None = None
         self._threads = [
             threading.Thread(
                 target=self._loop, args=(self._to_capture, self._capture), name="ckptengine-save", daemon=True
@@ -150,9 +153,12 @@ class Saver:
         with self._changed:
             return self._changed.wait_for(lambda: len(self._jobs) < count, timeout_s)
 
-    def on_commit(self, call: Callable[[SaveJob], None]) -> None:
-        """Have ``call(job)`` run on the commit thread after each commit on this rank."""
-        self._on_commit.append(call)
+    def carry_on(self, onward: Callable[[SaveJob], None]) -> None:
+        """From now on hand each job to ``onward``, on the commit thread, once its manifest is where saves land.
+
+        Its handle is then ``onward``'s to advance, as is `SaveJob.record`, and `SaveJob.manifest` on rank 0.
+        """
+        self._onward = onward
 
     def close(self, timeout_s: float | None) -> bool:
         """Finish what is in flight, then stop the threads.  Past ``timeout_s`` saves are cancelled; False then."""
@@ -269,12 +275,17 @@ class Saver:
         started_s = time.perf_counter()
         self._publish(job, job.structure, sealed)
         job.handle.event("commit", started_s)
-        job.handle.advance("committed")
         if self._onward is None:
+            job.handle.advance("committed")
             job.handle.advance("durable")
+            self._forget(job)
+            return
+        job.record = FileRecord(sealed.nbytes, sealed.tail_crc)
+        job.registered.release()
+        job.writer = None  # the file counts from here on, whatever goes wrong
+        self._onward(job)
+        job.manifest = None
         self._forget(job)
-        for call in self._on_commit:
-            call(job)
 
     def _report(self, job: SaveJob, error: Exception) -> None:
         """Tell the other ranks that this one failed, so that nobody waits for it."""
@@ -311,7 +322,8 @@ class Saver:
                 raise SaveFailed(f"step {job.step} was not committed: {'; '.join(failures[:4])}")
             if self._port.world > 1:
                 check_replicas(structure, gathered)
-            self._root.commit(self._manifest(job, structure, gathered))
+            job.manifest = self._manifest(job, structure, gathered)
+            self._root.commit(job.manifest)
         except Exception as error:
             job.unsettled = isinstance(error, (Unsettled, Superseded))
             publish(self._port, key, {"error": str(error), "unsettled": job.unsettled})

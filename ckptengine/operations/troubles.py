@@ -20,15 +20,24 @@ class Troubles:
         self._durable_step: int | None = None
         self._durable_s = time.monotonic()
         self._first_step: int | None = None
+        self._under_way: list[SaveHandle] = []
 
     def watch(self, handle: SaveHandle) -> None:
         if self._first_step is None:
             self._first_step = handle.step
+        with self._guard:
+            self._under_way.append(handle)
         handle.add_done_callback(self._ended)
+
+    def under_way(self) -> list[SaveHandle]:
+        """Handles of saves that have not ended, oldest first."""
+        with self._guard:
+            return list(self._under_way)
 
     def _ended(self, handle: SaveHandle) -> None:
         error = handle.exception(0)
         with self._guard:
+            self._under_way.remove(handle)
             if error is not None:
                 self._failed.append(error)
             elif handle.stage == "durable":

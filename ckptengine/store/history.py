@@ -74,7 +74,7 @@ class History:
         for copy in (0, 1):
             path = f"{names.ATTEMPTS}/{names.attempt_record(number, copy)}"
             try:
-                return _decode_attempt(self._files.read(path, 0, self._files.size(path)), number, path)
+                return decode_attempt(self._files.read(path, 0, self._files.size(path)), number, path)
             except NotFound:
                 continue
             except (Damaged, UnreadableFormat) as error:
@@ -103,7 +103,8 @@ class History:
         return {ref.step: ref for ref in self.visible()}  # in order: the highest (attempt, save) of a step is met last
 
 
-def _decode_attempt(data: bytes, number: int, where: str) -> Attempt:
+def decode_attempt(data: bytes, number: int, where: str) -> Attempt:
+    """The record of attempt ``number`` from its bytes.  Raises `Damaged` or `UnreadableFormat`."""
     body = unseal("attempt", data, where)
     try:
         inherited = frozenset(CommitRef(int(s), int(a), int(n)) for s, a, n in body["inherited"])

@@ -12,7 +12,8 @@ import pytest
 from ckptengine.coordination.alone import Alone
 from ckptengine.errors import RootInUse, StorageFailed, Superseded, UnusableRequest
 from ckptengine.operations.drain import DrainSettings
-from ckptengine.operations.levels import Landed, Levels
+from ckptengine.operations.level import Landed
+from ckptengine.operations.levels import Levels
 from ckptengine.operations.tiered import TieredReader, open_tiered
 from ckptengine.policy.interval import Every, Soonest
 from ckptengine.policy.keep import Keep
@@ -180,12 +181,15 @@ def test_a_failed_hop_leaves_the_step_where_it_is(tmp_path: Path, job: Job) -> N
 def test_a_url_needs_a_landing_and_gets_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("fsspec", reason="fsspec is not installed")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("ckptengine.operations.landing.SHARED_MEMORY", tmp_path / "none")
     url = f"memory://{uuid.uuid4().hex}/run"
     job = Job(url, [])
     assert job.levels.landing.is_relative_to(tmp_path)
     assert job.save(7) == 1
     assert sorted(History(job.levels.files()[1]).line()) == [7]
+    landing = job.levels.landing
     job.close()
+    assert not landing.exists(), "all was carried on"
     again = Job(url, [])
     assert sorted(again.levels.history().line()) == [7]
     again.close()

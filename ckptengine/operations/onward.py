@@ -1,0 +1,59 @@
+"""What becomes of a save that has landed: its handle follows it from tier to tier, and its cost is measured."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import logging
+
+from ckptengine.errors import CheckpointError, SaveFailed
+from ckptengine.operations.level import Landed
+from ckptengine.operations.levels import Levels
+from ckptengine.operations.save import SaveJob
+
+log = logging.getLogger("ckptengine")
+
+
+class Onward:
+    """Hands landed saves to the levels; called on the commit thread, for every save on every rank, in order.
+
+    A handle is ``committed`` from the first tier on that survives a power cut (the root at the latest), and ``durable``
+    on the root.  One whose step no tier further on wants ends where it has come to.
+    """
+
+    def __init__(self, levels: Levels) -> None:
+        self._levels = levels
+
+    def __call__(self, job: SaveJob) -> None:
+        """Carry one job's step on.  A failure ends its handle; the step stays where it has come to."""
+        assert job.record is not None
+        handle, levels = job.handle, self._levels
+
+        def arrived(number: int) -> None:
+            if levels.is_committed(number):
+                handle.advance("committed")
+            if number == levels.last:
+                handle.advance("durable")
+
+        def ended(done: concurrent.futures.Future[int]) -> None:
+            error = done.exception()
+            if error is None:
+                handle.end()
+                return
+            if not isinstance(error, CheckpointError):
+                failed = SaveFailed(f"step {job.step} was not carried on: {type(error).__name__}: {error}")
+                failed.__cause__ = error
+                error = failed
+            fields = {"ckptengine": {"step": job.step, "error": error.code}}
+            log.error("step %d stays where it is: %s", job.step, error, extra=fields)
+            handle.fail(error)
+
+        arrived(0)
+        landed = Landed(
+            step=job.step,
+            attempt=job.attempt,
+            save=job.number,
+            record=job.record,
+            manifest=job.manifest.encode() if job.manifest is not None else None,
+            all_the_way=job.all_the_way,
+        )
+        levels.landed(landed, arrived).add_done_callback(ended)

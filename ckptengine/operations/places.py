@@ -1,0 +1,111 @@
+"""Where one checkpointer's checkpoints lie: the root alone, or the tiers in front of it; opened and closed together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from ckptengine.coordination.port import Coordinator, agree
+from ckptengine.errors import CheckpointError, RootInUse, SaveFailed
+from ckptengine.operations.attempts import Claims
+from ckptengine.operations.levels import Levels
+from ckptengine.operations.nearest import Nearest
+from ckptengine.operations.restore import Restored, RestoreRequest, restore_newest
+from ckptengine.operations.tiered import TieredFiles
+from ckptengine.policy.failure import FailurePolicy
+from ckptengine.policy.interval import Interval
+from ckptengine.policy.keep import Keep
+from ckptengine.sources.files import open_files
+from ckptengine.store.files import FileOps
+from ckptengine.store.root import Root
+from ckptengine.tiers.spec import Tier
+
+
+class Places:
+    """Opened by all ranks together; each raises when any is refused.
+
+    ``levels`` is None for a directory by itself that keeps everything, where saves land on the root and stay.
+    ``landing``: where saves are written to, with a history of its own, so that a commit there asks no remote tier.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        tiers: Sequence[Tier],
+        *,
+        port: Coordinator,
+        interval: Interval | None,
+        keep: Keep | None,
+        policy: FailurePolicy,
+        run: str | None,
+        linear: bool,
+        file_ops: FileOps | None,
+        mode: int | None,
+        timeout_s: float,
+    ) -> None:
+        self._port = port
+        self.levels: Levels | None = None
+        self.claims: Claims | None = None
+        self.interval = interval
+        refused: CheckpointError | None = None
+        try:
+            directory = Tier(root).local_path
+            if tiers or keep is not None or directory is None:
+                self.levels = Levels(
+                    root, tiers, port=port, interval=interval, keep=keep, policy=policy, rank_timeout_s=timeout_s
+                )
+                directory, self.interval = self.levels.landing, self.levels.interval()
+            assert directory is not None
+            self.landing = Root(directory, file_ops, mode)
+            self._all = Root(directory, file_ops, mode)
+            if self.levels is not None:
+                self._all.history = self.levels.history()
+            if port.rank == 0:
+                announce = self.levels.announce if self.levels is not None else None
+                self.claims = Claims(self._all, run, linear=linear, announce=announce)
+        except CheckpointError as error:
+            refused = error
+        answers = agree(port, "opened", None if refused is None else [refused.code, str(refused)], timeout_s)
+        told = next((answer for answer in answers if answer is not None), None)
+        if told is not None:
+            self.close(0.0)
+            port.close()
+            raise refused or (RootInUse if told[0] == RootInUse.code else SaveFailed)(told[1])
+
+    @property
+    def label(self) -> str:
+        """The root in words, without credentials."""
+        return self.levels.labels[-1] if self.levels is not None else str(self.landing.path)
+
+    def restore(self, request: RestoreRequest, number: int, step: int | None) -> Restored | None:
+        """Fill a state from the newest step that verifies, or from ``step``; see `restore_newest`.
+
+        Every byte comes from the nearest tier that has it intact.  What an earlier job left on the first tier is then
+        carried on.
+        """
+        levels = self.levels
+        if levels is None or levels.is_single:
+            files = open_files(self.landing.path)
+            try:
+                return restore_newest(self._all, files, self._port, request, number, step)
+            finally:
+                files.close()
+        tiers = levels.files()
+        nearest = Nearest(tiers)
+        try:
+            restored = restore_newest(self._all, TieredFiles(tiers), self._port, request, number, step, openers=nearest)
+            if restored is not None:
+                nearest.report(restored.step)
+                levels.resume(restored.ref, nearest.manifest())
+            return restored
+        finally:
+            nearest.close()
+
+    def close(self, timeout_s: float | None) -> bool:
+        """Finish carrying within ``timeout_s``, then let everything go.  Whether all was carried."""
+        finished = self.levels.drain(timeout_s) if self.levels is not None else True
+        if self.claims is not None:
+            self.claims.close()
+        if self.levels is not None:
+            self.levels.close(0.0)
+        return finished

@@ -20,7 +20,7 @@ bench: $(VENV)/.ready
 	$(BIN)/ckptengine bench
 
 soak: $(VENV)/.ready
-	$(BIN)/python -m bench.soak
+	$(BIN)/python -m bench.soak kills --kills 50
 
 $(VENV)/.ready: pyproject.toml constraints.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

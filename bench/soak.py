@@ -64,36 +64,37 @@ def digest_of(state: dict[str, Any]) -> str:
     return found.hexdigest()
 
 
-def run_life(root: Path, pause_s: float) -> str:
-    """One life of a job: restore, train to the end with a save at every step; the digest."""
+def run_life(root: Path, ready: int) -> str:
+    """One life of a job: restore, train to the end with a save at every step; the digest.  ``ready``: a pipe."""
     state, *rest = training()
     with ce.Checkpointer(state, root) as checkpointer:
         start = checkpointer.restore() or 0
+        os.write(ready, b"r")
         for step in range(start + 1, STEPS + 1):
             one_step(state, *rest)
             checkpointer.save(step)
-            time.sleep(pause_s)
     return digest_of(state)
 
 
-def forked_life(root: Path, pause_s: float, kill_after_s: float | None) -> tuple[bool, str]:
-    """A life in a child process: whether it was killed, and its digest."""
+def forked_life(root: Path, kill_after_s: float | None) -> tuple[bool, str]:
+    """A life in a child process, killed so long after it restored: whether it was killed, and its digest."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reading)
         try:
-            os.write(writing, run_life(root, pause_s).encode())
+            os.write(writing, run_life(root, writing).encode())
             os._exit(0)
         except BaseException as error:
             os.write(writing, f"failed: {type(error).__name__}: {error}".encode()[:4000])
             os._exit(1)
     os.close(writing)
-    if kill_after_s is not None:
-        time.sleep(kill_after_s)
-        os.kill(child, signal.SIGKILL)
     with os.fdopen(reading) as pipe:
-        told = pipe.read()
+        first = pipe.read(1)
+        if kill_after_s is not None:
+            time.sleep(kill_after_s)
+            os.kill(child, signal.SIGKILL)
+        told = (first + pipe.read()).removeprefix("r")
     status = os.waitpid(child, 0)[1]
     return os.WIFSIGNALED(status), told
 
@@ -103,14 +104,16 @@ def soak_kills(kills: int, seed: int) -> dict[str, Any]:
     dice = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:
         ce.Checkpointer  # noqa: B018 - imported here, so that kills hit saves and not imports
-        expected = forked_life(Path(folder) / "whole", 0.0, None)[1]
+        started_s = time.monotonic()
+        expected = forked_life(Path(folder) / "whole", None)[1]
+        whole_s = time.monotonic() - started_s
         died, runs, lost = 0, 0, 0
         wrong: list[str] = []
         while died < kills:
             root = Path(folder) / f"run{runs}"
             known = 0
             for _ in range(40):
-                killed, told = forked_life(root, 0.004, dice.uniform(0.02, 0.5))
+                killed, told = forked_life(root, dice.uniform(0, whole_s / 4))
                 died += killed
                 there = ce.steps(root)
                 lost += bool(there) and there[-1] < known
@@ -118,7 +121,7 @@ def soak_kills(kills: int, seed: int) -> dict[str, Any]:
                 if not killed:
                     break
             else:
-                killed, told = forked_life(root, 0.0, None)
+                killed, told = forked_life(root, None)
             runs += 1
             if told != expected:
                 wrong.append(told)

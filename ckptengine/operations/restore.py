@@ -24,7 +24,7 @@ from ckptengine.operations.filling import Fill
 from ckptengine.sources.native import NativeSource, open_commit
 from ckptengine.sources.port import Files, Source
 from ckptengine.state import random as streams
-from ckptengine.state.fill import Filling, SavedState, prepare
+from ckptengine.state.fill import Differences, Filling, SavedState, prepare
 from ckptengine.store.history import CommitRef
 from ckptengine.store.root import Root
 
@@ -174,13 +174,16 @@ def _try_commit(turn: _Round, open_source: Callable[[], Source]) -> str | None:
     filling: Filling | None = None
     fill: Fill | None = None
     problems: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
     error: CheckpointError | None = None
     try:
         source = open_source()
         filling = _prepare(turn, source)
+        unused = filling.unused
         fill = Fill(source, filling.targets, shared=turn.port.world > 1)
     except StateMismatch as mismatch:
         problems = mismatch.problems or (str(mismatch),)
+        unused = mismatch.unused if isinstance(mismatch, Differences) else ()
     except UnsupportedValue as refused:
         problems = (str(refused),)
     except BAD_COPY as found:
@@ -189,7 +192,7 @@ def _try_commit(turn: _Round, open_source: Callable[[], Source]) -> str | None:
     if told is not None:
         return told
     strict = turn.request.strict and turn.request.names is None
-    _raise_mismatch(turn, problems, filling.unused if filling is not None and strict else ())
+    _raise_mismatch(turn, problems, unused if strict else ())
     assert filling is not None and fill is not None
     turn.touched = True
     try:

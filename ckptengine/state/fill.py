@@ -21,7 +21,7 @@ from ckptengine.state.restore_values import Matcher
 from ckptengine.state.selection import Selection
 from ckptengine.state.tensors import ON_META
 
-__all__ = ["Filling", "SavedState", "Target", "prepare"]
+__all__ = ["Differences", "Filling", "SavedState", "Target", "prepare"]
 
 _SHOWN = 20
 
@@ -73,6 +73,14 @@ class Filling:
             ) from error
 
 
+class Differences(StateMismatch):
+    """A `StateMismatch` with what the checkpoint has beyond this live state, which other ranks may use: ``unused``."""
+
+    def __init__(self, message: str, problems: tuple[str, ...], unused: tuple[str, ...]) -> None:
+        super().__init__(message, problems)
+        self.unused = unused
+
+
 def prepare(
     state: object,
     saved: SavedState,
@@ -109,7 +117,7 @@ def prepare(
     elif alone and selection.everything:
         problems += [f"{name}: in the checkpoint, not in the live state" for name in unused]
     if problems:
-        raise StateMismatch(_report(problems, strict), tuple(problems))
+        raise Differences(_report(problems, strict), tuple(problems), () if alone else unused)
     if not (selection.everything or context.targets or context.found_any or unused):
         raise NotFound(f"names={list(selection.patterns or ())} selects nothing of the checkpoint")
     return Filling(tuple(context.targets), unused, context, root, chosen, random_policy)

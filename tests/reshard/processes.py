@@ -27,13 +27,15 @@ import ckptengine as ce
 WIDTH, BLOCKS, BATCH = 8, 2, 12
 SAVED_AT, LAST = 3, 6
 SCENARIOS: dict[str, list[tuple[str, int]]] = {
-    "fsdp-4-2-3": [("fsdp", 4), ("fsdp", 4), ("fsdp", 2), ("fsdp", 3)],
-    "fsdp-tpfsdp": [("fsdp", 2), ("tp-fsdp", 4), ("hsdp", 4)],
-    "tppp-single": [("tp-pp", 4), ("single", 1), ("tp-pp", 4)],
-    "ddp-fsdp": [("ddp", 2), ("fsdp", 2), ("single", 1)],
-    "hsdp": [("hsdp", 4), ("ddp", 3), ("fsdp", 4), ("tp-fsdp", 4)],
-    "tpfsdp-tppp": [("tp-fsdp", 4), ("tp-pp", 4), ("fsdp", 3), ("hsdp", 4)],
+    "fsdp": [("fsdp", 4), ("fsdp", 2), ("fsdp", 3), ("tp-fsdp", 4)],
+    "tp-pp": [("tp-pp", 4), ("single", 1)],
+    "single": [("single", 1), ("single", 1), ("tp-pp", 4), ("ddp", 2), ("hsdp", 4)],
+    "fsdp-again": [("fsdp", 4), ("fsdp", 4), ("tp-pp", 4)],
+    "ddp": [("ddp", 2), ("ddp", 2), ("fsdp", 2), ("single", 1)],
+    "hsdp": [("hsdp", 4), ("hsdp", 4), ("ddp", 3), ("fsdp", 4), ("tp-fsdp", 4)],
+    "tp-fsdp": [("tp-fsdp", 4), ("tp-pp", 4), ("fsdp", 3), ("hsdp", 4), ("tp-fsdp", 4)],
 }
+"""Each phase restores what the first one saved."""
 
 
 class Block(nn.Module):

@@ -182,6 +182,20 @@ def test_many_small_tensors_are_few_reads(tmp_path: Path, monkeypatch: pytest.Mo
     assert calls[0] == 3000
 
 
+def test_a_slice_of_a_large_tensor_reads_only_its_bytes(root: Path) -> None:
+    with ce.open(root) as checkpoint:
+        files: Any = checkpoint.source.files
+        checkpoint.read("small")  # the index is read once
+        seen: list[int] = []
+        into, read = files.read_into, files.read
+        files.read_into = lambda path, offset, view: seen.append(len(view)) or into(path, offset, view)
+        files.read = lambda path, offset, nbytes: seen.append(nbytes) or read(path, offset, nbytes)
+        found = checkpoint.read("big", (slice(333, 397), slice(None)))
+        assert torch.equal(found, counting(2048, 4096)[333:397])
+        table = 8 * 2048 * 4096 * 4 // 16384
+        assert sum(seen) <= found.nbytes + 2 * 16384 + table
+
+
 def test_parts_of_a_sharded_checkpoint_without_ranks(tmp_path: Path) -> None:
     """One slice, one sub-tree, some names: from what four ranks saved, in a single process."""
     full = counting(64, 512)

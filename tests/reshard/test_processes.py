@@ -13,7 +13,7 @@ from .processes import LAST, SAVED_AT, SCENARIOS
 
 TOLERANCE = 2e-5
 """Relative: sums are taken in another order under another parallelism."""
-FAST = ("fsdp-4-2-3", "fsdp-tpfsdp", "tppp-single", "ddp-fsdp")
+FAST = ("fsdp", "tp-pp", "single")
 
 
 def losses_of(scenario: str, folder: Path) -> list[list[float]]:

@@ -91,7 +91,7 @@ def test_every_difference_is_told_and_nothing_changes(tmp_path: Path) -> None:
     with pytest.raises(StateMismatch) as caught:
         restore_all(live, tmp_path)
     told = "\n".join(caught.value.problems)
-    for name in ("w", "a", "new"):
+    for name in ("w", "a", "new", "old"):
         assert any(problem.startswith(f"{name}:") for problem in caught.value.problems), told
     assert all(torch.equal(state["w"].tensor, was) for state, was in zip(live, before, strict=True))
     assert not live[0]["a"].any()

@@ -169,6 +169,7 @@ def publish(ops: FileOps, path: Path, data: bytes, *, mode: int = 0o666) -> None
             guarded("remove", temporary, lambda: ops.unlink(temporary))
         guarded("flush directory", path.parent, lambda: ops.fsync_dir(path.parent))
     except (StorageFailed, FileExistsError) as error:
+        linked = linked or _same(temporary, path)  # a link may be made and yet reported as refused
         discard(ops, temporary)
         if linked:
             _withdraw(ops, path, error)
@@ -184,6 +185,13 @@ def _write_new(ops: FileOps, path: Path, data: bytes, mode: int) -> None:
         close_after_failure(ops, fd)
         raise
     guarded("close", path, lambda: ops.close(fd))
+
+
+def _same(temporary: Path, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.lstat(temporary), os.lstat(path))
+    except OSError:
+        return False
 
 
 def _withdraw(ops: FileOps, path: Path, error: Exception) -> None:

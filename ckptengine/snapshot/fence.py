@@ -6,11 +6,15 @@ makes (a CUDA graph replay, an EMA, another library) needs `Checkpointer.fence()
 
 from __future__ import annotations
 
+import functools
 import os
+import sys
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
+import torch
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 T = TypeVar("T")
@@ -59,13 +63,33 @@ def _not_traced(hook: T) -> T:
     return hook
 
 
-@_not_traced
-def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+def _before_all(optimizer: Optimizer) -> None:
     for target in list(_live):
         target.before_update(optimizer)
 
 
-@_not_traced
-def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+def _after_all(optimizer: Optimizer) -> None:
     for target in list(_live):
         target.after_update(optimizer)
+
+
+@functools.cache
+def _uncompiled(run: Callable[[Optimizer], None]) -> Callable[[Optimizer], None]:
+    """``run`` with the compiler off for all that it calls, too; the mark above keeps only the hook itself from it."""
+    disabled: Callable[[Optimizer], None] = torch.compiler.disable(run)
+    return disabled
+
+
+def _call(run: Callable[[Optimizer], None], optimizer: Optimizer) -> None:
+    # Only where the compiler is loaded can it be at work; loading it takes seconds.
+    (_uncompiled(run) if "torch._dynamo" in sys.modules else run)(optimizer)
+
+
+@_not_traced
+def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    _call(_before_all, optimizer)
+
+
+@_not_traced
+def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    _call(_after_all, optimizer)

@@ -22,7 +22,7 @@ from ckptengine.operations.metrics import metrics_of
 from ckptengine.operations.onward import Onward
 from ckptengine.operations.opening import open_any
 from ckptengine.operations.overlap import Overlap, OverlapPolicy, check_policy
-from ckptengine.operations.places import Places
+from ckptengine.operations.places import Places, Writing
 from ckptengine.operations.restore import RestoreRequest, WorldPolicy, restore_from
 from ckptengine.operations.rhythm import Rhythm
 from ckptengine.operations.save import SaveJob, Saver, SaveSettings
@@ -108,38 +108,28 @@ class Checkpointer:
         linear: bool = True,
     ) -> None:
         check_policy(overlap)
-        self._pid = os.getpid()
-        self._closed = False
+        self._pid, self._closed = os.getpid(), False
         self._broken: RestoreIncomplete | None = None
         self._state, self._start_from, self._random = state, start_from, random
-        self._on_world_change = on_world_change
-        self._timeout_s = rank_timeout_s
+        self._on_world_change, self._timeout_s = on_world_change, rank_timeout_s
         policy = failure_policy(on_failure)
         self._walker = Walker(state, random=random)
         self._port = choose(process_group, rank_timeout_s)
         self._registrar = Registrar()
         self._saves = self._restores = 0
+        writing = Writing(run=run, linear=linear, mode=mode, file_ops=file_ops)
         self._places = Places(
-            root,
-            tiers,
-            port=self._port,
-            interval=interval,
-            keep=keep,
-            policy=policy,
-            run=run,
-            linear=linear,
-            file_ops=file_ops,
-            mode=mode,
-            timeout_s=rank_timeout_s,
+            root, tiers, interval, keep, port=self._port, policy=policy, writing=writing, timeout_s=rank_timeout_s
         )
         self._rhythm = Rhythm(self._places.interval, self._port, rank_timeout_s)
         self._troubles = Troubles(policy)
+        levels = self._places.levels
         wanted = EngineSettings(arena_bytes=arena_bytes, max_bytes_per_s=max_bytes_per_s, low_priority=low_priority)
         engine = engine_for(wanted, file_ops)
         settings = SaveSettings(rank_timeout_s=rank_timeout_s, stall_budget_s=stall_budget_s, paranoid=paranoid)
         self._saver = Saver(self._places.landing, self._port, engine, settings, self._places.claims)
-        if self._places.levels is not None:
-            self._saver.carry_on(Onward(self._places.levels))
+        if levels is not None:
+            self._saver.carry_on(Onward(levels))
         self._overlap = Overlap(overlap, self._saver, self._port, rank_timeout_s)
         self._stopping = Stopping(self._port, sigterm_s) if sigterm_s is not None else None
         fence.watch(self)
@@ -181,6 +171,7 @@ class Checkpointer:
             all_the_way=all_the_way,
         )
         self._troubles.watch(handle)
+        handle.add_done_callback(self._rhythm.ended)
         self._rhythm.saved(step)
         self._saver.submit(job)
         handle.add_ms("blocked_ms", (time.perf_counter() - started_s) * 1e3)
@@ -198,10 +189,12 @@ class Checkpointer:
         last = self._stopping is not None and self._stopping.decided()
         if not (self._rhythm.due(step) or last):
             return None
+        if last and self._stopping is not None:
+            self._saver.wait_below(1, self._stopping.left_s())  # so that no overlap policy leaves the last one out
         handle = self._save(step, metrics, all_the_way=last)
         if last and self._stopping is not None:
             self._stopping.finish(handle)
-            self._close(CLOSE_AFTER_ERROR_S)
+            self._close(self._stopping.left_s())
             raise SystemExit(EXIT_STATUS)
         return handle
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from ckptengine.coordination.port import Coordinator, agree
 from ckptengine.errors import CheckpointError, RootInUse, SaveFailed
@@ -21,6 +22,17 @@ from ckptengine.store.root import Root
 from ckptengine.tiers.spec import Tier
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Writing:
+    """How a checkpointer writes: as which ``run`` (None: that of the root), with saves that continue one line of
+    training (``linear``), with which permissions (``mode``, None: the umask) and file operations."""
+
+    run: str | None = None
+    linear: bool = True
+    mode: int | None = None
+    file_ops: FileOps | None = None
+
+
 class Places:
     """Opened by all ranks together; each raises when any is refused.
 
@@ -32,15 +44,12 @@ class Places:
         self,
         root: str | os.PathLike[str],
         tiers: Sequence[Tier],
-        *,
-        port: Coordinator,
         interval: Interval | None,
         keep: Keep | None,
+        *,
+        port: Coordinator,
         policy: FailurePolicy,
-        run: str | None,
-        linear: bool,
-        file_ops: FileOps | None,
-        mode: int | None,
+        writing: Writing,
         timeout_s: float,
     ) -> None:
         self._port = port
@@ -56,13 +65,13 @@ class Places:
                 )
                 directory, self.interval = self.levels.landing, self.levels.interval()
             assert directory is not None
-            self.landing = Root(directory, file_ops, mode)
-            self._all = Root(directory, file_ops, mode)
+            self.landing = Root(directory, writing.file_ops, writing.mode)
+            self._all = Root(directory, writing.file_ops, writing.mode)
             if self.levels is not None:
                 self._all.history = self.levels.history()
             if port.rank == 0:
                 announce = self.levels.announce if self.levels is not None else None
-                self.claims = Claims(self._all, run, linear=linear, announce=announce)
+                self.claims = Claims(self._all, writing.run, linear=writing.linear, announce=announce)
         except CheckpointError as error:
             refused = error
         answers = agree(port, "opened", None if refused is None else [refused.code, str(refused)], timeout_s)

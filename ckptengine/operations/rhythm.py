@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from ckptengine.coordination.port import Coordinator, publish, receive
+from ckptengine.operations.handle import SaveHandle
 from ckptengine.policy.cost import CostHistory
 from ckptengine.policy.interval import Interval, LastSave
 
@@ -45,6 +46,14 @@ class Rhythm:
         """A save of ``step`` was started."""
         self._last = LastSave(step, time.monotonic())
 
-    def cost(self, stolen_s: float, durable_s: float) -> None:
-        """What a finished save took, for policies that follow it."""
-        self._costs = self._costs.add(stolen_s, durable_s)
+    def ended(self, handle: SaveHandle) -> None:
+        """A save has ended: what it took, for policies that follow it."""
+        took = handle.counters
+        safe_s = took.get("durable_s", took.get("committed_s", took.get("captured_s")))
+        if handle.exception(0) is None and handle.stage != "skipped" and safe_s is not None:
+            stolen_s = (took.get("blocked_ms", 0.0) + took.get("fence_ms", 0.0)) / 1e3
+            self._costs = self._costs.add(stolen_s, safe_s)
+
+    def describe(self) -> str:
+        """One line: the interval, and what it comes to by what saves have cost so far."""
+        return "only explicit saves" if self._interval is None else self._interval.describe(self._costs.estimate())

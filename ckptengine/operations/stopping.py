@@ -21,6 +21,7 @@ from ckptengine.operations.handle import SaveHandle
 log = logging.getLogger("ckptengine")
 
 EXIT_STATUS = 128 + signal.SIGTERM
+_MOMENT_S = 1.0
 
 
 class Stopping:
@@ -73,18 +74,28 @@ class Stopping:
             self._port.put(f"stop/{self._calls + 1}", b"")
         return False
 
+    def left_s(self) -> float:
+        """Seconds until the deadline, less a moment to end in."""
+        if not self._deadline_s:  # the signal went to another rank
+            self._deadline_s = time.monotonic() + self._budget_s
+        return max(0.0, self._deadline_s - time.monotonic() - _MOMENT_S)
+
     def finish(self, handle: SaveHandle) -> None:
         """Wait for the last save as long as the deadline allows; says how far it came."""
-        left_s = max(0.0, (self._deadline_s or time.monotonic() + self._budget_s) - time.monotonic() - 1.0)
         try:
-            durable = handle.wait("durable", left_s)
+            durable = handle.wait("durable", self.left_s())
         except CheckpointError as error:
             log.error("the last save, of step %d, failed: %s", handle.step, error)
             return
         if durable:
-            log.info("SIGTERM: step %d is durable, exiting", handle.step)
+            log.info("SIGTERM: step %d is durable, exiting", handle.step, extra=_fields(handle))
         else:
-            log.error("SIGTERM: the deadline came while step %d was %s; exiting", handle.step, handle.stage)
+            log.error(
+                "SIGTERM: the deadline of %.0f s came while step %d was %s; what has been committed stays, and the "
+                "next job carries it on; exiting",
+                *(self._budget_s, handle.step, handle.stage),
+                extra=_fields(handle),
+            )
 
     def close(self) -> None:
         """Put the former handler back."""
@@ -93,3 +104,7 @@ class Stopping:
         if self._installed and signal.getsignal(signal.SIGTERM) == self._on_signal:
             signal.signal(signal.SIGTERM, self._former)  # type: ignore[arg-type]
         self._installed = False
+
+
+def _fields(handle: SaveHandle) -> dict[str, object]:
+    return {"ckptengine": {"step": handle.step, "stage": handle.stage}}

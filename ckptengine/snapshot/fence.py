@@ -76,7 +76,7 @@ def _after_all(optimizer: Optimizer) -> None:
 @functools.cache
 def _uncompiled(run: Callable[[Optimizer], None]) -> Callable[[Optimizer], None]:
     """``run`` with the compiler off for all that it calls, too; the mark above keeps only the hook itself from it."""
-    disabled: Callable[[Optimizer], None] = torch.compiler.disable(run)
+    disabled: Callable[[Optimizer], None] = torch.compiler.disable(run)  # type: ignore[no-untyped-call]
     return disabled
 
 

@@ -29,7 +29,8 @@ SAVED_AT, LAST = 3, 6
 SCENARIOS: dict[str, list[tuple[str, int]]] = {
     "fsdp": [("fsdp", 4), ("fsdp", 2), ("fsdp", 3), ("tp-fsdp", 4)],
     "tp-pp": [("tp-pp", 4), ("single", 1)],
-    "single": [("single", 1), ("single", 1), ("tp-pp", 4), ("ddp", 2), ("hsdp", 4)],
+    "single": [("single", 1), ("single", 1), ("tp-pp", 4)],
+    "single-more": [("single", 1), ("ddp", 2), ("hsdp", 4)],
     "fsdp-again": [("fsdp", 4), ("fsdp", 4), ("tp-pp", 4)],
     "ddp": [("ddp", 2), ("ddp", 2), ("fsdp", 2), ("single", 1)],
     "hsdp": [("hsdp", 4), ("hsdp", 4), ("ddp", 3), ("fsdp", 4), ("tp-fsdp", 4)],
@@ -202,6 +203,8 @@ def fork_ranks(kind: str, world: int, folder: Path, number: int) -> None:
 
 def main() -> None:
     scenario, folder = sys.argv[1], Path(sys.argv[2])
+    assert ce.Checkpointer  # imported here, once, and not in every rank
+    torch.optim.AdamW([nn.Parameter(torch.ones(1))]).zero_grad()
     for number, (kind, world) in enumerate(SCENARIOS[scenario]):
         fork_ranks(kind, world, folder, number)
 

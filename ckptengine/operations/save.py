@@ -92,6 +92,7 @@ class Saver:
     ) -> None:
         self._root, self._port, self._engine, self._settings = root, port, engine, settings
         self._planner = Planner()
+        self._told: str | None = None
         self._agreement = Agreement(port, settings.rank_timeout_s, claims)
         self._to_capture: queue.SimpleQueue[SaveJob | None] = queue.SimpleQueue()
         self._to_commit: queue.SimpleQueue[SaveJob | None] = queue.SimpleQueue()
@@ -317,6 +318,9 @@ class Saver:
             return
         try:
             gathered = gather(self._port, f"sealed/{job.number}", note, self._settings.rank_timeout_s) or []
+            if self._told is not None:  # every rank has read it: each has come to the next commit
+                self._port.delete(self._told)
+            self._told = key
             failures = [one["error"] for one in gathered if "error" in one]
             if failures:
                 raise SaveFailed(f"step {job.step} was not committed: {'; '.join(failures[:4])}")

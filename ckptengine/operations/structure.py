@@ -180,6 +180,7 @@ class Agreement:
         self._structure: Structure | None = None
         self._descriptions: list[list[Any]] = []
         self._refused: CheckpointError | None = None
+        self._published: str | None = None
 
     def settle(self, number: int, step: int, flat: FlatState) -> Structure:
         """Agree with all ranks on the structure for save ``number`` of ``step``."""
@@ -191,6 +192,9 @@ class Agreement:
         if gathered is not None:
             answer = self._decide(gathered)
             publish(self._port, f"{key}/out", answer)
+            if self._published is not None:  # every rank has read it: each has answered to the one after
+                self._port.delete(self._published)
+            self._published = f"{key}/out"
         else:
             answer = receive(self._port, f"{key}/out", self._timeout_s)
         if "error" in answer:

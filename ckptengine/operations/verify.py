@@ -13,6 +13,7 @@ from ckptengine.operations.read import BoxReader
 from ckptengine.sources.native import NativeSource
 from ckptengine.sources.port import Source
 from ckptengine.store import rankfile
+from ckptengine.store.history import History
 
 _CHUNK_BYTES = 8 << 20
 Progress = Callable[[int, int], None]
@@ -22,11 +23,13 @@ Progress = Callable[[int, int], None]
 def verify(source: Source, progress: Progress | None = None) -> list[CheckpointError]:
     """Every problem of a checkpoint; an empty list says that it holds.
 
-    Of our own format every byte is checked: headers, extents, padding, granule tables, indexes, the tensors' digests
+    Of our own format every byte is checked: attempt records, headers, extents, padding, granule tables, indexes, the tensors' digests
     and their cover.  Of a foreign one: cover, and that every byte can be read (and its digest where one is recorded).
     """
     problems: list[CheckpointError] = []
     if isinstance(source, NativeSource):
+        if source.of_root:
+            problems += History(source.files).damaged_records()
         done = 0
         for rank, record in enumerate(source.manifest.files):
             problems += _verify_rank_file(source, rank, progress, done)

@@ -83,6 +83,20 @@ class History:
             raise problems[0]
         return None
 
+    def damaged_records(self) -> list[CheckpointError]:
+        """What is wrong with any copy of any attempt's record."""
+        problems: list[CheckpointError] = []
+        for number in self.attempt_numbers():
+            for copy in (0, 1):
+                path = f"{names.ATTEMPTS}/{names.attempt_record(number, copy)}"
+                try:
+                    decode_attempt(self._files.read(path, 0, self._files.size(path)), number, path)
+                except NotFound:
+                    continue  # an attempt that died before it recorded anything
+                except (Damaged, UnreadableFormat) as error:
+                    problems.append(error)
+        return problems
+
     def newest_attempt(self) -> Attempt | None:
         """The newest attempt that has a record; it defines the current line of history."""
         for number in reversed(self.attempt_numbers()):

@@ -18,6 +18,7 @@ from torch import nn
 
 import ckptengine as ce
 from ckptengine.errors import SaveFailed, Stalled, TornCapture
+from ckptengine.snapshot import fence
 from ckptengine.snapshot.plain import PlainEngine
 from ckptengine.store.files import FileOps
 
@@ -209,19 +210,49 @@ def test_a_step_that_a_grad_scaler_skips_neither_waits_nor_tears(tmp_path: Path,
 
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_steps(tmp_path: Path) -> None:
-    """A step under torch.compile (eager backend: what matters is that the hooks fire)."""
+    """A step under torch.compile (eager backend: what matters is that the hooks fire, and are not compiled)."""
     model, optimizer = model_and(torch.optim.AdamW, foreach=True)
     train(model, optimizer)
     compiled = torch.compile(optimizer.step, backend="eager")
     wanted = {}
     with ce.Checkpointer({"model": model, "optim": optimizer}, tmp_path, random=False) as checkpointer:
-        for step in range(1, 4):
+        for step in range(1, 7):
             model(torch.randn(8, 24, generator=torch.Generator().manual_seed(step))).square().mean().backward()
             wanted[step] = frozen(model, optimizer)
             checkpointer.save(step)
             compiled()
     for step, values in wanted.items():
         assert_holds(tmp_path, step, values)
+
+
+class Traced:
+    """Tells whether the compiler traces what the hooks call."""
+
+    def __init__(self) -> None:
+        self.before: list[bool] = []
+        self.after: list[bool] = []
+
+    def before_update(self, optimizer: Any) -> None:
+        self.before.append(torch.compiler.is_compiling())
+
+    def after_update(self, optimizer: Any) -> None:
+        self.after.append(torch.compiler.is_compiling())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_compiler_does_not_look_into_the_hooks() -> None:
+    """What a fence does differs from step to step; traced, it would fail or be repeated as it once was."""
+    model, optimizer = model_and(torch.optim.AdamW, foreach=True)
+    train(model, optimizer)
+    compiled = torch.compile(optimizer.step, backend="eager")
+    traced = Traced()
+    fence.watch(traced)
+    try:
+        for _ in range(3):
+            compiled()
+    finally:
+        fence.unwatch(traced)
+    assert traced.before == traced.after == [False] * 3
 
 
 # ---- writes that nobody announced

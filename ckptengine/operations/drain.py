@@ -8,6 +8,7 @@ that have arrived are not sent a second time, not even by another process.
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import logging
 import queue
@@ -40,6 +41,8 @@ from ckptengine.tiers.port import TierPort
 log = logging.getLogger("ckptengine")
 
 _POLL_S = 1.0
+_CLAIMING_S = 5.0
+"""How long a claim may be there without its record before it counts as that of a job that died in between."""
 _MAX_PENDING = 1024
 
 
@@ -319,7 +322,10 @@ class Drain:
         """Whether a newer attempt counts this commit as its own past, as one that drains what another job left."""
         folder, _, base = manifest_name.partition("/")
         step, saved = names.STEP_PATTERN.match(folder), names.MANIFEST_PATTERN.match(base)
-        entry = await self._target.stat(f"{names.ATTEMPTS}/{names.attempt_record(attempt, 0)}")
+        name = f"{names.ATTEMPTS}/{names.attempt_record(attempt, 0)}"
+        deadline_s = time.monotonic() + _CLAIMING_S
+        while (entry := await self._target.stat(name)) is None and time.monotonic() < deadline_s:
+            await asyncio.sleep(_POLL_S / 10)  # between its claim and its record
         if step is None or saved is None or entry is None:
             return False
         data = await self._target.read(entry.name, 0, entry.size_bytes)

@@ -186,7 +186,6 @@ class Levels:
         now_s = time.monotonic()
         reach = self._reach(landed, now_s)
         self._copy_manifest(landed)
-        self._levels[0].verified.add(landed.step)
         for level in self._levels[: reach + 1]:
             level.last = LastSave(landed.step, now_s)
         way = Way(landed, reach, now_s, arrived, concurrent.futures.Future())
@@ -201,15 +200,8 @@ class Levels:
         if self.is_single:
             return None
         self._resumed += 1
-        left = left_behind(
-            self._levels[0].flat,
-            self._levels[-1].flat,
-            ref,
-            manifest,
-            port=self._port,
-            key=f"resume/{self._resumed}",
-            timeout_s=self._timeout_s,
-        )
+        first, root, key = self._levels[0].flat, self._levels[-1].flat, f"resume/{self._resumed}"
+        left = left_behind(first, root, ref, manifest, port=self._port, key=key, timeout_s=self._timeout_s)
         return None if left is None else self.landed(left)
 
     def pending(self) -> dict[str, tuple[int, ...]]:
@@ -278,6 +270,7 @@ class Levels:
     def _carry(self, way: Way, number: int) -> None:
         """Put a step on its way to tier ``number``, and from there on; ends by itself behind the last one."""
         if number > way.reach:
+            self._levels[way.reach].verified.add(way.landed.step)
             self._retain(upto=way.reach)
             way.done.set_result(way.reach)
             return
@@ -288,9 +281,8 @@ class Levels:
         def arrived(carried: concurrent.futures.Future[DrainReport]) -> None:
             error = carried.exception()
             if error is not None:
-                self._strand(way, error)
+                self._strand(way, number - 1, error)
                 return
-            level.verified.add(landed.step)
             level.costs = level.costs.add(0.0, time.monotonic() - way.started_s)
             way.arrived(number)
             self._carry(way, number + 1)
@@ -303,12 +295,17 @@ class Levels:
             files = [DrainFile(file, landed.record.nbytes, digest)]
             carried = level.drain.submit(landed.step, files, named, companions)
         except CheckpointError as error:
-            self._strand(way, error)
+            self._strand(way, number - 1, error)
             return
+        finally:
+            # Only now, when the drain protects it: retention must not take what is still to be carried on.
+            source.verified.add(landed.step)
         carried.add_done_callback(arrived)
 
-    def _strand(self, way: Way, error: BaseException) -> None:
+    def _strand(self, way: Way, number: int, error: BaseException) -> None:
+        """A step stays on tier ``number``, where it counts as any other."""
         self._stranded = True
+        self._retain(upto=number)
         way.done.set_exception(error)
 
     def _again(self, tries: int) -> float | None:
@@ -355,11 +352,12 @@ class Levels:
                 if level.keep is None or (number > 0 and self._port.rank != 0):
                     continue
                 behind = self._levels[number + 1].drain if number + 1 < len(self._levels) else None
+                verified = frozenset(level.verified)  # before what is protected: what comes later is neither
                 try:
                     plan = plan_retention(
                         level.flat,
                         level.keep,
-                        verified=level.verified,
+                        verified=verified,
                         protected=behind.pending if behind is not None else (),
                         ranks=self._node_ranks() if number == 0 and not self.is_single else None,
                     )

@@ -13,10 +13,10 @@ import os
 import re
 import secrets
 import stat as stat_bits
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, TypeVar, cast
 
 try:
     import aiofiles
@@ -39,6 +39,9 @@ from ckptengine.tiers.mounts import is_volatile
 from ckptengine.tiers.port import PARTIAL, Abilities, Bytes, Entry, Receipt, Spare, check_name, check_range, nothing
 from ckptengine.tiers.refusals import refusals
 
+T = TypeVar("T")
+
+_TRIES = 4
 _SMALL_BYTES = 1 << 20
 """Up to this size one read in one thread is cheaper than an asynchronous file."""
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -161,11 +164,8 @@ class LocalTier:
     def _read(self, name: str, offset: int, size_bytes: int) -> bytes:
         fd = self._opener(name)("", os.O_RDONLY)
         try:
-            data = os.pread(fd, size_bytes, offset)
-            while 0 < len(data) < size_bytes:
-                more = os.pread(fd, size_bytes - len(data), offset + len(data))
-                if not more:
-                    break
+            data = b""
+            while more := os.pread(fd, size_bytes - len(data), offset + len(data)):
                 data += more
         finally:
             os.close(fd)
@@ -190,7 +190,18 @@ class LocalTier:
         await asyncio.to_thread(self._create, name, data)
 
     def _create(self, name: str, data: Bytes) -> None:
-        with refusals("write", f"{self.root}/{name}"), self._directory_of(name, create=True) as (directory, base):
+        with refusals("write", f"{self.root}/{name}"):
+            self._insist(lambda: self._create_once(name, data))
+
+    def _insist(self, work: Callable[[], T]) -> T:
+        """``work`` again where the directory that it made went before it was used: a sweep removes empty ones."""
+        for _ in range(_TRIES):
+            with suppress(FileNotFoundError):
+                return work()
+        return work()
+
+    def _create_once(self, name: str, data: Bytes) -> None:
+        with self._directory_of(name, create=True) as (directory, base):
             partial = f"{PARTIAL}{secrets.token_hex(8)}-{base}"
             fd = self._open_new(partial, directory)
             try:
@@ -219,7 +230,11 @@ class LocalTier:
         return started[0]
 
     def _upload(self, name: str, size_bytes: int, part_bytes: int, token: str | None) -> LocalUpload:
-        with refusals("write", f"{self.root}/{name}"), self._directory_of(name, create=True) as (directory, base):
+        with refusals("write", f"{self.root}/{name}"):
+            return self._insist(lambda: self._upload_once(name, size_bytes, part_bytes, token))
+
+    def _upload_once(self, name: str, size_bytes: int, part_bytes: int, token: str | None) -> LocalUpload:
+        with self._directory_of(name, create=True) as (directory, base):
             if token is None:
                 token = f"{PARTIAL}{secrets.token_hex(8)}-{base}"
                 fd = self._open_new(token, directory)

@@ -23,8 +23,9 @@ Progress = Callable[[int, int], None]
 def verify(source: Source, progress: Progress | None = None) -> list[CheckpointError]:
     """Every problem of a checkpoint; an empty list says that it holds.
 
-    Of our own format every byte is checked: attempt records, headers, extents, padding, granule tables, indexes, the tensors' digests
-    and their cover.  Of a foreign one: cover, and that every byte can be read (and its digest where one is recorded).
+    Of our own format every byte is checked: attempt records, headers, extents, padding, granule tables, indexes, the
+    tensors' digests and their cover.  Of a foreign one: cover, and that every byte can be read (and its digest where
+    one is recorded).
     """
     problems: list[CheckpointError] = []
     if isinstance(source, NativeSource):

@@ -10,6 +10,7 @@ class Alone:
 
     rank = 0
     world = 1
+    members = None
 
     def put(self, key: str, data: bytes) -> None:
         raise CoordinationFailed(f"one process has nobody to tell about {key}")

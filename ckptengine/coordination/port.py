@@ -6,6 +6,7 @@ Everything here may be called from background threads; the training thread's pro
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 
@@ -14,6 +15,9 @@ class Coordinator(Protocol):
 
     rank: int
     world: int
+    @property
+    def members(self) -> Sequence[int] | None:
+        """The ranks of the world that take part, by their numbers here; None where they are all, in order."""
 
     def put(self, key: str, data: bytes) -> None:
         """Leave ``data`` under ``key`` for everybody.  Raises `CoordinationFailed`."""

@@ -31,6 +31,8 @@ class TorchStore:
     def __init__(self, group: dist.ProcessGroup | None = None, timeout_s: float = 300.0) -> None:
         self.rank = dist.get_rank(group)
         self.world = dist.get_world_size(group)
+        ranks = dist.get_process_group_ranks(group)
+        self.members = None if ranks == list(range(self.world)) else tuple(ranks)
         self._timeout = datetime.timedelta(seconds=timeout_s)
         self._pid = os.getpid()
         self._closed = False

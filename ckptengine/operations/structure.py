@@ -17,6 +17,7 @@ from ckptengine.layout import layout_json
 from ckptengine.layout.cover import prove_cover
 from ckptengine.layout.dtypes import itemsize
 from ckptengine.layout.irregular import Irregular
+from ckptengine.layout.mesh import Mesh
 from ckptengine.layout.piece import Piece
 from ckptengine.layout.sharding import Layout, Sharding, replicated
 from ckptengine.operations.attempts import Claims
@@ -82,14 +83,36 @@ class Structure:
             proven.add(key)
 
 
-def describe(flat: FlatState) -> list[Any]:
-    """The local description of a rank's tensors, as JSON."""
-    return [_describe_leaf(leaf) for leaf in flat.tensors]
+def describe(flat: FlatState, members: Sequence[int] | None = None) -> list[Any]:
+    """The local description of a rank's tensors, as JSON.
+
+    ``members``: the world's ranks that take part, where they are not all, in the order of their numbers in the group;
+    meshes then name ranks of the group.  `LayoutError` for a mesh that reaches beyond it.
+    """
+    return [_describe_leaf(leaf, members) for leaf in flat.tensors]
 
 
-def _describe_leaf(leaf: TensorLeaf) -> list[Any]:
-    layout = None if leaf.sharding is None else layout_json.to_json(leaf.sharding)
-    return [leaf.name, leaf.dtype, list(leaf.global_shape), layout]
+def _describe_leaf(leaf: TensorLeaf, members: Sequence[int] | None) -> list[Any]:
+    layout = leaf.sharding
+    if layout is not None and members is not None:
+        layout = _within(leaf.name, layout, {rank: number for number, rank in enumerate(members)})
+    document = None if layout is None else layout_json.to_json(layout)
+    return [leaf.name, leaf.dtype, list(leaf.global_shape), document]
+
+
+def _within(name: str, layout: Layout, numbers: Mapping[int, int]) -> Layout:
+    """The layout with the ranks of the world under their numbers in the group."""
+    outside = [rank for rank in layout.holders() if rank not in numbers]
+    if outside:
+        raise LayoutError(
+            f"tensor {name!r} lies on ranks {outside[:8]} too, which are not in the process group of this Checkpointer; "
+            "give it a group that holds all of the tensor's mesh"
+        )
+    if isinstance(layout, Irregular):
+        return Irregular(tuple(sorted((numbers[rank], pieces) for rank, pieces in layout.held)))
+    mesh = layout.mesh
+    ranks = tuple(numbers[rank] for rank in mesh.all_ranks().tolist())
+    return Sharding(Mesh(mesh.shape, mesh.axis_names, ranks), layout.placements)
 
 
 def merge(descriptions: Sequence[Sequence[Any]]) -> Structure:
@@ -186,7 +209,7 @@ class Agreement:
         """Agree with all ranks on the structure for save ``number`` of ``step``."""
         changed = flat.structure_key != self._key
         self._key, self._refused = None, None  # whatever fails from here on, the next save describes itself again
-        note = {"step": step, "tensors": describe(flat) if changed else None}
+        note = {"step": step, "tensors": describe(flat, self._port.members) if changed else None}
         key = f"structure/{number}"
         gathered = gather(self._port, key, note, self._timeout_s)
         if gathered is not None:

@@ -48,6 +48,8 @@ class Hub:
 class HubPort:
     """See `Coordinator`."""
 
+    members = None
+
     def __init__(self, hub: Hub, rank: int) -> None:
         self.hub, self.rank, self.world = hub, rank, hub.world
 

@@ -32,6 +32,8 @@ class Board:
 class Seat:
     """One rank's `Coordinator`."""
 
+    members = None
+
     def __init__(self, board: Board, rank: int, world: int) -> None:
         self._board, self.rank, self.world = board, rank, world
 

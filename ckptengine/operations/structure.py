@@ -105,8 +105,8 @@ def _within(name: str, layout: Layout, numbers: Mapping[int, int]) -> Layout:
     outside = [rank for rank in layout.holders() if rank not in numbers]
     if outside:
         raise LayoutError(
-            f"tensor {name!r} lies on ranks {outside[:8]} too, which are not in this Checkpointer's process group; give it "
-            "a group that holds all of the tensor's mesh"
+            f"tensor {name!r} lies on ranks {outside[:8]} too, which are not in this Checkpointer's process group; "
+            "give it a group that holds all of the tensor's mesh"
         )
     if isinstance(layout, Irregular):
         return Irregular(tuple(sorted((numbers[rank], pieces) for rank, pieces in layout.held)))

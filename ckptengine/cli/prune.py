@@ -41,10 +41,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _prune(root: str, keep: Keep, *, dry_run: bool) -> dict[str, object]:
+    alone = not is_url(root)  # then the lock is held, or would be
     loop = IoLoop()
     tier = BlockingTier(open_tier(root, loop, writable=not dry_run), loop)
     try:
-        plan = plan_retention(tier, keep)
+        plan = plan_retention(tier, keep, alone=alone)
         freed = plan.size_bytes if dry_run else apply_retention(tier, plan)
     finally:
         tier.close()

@@ -88,7 +88,7 @@ class Levels:
             specs.insert(0, landing_for(specs[0]))
         self._loop = IoLoop()
         self._levels: list[Level] = []
-        self._held: RootLock | Lease | None = None
+        self._held: list[RootLock | Lease] = []
         self._retaining = threading.Lock()
         self._number = self._resumed = 0
         self._stranded = False
@@ -99,7 +99,7 @@ class Levels:
                 kept = spec.keep if last or spec.keep is not None else _NEWEST
                 self._levels.append(Level(spec, tier, BlockingTier(tier, self._loop), kept))
             if port.rank == 0 and len(specs) > 1:
-                self._held = self._hold_root()
+                self._hold()
         except BaseException:
             self.close(0.0)
             raise
@@ -241,8 +241,8 @@ class Levels:
         if self._has_own_landing and finished and not self._stranded and len(self._levels) > 1 and self._leads_node():
             # While the root is still held: another job may use this place next.
             shutil.rmtree(self.landing, ignore_errors=True)
-        if self._held is not None:
-            self._held.release()
+        for held in self._held:
+            held.release()
         for level in self._levels:
             level.flat.close()
         self._loop.close()
@@ -316,7 +316,7 @@ class Levels:
         return decision.after_s if isinstance(decision, Retry) else None
 
     def _guard(self) -> None:
-        if isinstance(self._held, Lease) and self._held.lost:
+        if any(isinstance(held, Lease) and held.lost for held in self._held):
             raise SaveFailed(
                 f"the lease of {self._levels[-1].spec.label} could not be renewed in time, so another job may hold it "
                 f"now; nothing is committed there until it is renewed: look whether the place can be reached"
@@ -387,11 +387,13 @@ class Levels:
         # The claim first: without it a record means nothing.
         return sorted(found, key=lambda named: (not named.name.endswith(".claim"), named.name))
 
-    def _hold_root(self) -> RootLock | Lease:
-        root = self._levels[-1]
-        if isinstance(root.tier, LocalTier):
-            return RootLock(root.tier.root / names.LOCK)
-        return Lease(root.flat)
+    def _hold(self) -> None:
+        """Take every place behind the first: directories by a lock, a remote root by a lease."""
+        for level in self._levels[1:]:
+            if isinstance(level.tier, LocalTier):
+                self._held.append(RootLock(level.tier.root / names.LOCK))
+            elif level is self._levels[-1]:
+                self._held.append(Lease(level.flat))
 
 
 def _manifest_name(landed: Landed) -> str:

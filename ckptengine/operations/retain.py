@@ -4,7 +4,8 @@ Removed is only what carries the names of rank files and manifests, and only wha
 
 - commits of the current line of history that ``keep`` drops;
 - commits that a newer save of the same step has replaced, and those of abandoned lines;
-- rank files without a manifest, of attempts that are over or of saves older than the newest good one.
+- rank files without a manifest, of attempts that are over or of saves older than the newest good one; all of them
+  where the caller holds the place, so that nobody can still be at it.
 
 The newest good checkpoint and all that is newer stays, whatever ``keep`` says; where none is good, everything does.
 """
@@ -47,6 +48,7 @@ class RetentionPlan:
     kept: tuple[int, ...]
     removals: tuple[Removal, ...]
     protected: frozenset[int] = frozenset()
+    alone: bool = False
 
     @property
     def size_bytes(self) -> int:
@@ -68,12 +70,14 @@ def plan_retention(
     verified: Collection[int] | None = None,
     protected: Collection[int] = (),
     ranks: Collection[int] | None = None,
+    alone: bool = False,
 ) -> RetentionPlan:
     """What ``keep`` removes from ``tier``; nothing is changed.
 
     ``verified``: steps of which more is known than that every file is there in its size; only such a step can be the
     newest good one (None: sizes are believed).  ``protected``: steps that must stay, as a drain still reads them.
-    ``ranks``: those whose files lie here, for a tier that belongs to one node of several (None: all).
+    ``ranks``: those whose files lie here, for a tier that belongs to one node of several (None: all).  ``alone``: the
+    caller holds the place's lock, so that what is not committed never will be.
     """
     saves = _saves(tier.entries("step-"))
     history = History(TierFiles(tier))
@@ -90,10 +94,10 @@ def plan_retention(
     newest = max((*history.attempt_numbers(), *(ref.attempt for ref in saves)))
     removals = []
     for ref in sorted(saves):
-        why = _why(ref, saves[ref], line, kept, anchor, newest)
+        why = _why(ref, saves[ref], line, kept, anchor, newest, alone)
         if why is not None and ref.step not in protected:
             removals.append(Removal(ref, _objects(saves[ref]), why))
-    return RetentionPlan(anchor, tuple(sorted(kept)), tuple(removals), frozenset(protected))
+    return RetentionPlan(anchor, tuple(sorted(kept)), tuple(removals), frozenset(protected), alone)
 
 
 def apply_retention(tier: BlockingTier, plan: RetentionPlan) -> int:
@@ -117,6 +121,8 @@ def apply_retention(tier: BlockingTier, plan: RetentionPlan) -> int:
 def _may_be_in_use(name: str, plan: RetentionPlan) -> bool:
     """Whether somebody may still be sending the object ``name``: it is newer than the newest good save."""
     assert plan.anchor is not None
+    if plan.alone:
+        return False
     folder, _, base = name.partition("/")
     step, rank = names.STEP_PATTERN.match(folder), names.RANK_PATTERN.match(base) or names.MANIFEST_PATTERN.match(base)
     if step is None or rank is None or int(step[1]) in plan.protected:
@@ -175,7 +181,13 @@ def _created_s(created: str) -> float | None:
 
 
 def _why(
-    ref: CommitRef, save: _Save, line: Mapping[int, CommitRef], kept: Collection[int], anchor: CommitRef, newest: int
+    ref: CommitRef,
+    save: _Save,
+    line: Mapping[int, CommitRef],
+    kept: Collection[int],
+    anchor: CommitRef,
+    newest: int,
+    alone: bool,
 ) -> str | None:
     """Why a save goes, or None where it stays."""
     if line.get(ref.step) == ref:
@@ -188,6 +200,8 @@ def _why(
         return "replaced by a newer save of the step" if replaced else None
     if ref.attempt < newest:
         return "never committed, and its attempt is over"
+    if alone:
+        return "never committed, and its job is gone"
     older = ref.attempt == anchor.attempt and ref.save < anchor.save
     return "never committed, and older than the newest good checkpoint" if older else None
 

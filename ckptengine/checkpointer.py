@@ -7,7 +7,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal
 
@@ -27,6 +27,7 @@ from ckptengine.operations.restore import RestoreRequest, WorldPolicy, restore_f
 from ckptengine.operations.rhythm import Rhythm
 from ckptengine.operations.save import SaveJob, Saver, SaveSettings
 from ckptengine.operations.stopping import EXIT_STATUS, Stopping
+from ckptengine.operations.tally import Status
 from ckptengine.operations.troubles import Troubles
 from ckptengine.policy.failure import FailurePolicy, failure_policy
 from ckptengine.policy.interval import Interval
@@ -123,13 +124,13 @@ class Checkpointer:
         )
         self._rhythm = Rhythm(self._places.interval, self._port, rank_timeout_s)
         self._troubles = Troubles(policy)
-        levels = self._places.levels
+        levels, self._tally = self._places.levels, self._places.tally()
         wanted = EngineSettings(arena_bytes=arena_bytes, max_bytes_per_s=max_bytes_per_s, low_priority=low_priority)
         engine = engine_for(wanted, file_ops)
         settings = SaveSettings(rank_timeout_s=rank_timeout_s, stall_budget_s=stall_budget_s, paranoid=paranoid)
         self._saver = Saver(self._places.landing, self._port, engine, settings, self._places.claims)
         if levels is not None:
-            self._saver.carry_on(Onward(levels))
+            self._saver.carry_on(Onward(levels, self._tally))
         self._overlap = Overlap(overlap, self._saver, self._port, rank_timeout_s)
         self._stopping = Stopping(self._port, sigterm_s) if sigterm_s is not None else None
         fence.watch(self)
@@ -172,6 +173,7 @@ class Checkpointer:
         )
         self._troubles.watch(handle)
         handle.add_done_callback(self._rhythm.ended)
+        self._tally.started(handle)
         self._rhythm.saved(step)
         self._saver.submit(job)
         handle.add_ms("blocked_ms", (time.perf_counter() - started_s) * 1e3)
@@ -227,6 +229,15 @@ class Checkpointer:
             if not handle.wait(stage, left_s) and not handle.done():
                 return False
         return True
+
+    def status(self) -> Status:
+        """Totals since this checkpointer was made: saves by how they ended, time and bytes they took, the age of the
+        newest durable one, and what is on its way to each tier."""
+        return self._tally.status()
+
+    def on_end(self, call: Callable[[SaveHandle], object]) -> None:
+        """Have ``call(handle)`` run, on a background thread, whenever a save ends; see `ckptengine.observe`."""
+        self._tally.on_end(call)
 
     # ---- restoring
 

@@ -9,6 +9,7 @@ from ckptengine.errors import CheckpointError, SaveFailed
 from ckptengine.operations.level import Landed
 from ckptengine.operations.levels import Levels
 from ckptengine.operations.save import SaveJob
+from ckptengine.operations.tally import Tally
 
 log = logging.getLogger("ckptengine")
 
@@ -20,8 +21,8 @@ class Onward:
     on the root.  One whose step no tier further on wants ends where it has come to.
     """
 
-    def __init__(self, levels: Levels) -> None:
-        self._levels = levels
+    def __init__(self, levels: Levels, tally: Tally) -> None:
+        self._levels, self._tally = levels, tally
 
     def __call__(self, job: SaveJob) -> None:
         """Carry one job's step on.  A failure ends its handle; the step stays where it has come to."""
@@ -29,6 +30,7 @@ class Onward:
         handle, levels = job.handle, self._levels
 
         def arrived(number: int) -> None:
+            self._tally.arrived(number, job.step)
             if levels.is_committed(number):
                 handle.advance("committed")
             if number == levels.last:

@@ -12,6 +12,7 @@ from ckptengine.operations.attempts import Claims
 from ckptengine.operations.levels import Levels
 from ckptengine.operations.nearest import Nearest
 from ckptengine.operations.restore import Restored, RestoreRequest, restore_newest
+from ckptengine.operations.tally import Tally
 from ckptengine.operations.tiered import TieredFiles
 from ckptengine.policy.failure import FailurePolicy
 from ckptengine.policy.interval import Interval
@@ -85,6 +86,12 @@ class Places:
     def label(self) -> str:
         """The root in words, without credentials."""
         return self.levels.labels[-1] if self.levels is not None else str(self.landing.path)
+
+    def tally(self) -> Tally:
+        """Empty counts of what happens here."""
+        if self.levels is None:
+            return Tally([], dict)
+        return Tally(self.levels.labels, self.levels.pending)
 
     def restore(self, request: RestoreRequest, number: int, step: int | None) -> Restored | None:
         """Fill a state from the newest step that verifies, or from ``step``; see `restore_newest`.

@@ -22,6 +22,7 @@ ALLOWED = {
     "numcodecs": ("universal",),
     "google_crc32c": ("universal",),
     "ml_dtypes": ("universal",),
+    "prometheus_client": ("observe/prometheus.py",),
     "distributed": ("operations/convert_dask.py",),
     "matplotlib": ("demo/picture.py",),
 }

@@ -131,6 +131,9 @@ class Checkpointer:
         self._saver = Saver(self._places.landing, self._port, engine, settings, self._places.claims)
         if levels is not None:
             self._saver.carry_on(Onward(levels, self._tally))
+        recorder = self._places.recorder(self._rhythm)
+        if recorder is not None:
+            self._tally.on_end(recorder)
         self._overlap = Overlap(overlap, self._saver, self._port, rank_timeout_s)
         self._stopping = Stopping(self._port, sigterm_s) if sigterm_s is not None else None
         fence.watch(self)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ckptengine.coordination.port import Coordinator, agree
 from ckptengine.errors import CheckpointError, RootInUse, SaveFailed
 from ckptengine.operations.attempts import Claims
 from ckptengine.operations.levels import Levels
 from ckptengine.operations.nearest import Nearest
+from ckptengine.operations.policy_record import PolicyRecord
 from ckptengine.operations.restore import Restored, RestoreRequest, restore_newest
+from ckptengine.operations.rhythm import Rhythm
 from ckptengine.operations.tally import Tally
 from ckptengine.operations.tiered import TieredFiles
 from ckptengine.policy.failure import FailurePolicy
@@ -53,7 +57,7 @@ class Places:
         writing: Writing,
         timeout_s: float,
     ) -> None:
-        self._port = port
+        self._port, self._root, self._policy = port, root, policy
         self.levels: Levels | None = None
         self.claims: Claims | None = None
         self.interval = interval
@@ -86,6 +90,25 @@ class Places:
     def label(self) -> str:
         """The root in words, without credentials."""
         return self.levels.labels[-1] if self.levels is not None else str(self.landing.path)
+
+    def recorder(self, rhythm: Rhythm) -> Callable[[object], None] | None:
+        """What leaves a record of the policies in the root when a save has ended, or where saves land if the root is
+        remote; None where there is nothing to say."""
+        if self._port.rank != 0 or (self.interval is None and self.levels is None):
+            return None
+        root = Tier(self._root).local_path
+        return PolicyRecord(self.landing.path if root is None else root, lambda: self._policies(rhythm))
+
+    def _policies(self, rhythm: Rhythm) -> dict[str, Any]:
+        levels, cost = self.levels, rhythm.cost()
+        alone = f"{self.label}: every save; keep everything"
+        return {
+            "interval": rhythm.describe(),
+            "on_failure": self._policy.describe(),
+            "tiers": [alone] if levels is None else levels.describe(),
+            "places": [self.label] if levels is None else levels.labels,
+            "cost": None if cost is None else dataclasses.asdict(cost),
+        }
 
     def tally(self) -> Tally:
         """Empty counts of what happens here."""

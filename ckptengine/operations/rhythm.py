@@ -6,7 +6,7 @@ import time
 
 from ckptengine.coordination.port import Coordinator, publish, receive
 from ckptengine.operations.handle import SaveHandle
-from ckptengine.policy.cost import CostHistory
+from ckptengine.policy.cost import CostHistory, SaveCost
 from ckptengine.policy.interval import Interval, LastSave
 
 
@@ -53,6 +53,10 @@ class Rhythm:
         if handle.exception(0) is None and handle.stage != "skipped" and safe_s is not None:
             stolen_s = (took.get("blocked_ms", 0.0) + took.get("fence_ms", 0.0)) / 1e3
             self._costs = self._costs.add(stolen_s, safe_s)
+
+    def cost(self) -> SaveCost | None:
+        """What a save has cost so far."""
+        return self._costs.estimate()
 
     def describe(self) -> str:
         """One line: the interval, and what it comes to by what saves have cost so far."""

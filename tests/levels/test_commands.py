@@ -1,0 +1,108 @@
+"""``ls`` with tiers and URLs, and ``show --policy``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ckptengine as ce
+from ckptengine.cli import main
+
+from .jobs import flip, folder_of, run_steps, state_of
+
+
+@pytest.fixture
+def places(tmp_path: Path, memory: str) -> list[str]:
+    """Steps 1 to 4: memory has the newest two, the disk 2 and 4, the root 4."""
+    places = [memory, str(tmp_path / "disk"), str(tmp_path / "root")]
+    tiers = [
+        ce.Tier(places[0], interval=ce.Every(steps=1), keep=ce.Keep(last=2)),
+        ce.Tier(places[1], interval=ce.Every(steps=2), keep=ce.Keep()),
+    ]
+    state = state_of(0)
+    with ce.Checkpointer(state, places[2], tiers=tiers, interval=ce.Every(steps=4)) as checkpointer:
+        for step in range(1, 5):
+            run_steps(checkpointer, state, range(step, step + 1))
+            checkpointer.wait()
+    return places
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    assert main([*arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_ls_says_where_each_step_lies(places: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    memory, disk, root = places
+    found = said(capsys, "ls", root)
+    assert [(row["step"], row["state"], row["tiers"]) for row in found["steps"]] == [
+        (2, "committed", [disk]),
+        (3, "captured", [memory]),
+        (4, "committed", [memory, disk, "root"]),
+    ], "host memory alone is never called committed"
+    assert found["troubles"] == {}
+    assert main(["ls", root]) == 0
+    text = capsys.readouterr().out
+    assert f"{memory},{disk},root" in text
+
+
+def test_ls_of_a_damaged_root(places: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    _, disk, root = places
+    flip(Path(root), 4).unlink()
+    found = said(capsys, "ls", root)
+    (row,) = [row for row in found["steps"] if row["step"] == 4]
+    assert row["state"] == "damaged"
+    assert "is missing" in row["reason"]
+    assert disk in row["tiers"]
+
+
+def test_ls_of_a_tier_that_is_gone(places: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    import shutil
+
+    shutil.rmtree(folder_of(places[0]))
+    found = said(capsys, "ls", places[2], "--tier", "nosuchprotocol://x/y")
+    assert [row["step"] for row in found["steps"]] == [2, 4]
+    assert list(found["troubles"]) == ["nosuchprotocol://x/y"]
+
+
+def test_ls_of_a_url(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("fsspec", reason="fsspec is not installed")
+    url = "memory://listed/run"
+    ce.save(state_of(3), url, 3)
+    found = said(capsys, "ls", url)
+    assert [(row["step"], row["state"], row["tiers"]) for row in found["steps"]] == [(3, "committed", ["root"])]
+    assert found["steps"][0]["tensors"] == 2
+    assert main(["ls", "nosuchprotocol://x/y"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_show_policy(places: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    memory, disk, root = places
+    found = said(capsys, "show", root, "--policy")
+    assert found["places"] == places
+    assert found["interval"] == "every 1 steps; every 2 steps; every 4 steps"
+    assert found["on_failure"] == "raise at the next hook"
+    assert found["tiers"] == [
+        f"{memory}: every 1 steps; keep the last 2",
+        f"{disk}: every 2 steps; keep everything",
+        f"{root}: every 4 steps; keep everything",
+    ]
+    assert found["cost"]["samples"] >= 1
+    stolen_s = found["cost"]["stolen_s"]
+    for one in found["advice"]:
+        assert one["period_s"] >= max(stolen_s / 0.01, min((2 * stolen_s * one["mtbf_s"]) ** 0.5, 4 * 3600.0), 1.0)
+    assert main(["show", root, "--policy"]) == 0
+    assert "advice" in capsys.readouterr().out
+
+
+def test_show_policy_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / ".policy.json").write_text("{")
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / ".policy.json").write_text('{"format": 1, "cost": 7}')
+    for path in (tmp_path, tmp_path / "bad", tmp_path / "odd", "memory://x/y"):
+        assert main(["show", str(path), "--policy"]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1

@@ -32,7 +32,7 @@ class Stopping:
         self._requested = threading.Event()
         self._deadline_s = 0.0
         self._calls = 0
-        self._told = False
+        self._told = self._finished = False
         self._decided = False
         self._timer: threading.Timer | None = None
         self._former: signal.Handlers | object | None = None
@@ -53,7 +53,8 @@ class Stopping:
         self._timer.start()
 
     def _give_up(self) -> None:
-        log.error("the deadline of %.0f s after SIGTERM has passed: ending without the last checkpoint", self._budget_s)
+        if not self._finished:
+            log.error("the deadline of %g s after SIGTERM has passed: ending without a last checkpoint", self._budget_s)
         os._exit(EXIT_STATUS)
 
     def decided(self) -> bool:
@@ -81,17 +82,22 @@ class Stopping:
         return max(0.0, self._deadline_s - time.monotonic() - _MOMENT_S)
 
     def finish(self, handle: SaveHandle) -> None:
-        """Wait for the last save as long as the deadline allows; says how far it came."""
+        """Wait for the last save as long as the deadline allows; says how far it came.
+
+        What the process still does afterwards is bounded by the deadline too.
+        """
         try:
             durable = handle.wait("durable", self.left_s())
         except CheckpointError as error:
-            log.error("the last save, of step %d, failed: %s", handle.step, error)
+            log.error("the last save, of step %d, failed: %s", handle.step, error, extra=_fields(handle))
             return
+        finally:
+            self._finished = True
         if durable:
             log.info("SIGTERM: step %d is durable, exiting", handle.step, extra=_fields(handle))
         else:
             log.error(
-                "SIGTERM: the deadline of %.0f s came while step %d was %s; what has been committed stays, and the "
+                "SIGTERM: the deadline of %g s came while step %d was %s; what has been committed stays, and the "
                 "next job carries it on; exiting",
                 *(self._budget_s, handle.step, handle.stage),
                 extra=_fields(handle),
@@ -99,7 +105,7 @@ class Stopping:
 
     def close(self) -> None:
         """Put the former handler back."""
-        if self._timer is not None:
+        if self._timer is not None and not self._finished:
             self._timer.cancel()
         if self._installed and signal.getsignal(signal.SIGTERM) == self._on_signal:
             signal.signal(signal.SIGTERM, self._former)  # type: ignore[arg-type]

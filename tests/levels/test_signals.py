@@ -105,7 +105,7 @@ def test_a_deadline_that_is_too_short_leaves_the_rest_to_the_next_job(tmp_path: 
     more, errors = finish(job, 20)
     assert job.returncode == 143, errors
     assert time.monotonic() - began_s < 5
-    assert "the deadline of 2 s came while step" in errors
+    assert "the deadline of 2.5 s came while step" in errors
     assert ce.steps(root) == []
     (last,) = ce.steps(folder_of(memory))
     assert last == max(int(line.split()[1]) for line in said + more if line.startswith("trained")) + 1

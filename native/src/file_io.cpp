@@ -50,7 +50,7 @@ void consume(std::vector<iovec>& vectors, std::size_t& first, std::size_t bytes)
 using Transfer = ssize_t (*)(int, const iovec*, int, off_t);
 
 ssize_t transfer_once(Call call, Transfer transfer, int descriptor, const iovec* vectors, std::size_t count,
-                      std::uint64_t offset) {
+                      std::uint64_t offset, std::size_t alignment) {
     const FaultDecision fault = consult_faults(call);
     if (fault.error != 0) {
         errno = fault.error;
@@ -58,7 +58,8 @@ ssize_t transfer_once(Call call, Transfer transfer, int descriptor, const iovec*
     }
     std::vector<iovec> limited;
     if (fault.short_bytes >= 0) {
-        auto left = static_cast<std::size_t>(fault.short_bytes);
+        // A device that stops in the middle of a block has been asked for whole blocks all the same.
+        auto left = (static_cast<std::size_t>(fault.short_bytes) + alignment - 1) / alignment * alignment;
         for (std::size_t i = 0; i < count && left > 0; ++i) {
             limited.push_back({vectors[i].iov_base, std::min(left, vectors[i].iov_len)});
             left -= limited.back().iov_len;
@@ -74,7 +75,8 @@ ssize_t transfer_once(Call call, Transfer transfer, int descriptor, const iovec*
     while (used < count && used < static_cast<std::size_t>(kMaxVectors) && bytes < kMaxTransferBytes) {
         bytes += vectors[used++].iov_len;
     }
-    return transfer(descriptor, vectors, static_cast<int>(used), static_cast<off_t>(offset));
+    const ssize_t moved = transfer(descriptor, vectors, static_cast<int>(used), static_cast<off_t>(offset));
+    return fault.short_bytes >= 0 ? std::min<ssize_t>(moved, fault.short_bytes) : moved;
 }
 
 // Moves everything; stops at `end of file` for reads. A transfer without progress is an error for writes.
@@ -88,7 +90,8 @@ std::optional<IoError> transfer_fully(Call call, int descriptor, std::vector<iov
     int stalls = 0;
     for (done = 0; done < total;) {
         const ssize_t moved =
-            transfer_once(call, transfer, descriptor, vectors.data() + first, vectors.size() - first, offset + done);
+            transfer_once(call, transfer, descriptor, vectors.data() + first, vectors.size() - first, offset + done,
+                          alignment);
         if (moved < 0) {
             if (errno == EINTR) {
                 continue;

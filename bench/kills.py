@@ -123,7 +123,8 @@ def left_over(place: str) -> list[str]:
     found = [str(path.relative_to(place)) for path in Path(place).rglob("*") if path.is_file()]
     wanted = f"step-{steps[-1]:09d}/" if steps else "no step"
     ours = [name for name in found if name.startswith(wanted) and "/." not in name]
-    strange = [name for name in found if name not in ours and not name.startswith("attempts/") and name not in (".lock", ".policy.json")]
+    known = {*ours, ".lock", ".policy.json"}
+    strange = [name for name in found if name not in known and not name.startswith("attempts/")]
     return strange + (ours if len(ours) != 2 else [])
 
 

@@ -29,10 +29,10 @@ BIG = (pattern(1 << 16) * ((2 * PART >> 16) + 1))[: 2 * PART + 12345]
 
 @pytest.fixture(scope="module")
 def loop() -> Iterator[IoLoop]:
-    loop = IoLoop(threads=4)
+    loop = IoLoop(threads=4, name="contract-io")  # a name of its own: other tests of this process have loops too
     yield loop
     loop.close()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ckptengine-io")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("contract-io")]
 
 
 class TierContract:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import threading
@@ -21,6 +22,7 @@ from ckptengine.layout.runs import runs_of
 from ckptengine.snapshot.port import Digests, Extents, Progress
 
 WORKERS = 2
+_seeds = itertools.count()
 
 
 class NativeJob:
@@ -52,7 +54,8 @@ class NativeJob:
             os.close(fd)
 
     def recheck(self, extents: Sequence[int], samples: int | None) -> list[int]:
-        return [int(extent) for extent in self._job.recheck(extents, samples=samples or 0)]
+        seed = next(_seeds)  # other samples in every save
+        return [int(extent) for extent in self._job.recheck(extents, samples=samples or 0, seed=seed)]
 
     def digests(self) -> Digests:
         return Digests(

@@ -95,6 +95,9 @@ def _may_wait(leaf: TensorLeaf) -> bool:
     Step counters are states of an optimizer like any other: only its step changes them, behind the fence.
     """
     stable = not leaf.eager or (leaf.role == "optimizer" and bool(leaf.owners) and leaf.tensor.device.type == "cpu")
+    runs = leaf.tensor.is_contiguous() and all(piece.is_contiguous for piece in leaf.pieces)
+    if leaf.tensor.device.type != "cpu" and not runs:
+        return False  # the engine copies runs from a device; anything else is made one there first
     return stable and _readable_in_place(leaf)
 
 
@@ -165,6 +168,7 @@ def region_of(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:
     """The view of a local tensor that holds ``piece``; a non-contiguous one must be the piece."""
     if piece.start == 0 and piece.box.shape == tuple(tensor.shape) and piece.is_contiguous:
         return tensor
-    if tensor.is_contiguous():
-        return torch.as_strided(tensor, piece.box.shape, piece.strides, tensor.storage_offset() + piece.start)
-    return tensor
+    if not tensor.is_contiguous():
+        return tensor
+    region = torch.as_strided(tensor, piece.box.shape, piece.strides, tensor.storage_offset() + piece.start)
+    return region if region.device.type == "cpu" else region.contiguous()

@@ -15,7 +15,7 @@ from bench.engine import Engine, Wait, finished
 from bench.names import ENGINES
 from bench.options import WORKLOADS, Job, Options, job
 from bench.rivals.torch_save import TorchSave
-from bench.workloads import disk, durable, many_small, memory, metadata, restore, stall
+from bench.workloads import disk, durable, many_small, metadata, restore, stall
 from bench.workloads.stall_figures import end_to_end, stolen
 from ckptengine.errors import UnusableRequest
 
@@ -88,8 +88,11 @@ def test_durable(tmp_path: Path, engine: str) -> None:
 
 
 def test_memory_sees_a_copy_of_the_state(tmp_path: Path) -> None:
+    """In a process of its own: one that ran other tests has freed memory left in which the copy would not show."""
     todo = dataclasses.replace(tiny(tmp_path, "memory", "dcp-async"), state_bytes=24 << 20, saves=1)
-    figures = memory.measure(todo)
+    result = run_one(todo, tmp_path / "job").result
+    assert result["status"] == "ok", result
+    figures = result["figures"]
     assert figures["extra_bytes"] > figures["state_bytes"] // 2
     assert len(figures["samples"]) > 3
 

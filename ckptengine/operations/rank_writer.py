@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -69,6 +70,10 @@ class RankWriter:
         return Sealed(
             self._end + len(table) + len(tail), native.crc64(tail), self._contributions(digests.contributions)
         )
+
+    def trace(self) -> list[dict[str, Any]]:
+        """What the engine's threads did, as Chrome trace events; empty before `start`."""
+        return self._job.trace() if self._job is not None else []
 
     def _contributions(self, raws: npt.NDArray[np.uint64]) -> dict[int, int]:
         """Tensor ordinal -> what this rank adds to its raw CRC."""

@@ -273,6 +273,7 @@ class Saver:
             self._report(job, error)
             raise
         job.handle.event("seal", started_s)
+        job.handle.extend_trace(job.writer.trace())
         started_s = time.perf_counter()
         self._publish(job, job.structure, sealed)
         job.handle.event("commit", started_s)

@@ -468,3 +468,21 @@ def test_the_end_of_a_process_with_a_save_in_flight(
         checkpoint.verify()
         assert torch.equal(checkpoint.read("w"), torch.arange(3_000_000, dtype=torch.int32))
     assert json.loads((root / ".lock").read_text())["pid"] > 0
+
+
+# ---- what a save tells
+
+
+def test_the_trace_shows_every_byte_being_written(tmp_path: Path) -> None:
+    with ce.Checkpointer({"weight": torch.arange(3 << 20)}, tmp_path) as checkpointer:
+        handle = checkpointer.save(1)
+        handle.result(WITHIN_S)
+    events = json.loads(json.dumps(handle.trace()))["traceEvents"]
+    names = {event["name"] for event in events}
+    assert names >= {"save", "capture", "seal", "commit", "write"}
+    written = [event for event in events if event["name"] == "write"]
+    assert sum(event["args"]["bytes"] for event in written) == handle.progress["written_bytes"] >= 24 << 20
+    capture = next(event for event in events if event["name"] == "capture")
+    commit = next(event for event in events if event["name"] == "commit")
+    for event in written:  # one clock for all threads
+        assert capture["ts"] - 1e6 < event["ts"] < commit["ts"]

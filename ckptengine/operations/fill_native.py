@@ -20,7 +20,8 @@ import numpy.typing as npt
 from ckptengine import native
 from ckptengine.errors import NotFound, StorageFailed
 from ckptengine.layout.digest import GRANULE_BYTES, combine_granules, raw_to_standard
-from ckptengine.operations.fill_batches import Batch, Moved, Range
+from ckptengine.operations.fill_batches import Batch, Moved
+from ckptengine.operations.fill_whole import WholeBatch
 from ckptengine.sources.native import NativeSource
 from ckptengine.store.reader import Reader
 
@@ -48,7 +49,7 @@ class Executor:
         self._addresses, self._nbytes = addresses, nbytes
         self._thread = threading.local()
 
-    def run(self, batches: Iterable[Batch]) -> int:
+    def run(self, batches: Iterable[Batch | WholeBatch]) -> int:
         """Carry out every batch; the bytes that were read.
 
         Raises `DigestMismatch` naming file, tensor and bytes, and whatever reading raises; some memory is then filled.
@@ -61,13 +62,23 @@ class Executor:
                     if len(waiting) == 2 * _WORKERS:
                         waiting.pop(0).result()
                     total += batch.read_bytes
-                    waiting.append(pool.submit(self._carry_out, batch))
+                    carry_out = self._fill_whole if isinstance(batch, WholeBatch) else self._carry_out
+                    waiting.append(pool.submit(carry_out, batch))  # type: ignore[arg-type]
                 for future in waiting:
                     future.result()
             finally:
                 for future in waiting:
                     future.cancel()
         return total
+
+    def _fill_whole(self, batch: WholeBatch) -> None:
+        local = self._source.files.local_path(batch.file)
+        if local is not None:
+            batch.compare(self._source.reader, self._read_local(local, batch.file, batch.ranges, None).ranges)
+        elif type(self._source.reader) is Reader:
+            batch.compare(self._source.reader, self._read_remote(batch.file, batch.ranges, None)[0])
+        else:
+            self._read_copies(batch.file, batch.ranges)
 
     def _carry_out(self, batch: Batch) -> None:
         scratch = self._scratch(batch.scratch_bytes)
@@ -83,11 +94,9 @@ class Executor:
             digests = self._read_local(local, batch.file, ranges, int(counts.sum()))
             self._compare(batch, digests.ranges, digests.granules, ranges["granule_slot"])
         elif type(self._source.reader) is Reader:
-            self._compare(batch, *self._read_remote(batch, ranges, int(counts.sum())), ranges["granule_slot"])
-        else:  # a reader of several copies knows where to turn when one is wrong
-            for one, address in zip(batch.ranges, ranges["address"].tolist(), strict=True):
-                view = native.memory(address, one.nbytes).data
-                self._source.read_verified(batch.file, one.file_offset, view)
+            self._compare(batch, *self._read_remote(batch.file, ranges, int(counts.sum())), ranges["granule_slot"])
+        else:
+            self._read_copies(batch.file, ranges)
         for move in batch.moves:
             self._move(scratch, move)
 
@@ -100,7 +109,13 @@ class Executor:
 
     # ---- bytes
 
-    def _read_local(self, local: str, shown: str, ranges: npt.NDArray[Any], slots: int) -> native.ReadDigests:
+    def _read_copies(self, file: str, ranges: npt.NDArray[Any]) -> None:
+        """Read through a reader of several copies, which knows where to turn when one is wrong."""
+        for offset, nbytes, address, _ in ranges.tolist():
+            self._source.read_verified(file, offset, native.memory(address, nbytes).data)
+
+    def _read_local(self, local: str, shown: str, ranges: npt.NDArray[Any], slots: int | None) -> native.ReadDigests:
+        """Read and digest ranges, and their granules where there are ``slots`` for them."""
         with contextlib.ExitStack() as stack:
             buffered = _open(stack, local, shown, 0)
             direct, alignment = -1, 512
@@ -113,26 +128,31 @@ class Executor:
                 memory_alignment=alignment,
                 offset_alignment=alignment,
             )
-            return native.read_ranges(files, ranges, threads=_THREADS, granule_bytes=GRANULE_BYTES, granule_slots=slots)
+            granule_bytes = 0 if slots is None else GRANULE_BYTES
+            return native.read_ranges(
+                files, ranges, threads=_THREADS, granule_bytes=granule_bytes, granule_slots=slots or 0
+            )
 
-    def _read_remote(self, batch: Batch, ranges: npt.NDArray[Any], slots: int) -> tuple[_Words, _Words]:
-        """Raw CRCs per range and per granule; neighbours are read in one request."""
-        raws, granules = np.zeros(len(ranges), np.uint64), np.zeros(slots, np.uint64)
-        order = np.argsort(ranges["file_offset"], kind="stable").tolist()
-        for group in _neighbours(batch.ranges, order):
-            low = batch.ranges[group[0]].file_offset
-            high = batch.ranges[group[-1]].file_offset + batch.ranges[group[-1]].nbytes
+    def _read_remote(self, file: str, ranges: npt.NDArray[Any], slots: int | None) -> tuple[_Words, _Words]:
+        """Raw CRCs per range, and per granule where there are ``slots``; neighbours are read in one request."""
+        raws, granules = np.zeros(len(ranges), np.uint64), np.zeros(slots or 0, np.uint64)
+        rows: list[tuple[int, int, int, int]] = ranges.tolist()
+        for group in _neighbours(rows, np.argsort(ranges["file_offset"], kind="stable").tolist()):
+            low, high = rows[group[0]][0], rows[group[-1]][0] + rows[group[-1]][1]
             alone = len(group) == 1
-            data = native.memory(int(ranges["address"][group[0]]), high - low) if alone else np.empty(high - low, "u1")
-            self._source.files.read_into(batch.file, low, data.data)
+            data = native.memory(rows[group[0]][2], high - low) if alone else np.empty(high - low, "u1")
+            self._source.files.read_into(file, low, data.data)
             for i in group:
-                one, slot = batch.ranges[i], int(ranges["granule_slot"][i])
-                part = data[one.file_offset - low : one.file_offset - low + one.nbytes]
+                offset, nbytes, address, slot = rows[i]
+                part = data[offset - low : offset - low + nbytes]
                 if not alone:
-                    native.memory(int(ranges["address"][i]), one.nbytes)[...] = part
+                    native.memory(address, nbytes)[...] = part
+                if slots is None:
+                    raws[i] = native.raw_crc64(part)
+                    continue
                 found = native.raw_granules(part, GRANULE_BYTES)
                 granules[slot : slot + len(found)] = found
-                raws[i] = combine_granules(found, GRANULE_BYTES, one.nbytes)
+                raws[i] = combine_granules(found, GRANULE_BYTES, nbytes)
         return raws, granules
 
     # ---- digests
@@ -171,12 +191,12 @@ class Executor:
         placed[...] = stored
 
 
-def _neighbours(ranges: Sequence[Range], order: Sequence[int]) -> Iterator[list[int]]:
-    """Ranges that lie close enough together for one request."""
+def _neighbours(ranges: Sequence[tuple[int, int, int, int]], order: Sequence[int]) -> Iterator[list[int]]:
+    """Ranges, which begin with offset and bytes, that lie close enough together for one request."""
     group: list[int] = []
     low = high = 0
     for i in order:
-        start, stop = ranges[i].file_offset, ranges[i].file_offset + ranges[i].nbytes
+        start, stop = ranges[i][0], ranges[i][0] + ranges[i][1]
         if group and (start - high > _NEAR_BYTES or stop - low > _GROUP_BYTES):
             yield group
             group = []

@@ -1,4 +1,4 @@
-"""What a restore reads of our own format: wanted pieces against stored extents, widened to whole granules.
+"""What a restore reads of our own format: wanted pieces against stored extents, whole or widened to whole granules.
 
 Pure bookkeeping, no tensor byte is read here (indexes are).  The cover of every wanted piece is proven on the way.
 """
@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from ckptengine.errors import NotFound
 from ckptengine.layout.digest import GRANULE_BYTES
 from ckptengine.layout.dtypes import itemsize
 from ckptengine.layout.piece import Piece
 from ckptengine.layout.tensor import Fragment
+from ckptengine.operations.fill_whole import Wholes
 from ckptengine.plan.read import ReadPlan, Wanted, plan_reads
 from ckptengine.plan.write import stored_overlapping
 from ckptengine.sources.native import NativeSource
@@ -31,12 +34,65 @@ class Extents:
         self._plans: dict[object, tuple[tuple[int, int, Piece], ...]] = {}
         self._ordinals = {record.name: i for i, record in enumerate(source.manifest.tensors)}
 
+    def _ordinal(self, name: str) -> int:
+        ordinal = self._ordinals.get(name)
+        if ordinal is None:
+            ordinal = self._ordinals.get(self._source.aliases().get(name, name))
+        if ordinal is None:
+            raise NotFound(f"no tensor {name!r} in step {self._source.manifest.step}")
+        return ordinal
+
+    def wholes(self, targets: Sequence[Target]) -> tuple[Wholes, list[int]]:
+        """The targets that one stored extent fills, from its first byte to its last, and the numbers of the others.
+
+        The box of such an extent is the wanted one, so that nothing of its cover is left to prove.
+        """
+        records, ordinal_of = self._source.manifest.tensors, self._ordinal
+        known: dict[tuple[object, ...], tuple[int, int, int, int] | None] = {}
+        rows: list[tuple[int, int, int, int, int, int]] = []
+        rest: list[int] = []
+        for number, target in enumerate(targets):
+            ordinal = ordinal_of(target.name)
+            record = records[ordinal]
+            # By identity, because equal tensors share the objects, and comparing pieces costs more than all the rest.
+            key = (record.layout, id(record.writer), record.dtype, record.shape, id(target.pieces))
+            try:
+                found = known[key]
+            except KeyError:
+                found = known[key] = self._whole(record, target.pieces)
+            if found is None:
+                rest.append(number)
+            else:
+                rows.append((number, ordinal, *found))
+        columns = np.array(rows, np.int64).reshape(-1, 6)
+        extents = columns[:, 1:4]
+        _, first, counts = np.unique(extents, axis=0, return_index=True, return_counts=True)
+        if len(first) < len(columns):  # several targets want one extent: it is planned, to be read once
+            once = np.zeros(len(columns), np.bool_)
+            once[first[counts == 1]] = True
+            rest = sorted([*rest, *columns[~once, 0].tolist()])
+            columns = columns[once]
+        numbers, ordinals, ranks, pieces, nbytes, starts = columns.T
+        found_rows = np.zeros(len(columns), np.int64)
+        for rank in np.unique(ranks).tolist():
+            mine = np.flatnonzero(ranks == rank)
+            found_rows[mine] = self._source.reader.located_all(rank, ordinals[mine], pieces[mine], nbytes[mine])
+        return Wholes(numbers, starts, ranks, found_rows), rest
+
+    def _whole(self, record: TensorRecord, pieces: tuple[Piece, ...]) -> tuple[int, int, int, int] | None:
+        """(rank, piece, bytes, first byte in the target) of the extent that is all of ``pieces``; None for no such."""
+        if len(pieces) != 1 or not pieces[0].size or not pieces[0].is_contiguous:
+            return None
+        found, item = self._overlapping(record, pieces), itemsize(record.dtype)
+        nbytes = pieces[0].size * item
+        if len(found) != 1 or found[0][2].box != pieces[0].box or nbytes > MAX_READ_BYTES:
+            return None
+        return found[0][0], found[0][1], nbytes, pieces[0].start * item
+
     def wanted(self, number: int, target: Target) -> Wanted:
         """One target as the planner takes it, with the fragments that overlap its pieces."""
+        ordinal = self._ordinal(target.name)
         source = self._source
-        ordinal = self._ordinals.get(source.aliases().get(target.name, target.name))
-        if ordinal is None:
-            raise NotFound(f"no tensor {target.name!r} in step {source.manifest.step}")
         record = source.manifest.tensors[ordinal]
         item = itemsize(record.dtype)
         fragments = [self._fragment(ordinal, item, *found) for found in self._overlapping(record, target.pieces)]
@@ -78,10 +134,10 @@ class Extents:
         return found
 
 
-def plan_fill(extents: Extents, targets: Sequence[Target]) -> ReadPlan:
-    """The reads that fill ``targets``, numbered in order; each stored byte is read at most once.
+def plan_fill(extents: Extents, targets: Sequence[Target], numbers: Sequence[int]) -> ReadPlan:
+    """The reads that fill ``targets[n]`` for each of ``numbers``; each stored byte is read at most once.
 
     `LayoutError` for an element that has no stored one or several, `Damaged` for an index that is wrong or not there.
     """
-    wanted = [extents.wanted(number, target) for number, target in enumerate(targets)]
+    wanted = [extents.wanted(number, targets[number]) for number in numbers]
     return plan_reads(wanted, widen=extents.widen, max_read_bytes=MAX_READ_BYTES)

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from ckptengine.layout.piece import Piece
 from ckptengine.operations.fill_batches import batches_of
 from ckptengine.operations.fill_native import Executor
 from ckptengine.operations.fill_plan import Extents, plan_fill
+from ckptengine.operations.fill_whole import Wholes
 from ckptengine.operations.read import BoxReader
 from ckptengine.plan.read import ReadPlan
 from ckptengine.sources.native import NativeSource
@@ -62,9 +64,7 @@ class Fill:
         for group in _groups(targets):
             whole = [t for t in group if shared and _is_whole(source, t)]
             alone = [t for t in group if not (shared and _is_whole(source, t))]
-            self._groups += [
-                _Group(tuple(part), plan_fill(extents, part), part is whole) for part in (whole, alone) if part
-            ]
+            self._groups += [_group(extents, part, part is whole) for part in (whole, alone) if part]
         self._extents = extents.by_file()
 
     def run(self) -> Filled:
@@ -77,8 +77,9 @@ class Fill:
             addresses = [tensor.data_ptr() for tensor in tensors]
             nbytes = [tensor.numel() * tensor.element_size() for tensor in tensors]
             executor = Executor(self._source, addresses, nbytes, shared=group.shared)
-            read += executor.run(batches_of(group.plan.reads, self._extents, addresses))
-            wanted += group.plan.wanted_bytes
+            whole = group.wholes.batches(self._source.reader, addresses)
+            read += executor.run(chain(whole, batches_of(group.plan.reads, self._extents, addresses)))
+            wanted += group.wholes.nbytes(self._source.reader) + group.plan.wanted_bytes
             with torch.no_grad():
                 for target, tensor in zip(group.targets, tensors, strict=True):
                     if tensor is not target.tensor:
@@ -106,11 +107,17 @@ def fill_targets(source: Source, targets: Sequence[Target]) -> Filled:
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Targets that are filled together."""
+    """Targets that are filled together: from whole extents, or by the plan."""
 
     targets: tuple[Target, ...]
+    wholes: Wholes
     plan: ReadPlan
     shared: bool
+
+
+def _group(extents: Extents, targets: list[Target], shared: bool) -> _Group:
+    wholes, others = extents.wholes(targets)
+    return _Group(tuple(targets), wholes, plan_fill(extents, targets, others), shared)
 
 
 def _groups(targets: Sequence[Target]) -> Iterator[list[Target]]:
@@ -148,7 +155,7 @@ def _parts(target: Target) -> Iterator[Target]:
 
 
 def _in_place(tensor: torch.Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.is_contiguous()
+    return tensor.is_cpu and tensor.is_contiguous()
 
 
 def _is_whole(source: NativeSource, target: Target) -> bool:

@@ -1,5 +1,6 @@
 """A job with three tiers is killed at random moments, again and again: ``python -m bench.kills --kills 200``.
 
+One kill in four comes at any moment from the start of the job, the others at any moment after it has restored.
 After each kill every checkpoint that was acknowledged as durable, and that retention has not dropped since, must
 restore bit-identical from the root alone; the next job must go on from the newest step that any tier has.  At the end
 ``prune`` must leave nothing but the newest checkpoint on each tier.  Exit status 1 when anything else is found.
@@ -14,6 +15,7 @@ import json
 import os
 import random
 import secrets
+import select
 import shutil
 import signal
 import sys
@@ -33,6 +35,8 @@ from ckptengine.tiers.memory import SHARED_MEMORY
 KEPT = 3
 EVERY = (1, 2, 4)
 """Steps between checkpoints on host memory, on the disk and on the root."""
+OPENING_S = 60.0
+"""How long a job may take until it has restored, on a loaded machine."""
 DISK_BYTES_PER_S = 40e6
 """A cap, so that many kills come in the middle of a drain."""
 
@@ -75,8 +79,13 @@ def train(places: list[str], size: int, out: int) -> None:
                 handle.add_done_callback(lambda h: os.write(out, f"{h.stage} {h.step}\n".encode()))
 
 
-def in_child(work: Callable[[int], None], *, kill_after_s: float | None = None) -> tuple[list[str], int]:
-    """What ``work`` tells in a process of its own, and its exit status; killed after a while if asked to."""
+def in_child(
+    work: Callable[[int], None], *, kill_after_s: float | None = None, from_restored: bool = False
+) -> tuple[list[str], int]:
+    """What ``work`` tells in a process of its own, and its exit status; killed after a while if asked to.
+
+    ``from_restored``: counted from the first thing that it tells, not from its start.
+    """
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -91,6 +100,8 @@ def in_child(work: Callable[[int], None], *, kill_after_s: float | None = None) 
             os._exit(status)
     os.close(writing)
     if kill_after_s is not None:
+        if from_restored:
+            select.select([reading], [], [], OPENING_S)
         time.sleep(kill_after_s)
         os.kill(pid, signal.SIGKILL)
     with os.fdopen(reading) as told:
@@ -152,9 +163,10 @@ def run(kills: int, size: int, longest_s: float, seed: int, folder: Path) -> dic
     newest = there = 0
     began_s = time.monotonic()
     try:
-        for _ in range(kills):
+        for number in range(kills):
             after_s = chance.uniform(0.0, longest_s)
-            told, status = in_child(lambda out: train(jobs, size, out), kill_after_s=after_s)
+            opened = number % 4 != 0  # the others may die while they open and restore
+            told, status = in_child(lambda out: train(jobs, size, out), kill_after_s=after_s, from_restored=opened)
             if status != -signal.SIGKILL:
                 problems.append(f"the job ended by itself with status {status}")
             for line in told:

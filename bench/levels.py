@@ -1,12 +1,15 @@
-"""What tiers bring and take: ``python -m bench.levels restore`` and ``python -m bench.levels stolen``.
+"""What tiers bring and take: ``python -m bench.levels restore``, ``stolen`` or ``memory``.
 
 ``restore``: the same checkpoint from host memory and from the local disk behind it (out of the page cache), in turns.
-``stolen``: the time of a training step while a drain runs and while none does, in turns.  Prints JSON.
+``stolen``: the time of a training step while a drain runs and while none does, in turns.
+``memory``: what a save and its way from the local disk to an S3 server take of the process's memory.
+Prints JSON, and writes it where ``--json`` says.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import secrets
@@ -14,6 +17,7 @@ import shutil
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +28,19 @@ import torch
 import ckptengine as ce
 from ckptengine.tiers.memory import SHARED_MEMORY
 
+from .machine import facts
+from .object_server import object_server
+
 PARTS = 16
+DRAIN_EVERY_S = 60.0
+"""How often a job is taken to carry a checkpoint on, for the share of its time that drains steal."""
+SCHEMA = 1
+FLOORS: dict[str, dict[str, tuple[str, float]]] = {
+    "restore": {"times_faster": (">=", 3.0)},
+    "stolen": {"stolen_fraction": ("<=", 0.01)},
+    "memory": {"above_baseline_bytes": ("<=", 256 << 20)},
+}
+"""What each measurement is held against."""
 
 
 def state_of(size_bytes: int) -> dict[str, Any]:
@@ -90,6 +106,7 @@ def measure_stolen(size_bytes: int, rounds: int, folder: Path, memory: str) -> d
     def step() -> float:
         return timed(lambda: [a @ a for _ in range(4)])
 
+    every_s = DRAIN_EVERY_S
     idle: list[float] = []
     busy: list[float] = []
     drains: list[float] = []
@@ -103,33 +120,122 @@ def measure_stolen(size_bytes: int, rounds: int, folder: Path, memory: str) -> d
             began_s = time.perf_counter()
             while time.perf_counter() - began_s < drains[-1]:
                 idle.append(step())
-    idle_s, busy_s = statistics.median(idle), statistics.median(busy)
+    idle_s, busy_s, drain_s = statistics.median(idle), statistics.median(busy), statistics.median(drains)
     return {
         "size_bytes": size_bytes,
         "steps": [len(idle), len(busy)],
         "step_idle_s": idle_s,
         "step_draining_s": busy_s,
-        "drain_s": statistics.median(drains),
+        "drain_s": drain_s,
         "slower_while_draining": busy_s / idle_s - 1,
-        "seconds_stolen_by_a_drain": (busy_s / idle_s - 1) * statistics.median(drains),
+        "seconds_stolen_by_a_drain": (busy_s / idle_s - 1) * drain_s,
+        "every_s": every_s,
+        "stolen_fraction": (busy_s / idle_s - 1) * drain_s / max(every_s, drain_s),
+    }
+
+
+class Watch:
+    """Resident memory of this process, anonymous and shared pages, looked at every 10 ms; files' pages are the
+    kernel's to drop."""
+
+    def __init__(self) -> None:
+        self._stop = threading.Event()
+        self.peak_bytes = 0
+        self._thread = threading.Thread(target=self._look, daemon=True)
+
+    @staticmethod
+    def now_bytes() -> int:
+        found = 0
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(("RssAnon", "RssShmem")):
+                found += int(line.split()[1]) << 10
+        return found
+
+    def _look(self) -> None:
+        while not self._stop.wait(0.01):
+            self.peak_bytes = max(self.peak_bytes, self.now_bytes())
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def measure_memory(size_bytes: int, rounds: int, folder: Path, memory: str) -> dict[str, Any]:
+    """Above what the process holds before its first save: while it saves to the disk, and while that goes to S3."""
+    del memory  # the first tier is the disk
+    state = state_of(size_bytes)
+    saving, draining, took_s = [], [], []
+    with object_server(folder) as (url, options, server):
+        user = {"AWS_ACCESS_KEY_ID": options["key"], "AWS_SECRET_ACCESS_KEY": options["secret"]}
+        os.environ.update(user, AWS_ENDPOINT_URL=options["endpoint_url"])
+        with ce.Checkpointer(state, url, tiers=[ce.Tier(folder / "disk")], random=False) as checkpointer:
+            baseline = Watch.now_bytes()
+            for number in range(rounds):
+                with Watch() as watch:
+                    handle = checkpointer.save(number)
+                    handle.wait("committed")
+                saving.append(watch.peak_bytes - baseline)
+                with Watch() as watch:
+                    handle.result()
+                draining.append(watch.peak_bytes - baseline)
+                took_s.append(handle.counters["durable_s"] - handle.counters["committed_s"])
+    return {
+        "size_bytes": size_bytes,
+        "server": server,
+        "baseline_bytes": baseline,
+        "saving_bytes": saving,
+        "draining_bytes": draining,
+        "above_baseline_bytes": max(saving + draining),
+        "drain_bytes_per_s": size_bytes / statistics.median(took_s),
+    }
+
+
+MEASURES = {"restore": measure_restore, "stolen": measure_stolen, "memory": measure_memory}
+
+
+def document_of(what: str, size_bytes: int, rounds: int) -> dict[str, Any]:
+    """One measurement with what it is held against, the machine and the date."""
+    name = f"bench-{secrets.token_hex(6)}"
+    began_s = time.monotonic()
+    try:
+        with tempfile.TemporaryDirectory(prefix="ckptengine-levels-") as folder:
+            machine = facts(Path(folder))
+            found = MEASURES[what](size_bytes, rounds, Path(folder), f"shm://{name}")
+    finally:
+        shutil.rmtree(SHARED_MEMORY / f"ckptengine-{os.getuid()}" / name, ignore_errors=True)
+    held = {
+        figure: {
+            "floor": f"{sign} {bound:g}",
+            "met": found[figure] >= bound if sign == ">=" else found[figure] <= bound,
+        }
+        for figure, (sign, bound) in FLOORS[what].items()
+    }
+    return {
+        "schema": SCHEMA,
+        "levels": what,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": machine,
+        "seconds": round(time.monotonic() - began_s, 1),
+        "figures": found,
+        "floors": held,
     }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("restore", "stolen"))
+    parser.add_argument("what", choices=tuple(MEASURES))
     parser.add_argument("--size", type=int, default=1 << 30, metavar="BYTES")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
-    name = f"bench-{secrets.token_hex(6)}"
-    measure = measure_restore if options.what == "restore" else measure_stolen
-    try:
-        with tempfile.TemporaryDirectory(prefix="ckptengine-levels-") as folder:
-            found = measure(options.size, options.rounds, Path(folder), f"shm://{name}")
-    finally:
-        shutil.rmtree(SHARED_MEMORY / f"ckptengine-{os.getuid()}" / name, ignore_errors=True)
-    document = {**found, "cores": os.cpu_count(), "load": os.getloadavg()}
-    sys.stdout.write(json.dumps(document, indent=1) + "\n")
+    text = json.dumps(document_of(options.what, options.size, options.rounds), indent=1) + "\n"
+    if options.json:
+        Path(options.json).write_text(text)
+    sys.stdout.write(text)
     return 0
 
 

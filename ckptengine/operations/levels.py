@@ -15,13 +15,13 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from ckptengine.coordination.port import Coordinator, publish, receive
 from ckptengine.errors import (
     AlreadyExists,
     CheckpointError,
-    SaveFailed,
     Superseded,
     UnusableRequest,
 )
@@ -29,6 +29,7 @@ from ckptengine.operations.drain import Drain, DrainReport, DrainSettings, Named
 from ckptengine.operations.landing import landing_for
 from ckptengine.operations.left_behind import left_behind
 from ckptengine.operations.level import Landed, Level, Way
+from ckptengine.operations.levels_held import Held
 from ckptengine.operations.rank_digest import rank_file_digest
 from ckptengine.operations.retain import apply_retention, plan_retention
 from ckptengine.operations.tiered import TieredFiles
@@ -40,10 +41,8 @@ from ckptengine.sources.files import open_files
 from ckptengine.sources.port import Files
 from ckptengine.store import names
 from ckptengine.store.history import CommitRef, History
-from ckptengine.store.lock import RootLock
 from ckptengine.store.manifest import Manifest
 from ckptengine.tiers.files import TierFiles
-from ckptengine.tiers.lease import Lease
 from ckptengine.tiers.local import LocalTier
 from ckptengine.tiers.loop import BlockingTier, IoLoop
 from ckptengine.tiers.spec import Tier, open_tier
@@ -88,7 +87,7 @@ class Levels:
             specs.insert(0, landing_for(specs[0]))
         self._loop = IoLoop()
         self._levels: list[Level] = []
-        self._held: list[RootLock | Lease] = []
+        self._held = Held()
         self._retaining = threading.Lock()
         self._number = self._resumed = 0
         self._stranded = False
@@ -99,7 +98,7 @@ class Levels:
                 kept = spec.keep if last or spec.keep is not None else _NEWEST
                 self._levels.append(Level(spec, tier, BlockingTier(tier, self._loop), kept))
             if port.rank == 0 and len(specs) > 1:
-                self._hold()
+                self._held.take(self._levels[1:])
         except BaseException:
             self.close(0.0)
             raise
@@ -112,7 +111,7 @@ class Levels:
                 port=port,
                 settings=self._settings if cap is None else replace(self._settings, max_bytes_per_s=cap),
                 again=self._again,
-                guard=self._guard,
+                guard=partial(self._held.check, target),
             )
 
     # ---- where
@@ -241,8 +240,7 @@ class Levels:
         if self._has_own_landing and finished and not self._stranded and len(self._levels) > 1 and self._leads_node():
             # While the root is still held: another job may use this place next.
             shutil.rmtree(self.landing, ignore_errors=True)
-        for held in self._held:
-            held.release()
+        self._held.release()
         for level in self._levels:
             level.flat.close()
         self._loop.close()
@@ -315,13 +313,6 @@ class Levels:
         decision = self._policy.decide(Trouble(attempts=tries, age_steps=0, age_s=0.0))
         return decision.after_s if isinstance(decision, Retry) else None
 
-    def _guard(self) -> None:
-        if any(isinstance(held, Lease) and held.lost for held in self._held):
-            raise SaveFailed(
-                f"the lease of {self._levels[-1].spec.label} could not be renewed in time, so another job may hold it "
-                f"now; nothing is committed there until it is renewed: look whether the place can be reached"
-            )
-
     def _named(self, landed: Landed) -> Named | None:
         if self._port.rank != 0 or landed.manifest is None:
             return None
@@ -354,6 +345,7 @@ class Levels:
                 behind = self._levels[number + 1].drain if number + 1 < len(self._levels) else None
                 verified = frozenset(level.verified)  # before what is protected: what comes later is neither
                 try:
+                    self._held.check(level)
                     plan = plan_retention(
                         level.flat,
                         level.keep,
@@ -386,14 +378,6 @@ class Levels:
                 found.append(Named(entry.name, first.read(entry.name, 0, entry.size_bytes)))
         # The claim first: without it a record means nothing.
         return sorted(found, key=lambda named: (not named.name.endswith(".claim"), named.name))
-
-    def _hold(self) -> None:
-        """Take every place behind the first: directories by a lock, a remote root by a lease."""
-        for level in self._levels[1:]:
-            if isinstance(level.tier, LocalTier):
-                self._held.append(RootLock(level.tier.root / names.LOCK))
-            elif level is self._levels[-1]:
-                self._held.append(Lease(level.flat))
 
 
 def _manifest_name(landed: Landed) -> str:

@@ -64,6 +64,11 @@ class Lease:
         """Whether the right may have gone to somebody else."""
         return self._taken or time.monotonic() - self._renewed_s > self._times.expiry_s
 
+    @property
+    def taken(self) -> bool:
+        """Whether the lease was found to be gone: this holder is not to come back."""
+        return self._taken
+
     def release(self) -> None:
         """Give the root up; safe to call twice.  A lease that cannot be removed now expires by itself."""
         if self._stop.is_set():
@@ -71,7 +76,9 @@ class Lease:
         self._stop.set()
         self._thread.join()
         try:
-            self._tier.delete(self._name(self._number))
+            for name in self._leases():  # one that replaced another may be there beside it
+                if _holder(name) == self._holder:
+                    self._tier.delete(name)
         except CheckpointError as failure:
             log.warning("the lease of %s could not be given back and will expire: %s", self._tier.label, failure)
 
@@ -106,21 +113,22 @@ class Lease:
         while not self._stop.wait(self._times.renew_s):
             try:
                 old = self._name(self._number)
-                gone = self._tier.stat(old) is None
-                self._put()
-                self._tier.delete(old)
-                if gone:
+                if self._tier.stat(old) is None:
+                    # Nothing is put any more: it would look as if this job still held what it has lost.
                     self._taken = True
                     log.error("the lease of %s was taken by another job while this one slept", self._tier.label)
+                    return
+                self._put()
+                self._tier.delete(old)
             except CheckpointError as failure:
                 log.warning("the lease of %s could not be renewed: %s", self._tier.label, failure)
 
     def _put(self) -> None:
-        self._number += 1
         about = {"host": socket.gethostname(), "pid": os.getpid()}
         # It may be there: an earlier try that arrived although its answer did not.  The name is ours alone.
         with contextlib.suppress(AlreadyExists):
-            self._tier.create(self._name(self._number), json.dumps(about).encode())
+            self._tier.create(self._name(self._number + 1), json.dumps(about).encode())
+        self._number += 1  # only now: a renewal that failed must not look like a lease that was taken
         self._renewed_s = time.monotonic()
 
     def _leases(self) -> list[str]:

@@ -70,6 +70,9 @@ def test_a_job_that_slept_notices_that_its_lease_is_gone(tier: BlockingTier) -> 
     while not lease.lost and time.monotonic() < deadline_s:
         time.sleep(0.01)
     assert lease.lost
+    assert lease.taken
+    time.sleep(3 * QUICK.renew_s)
+    assert tier.entries("lease/") == [], "and claims nothing any more"
     lease.release()
 
 
@@ -105,4 +108,10 @@ def test_trouble_with_renewing_is_not_the_end_at_once(tmp_path: Path, loop: IoLo
     time.sleep(0.6)
     assert lease.lost
     place.down = False
+    deadline_s = time.monotonic() + 5
+    while lease.lost and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    assert not lease.lost, "renewed as soon as that could be done"
+    assert not lease.taken
     lease.release()
+    assert lease._tier.entries() == []

@@ -19,6 +19,7 @@ from ckptengine.layout.dtypes import itemsize
 from ckptengine.layout.irregular import Irregular
 from ckptengine.layout.mesh import Mesh
 from ckptengine.layout.piece import Piece
+from ckptengine.layout.placement import Replicate
 from ckptengine.layout.sharding import Layout, Sharding, replicated
 from ckptengine.operations.attempts import Claims
 from ckptengine.plan.write import Planned, Writer, assign_writers, stored_pieces, writer_from_json, writer_to_json
@@ -184,13 +185,36 @@ def _common_layout(name: str, by_rank: Mapping[int, Sequence[Any]]) -> Layout:
         return Irregular.joined(one for layout in layouts.values() for one in layout.held)  # type: ignore[union-attr]
     differing = [rank for rank, layout in layouts.items() if layout != first]
     if differing:
-        raise RanksDisagree(
-            f"tensor {name!r}: rank {differing[0]} says another sharding than rank {next(iter(layouts))}"
-        )
+        joined = _side_by_side(layouts)
+        if joined is None:
+            raise RanksDisagree(
+                f"tensor {name!r}: rank {differing[0]} says another sharding than rank {next(iter(layouts))}"
+            )
+        first = joined
     missing = [rank for rank in first.holders() if rank not in layouts]
     if missing:
         raise LayoutError(f"tensor {name!r}: its mesh names ranks {missing[:8]}, which do not have it")
     return first
+
+
+def _side_by_side(layouts: Mapping[int, Layout]) -> Sharding | None:
+    """One layout of ranks that say the same sharding over separate meshes, which then hold replicas of one another.
+
+    So it is under FSDP beside tensor parallelism for what tensor parallelism leaves alone: each tensor-parallel rank
+    has a data-parallel mesh of its own.  None where the layouts do not differ just so.
+    """
+    found = list(dict.fromkeys(layouts.values()))
+    alike = [one for one in found if isinstance(one, Sharding)]
+    if len(alike) != len(found) or len({(one.placements, one.mesh.shape) for one in alike}) != 1:
+        return None
+    ranks = [rank for one in alike for rank in one.mesh.all_ranks().tolist()]
+    homes = {rank: one for one in alike for rank in one.mesh.all_ranks().tolist()}
+    if len(homes) != len(ranks) or any(homes.get(rank) != layout for rank, layout in layouts.items()):
+        return None
+    mesh = alike[0].mesh
+    axis = next(name for name in ("replica", *map(str, range(len(mesh.shape) + 1))) if name not in mesh.axis_names)
+    joined = Mesh((len(alike), *mesh.shape), (axis, *mesh.axis_names), tuple(ranks))
+    return Sharding(joined, (Replicate(), *alike[0].placements))
 
 
 class Agreement:

@@ -64,7 +64,10 @@ class Target(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The parallel layout of a target: degrees of each axis (1 where not given), ZeRO stage and order of ranks."""
+    """The parallel layout of a target: degrees of each axis (1 where not given), ZeRO stage and order of ranks.
+
+    ``zero`` is None where no stage was given, which is not stage 0.
+    """
 
     dp: int = 1
     tp: int = 1
@@ -73,7 +76,7 @@ class Layout:
     ep: int = 1
     etp: int = 1
     cp: int = 1
-    zero: int = 0
+    zero: int | None = None
     order: str = DEFAULT_ORDER
 
     @classmethod

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ckptengine.sources.deepspeed.training import Trained, Training
+from ckptengine.sources.deepspeed.write_plain import trained_weights, whole_optimizer
 from ckptengine.sources.emit import Tensor, size
 from ckptengine.sources.torchrecords import Run, TorchFile
 from ckptengine.sources.writer import Job
@@ -38,7 +39,8 @@ def model_states(
 ) -> dict[str, Any]:
     """The dictionary of one rank's model file; its storages go into ``file``.
 
-    ZeRO-3's files hold placeholders for parameters, pieces of the frozen ones, and whole buffers.
+    ZeRO-3's files hold placeholders for parameters, pieces of the frozen ones, and whole buffers; stage 0's also hold
+    the optimizer.
     """
     values = training.values
     if stage == 3:
@@ -47,10 +49,12 @@ def model_states(
         whole |= {name: file.whole(job, training.weights[name]) for name in training.buffers}
         frozen = {name: _piece(job, file, training.weights[name], rank, ranks) for name in training.frozen}
     else:
-        whole = {name: file.whole(job, tensor) for name, tensor in _stored(training)}
+        chosen = trained_weights(job, training) if stage == 0 else {}
+        stored = {name: chosen.get(name, (tensor, None)) for name, tensor in _stored(training)}
+        whole = {name: file.whole(job, tensor, dtype) for name, (tensor, dtype) in stored.items()}
         frozen = {name: whole[name] for name in training.frozen} if stage == 2 else {}
     shapes = {name: size(job.tensor(training.weights[name]).shape) for name in frozen}
-    ours = {
+    ours: dict[str, Any] = {
         "module": {**whole, **{alias: whole[name] for alias, name in training.aliases.items() if name in whole}},
         "buffer_names": list(training.buffers),
         "optimizer": None,
@@ -70,6 +74,8 @@ def model_states(
         "ds_config": values.get("ds_config", {}),
         "ds_version": ds_version(training),
     }
+    if stage == 0:
+        ours |= {"optimizer": whole_optimizer(job, training, file), "shared_params": None}
     return {**{key: value for key, value in values.items() if key not in _RESERVED}, **ours}
 
 

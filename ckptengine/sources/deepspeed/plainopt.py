@@ -43,6 +43,14 @@ def plain_optimizer(model: ModelStates, inline: InlineFiles) -> tuple[Entries, l
     return found, named
 
 
+def plain_rest(model: ModelStates) -> dict[Any, Any]:
+    """What the optimizer keeps beside states and groups, such as the loss scale."""
+    return {key: value for key, value in (model.optimizer or {}).items() if key not in _TENSORS}
+
+
+_TENSORS = {"optimizer_state_dict", "fp32_groups", "fp32_groups_flat", "state", "param_groups"}
+
+
 def _entries(name: str, state: Mapping[Any, Any], inline: InlineFiles) -> Iterator[tuple[str, str, Held]]:
     for key, value in state.items():
         if isinstance(value, StoredTensor):
@@ -70,7 +78,14 @@ def _names(
     states: Mapping[Any, Any],
     masters: Mapping[int, StoredTensor],
 ) -> dict[int, str]:
-    """Position -> name: every group is a subsequence of the module's parameters, and only one fits the shapes."""
+    """Position -> name: as the file lists them (which ours do), or by the shapes.
+
+    Every group is a subsequence of the module's parameters, and only one may fit.
+    """
+    listed = [list(group) for group in model.shapes or ()]
+    if listed and [len(names) for names in listed] == [len(int_list(group.get("params")) or []) for group in groups]:
+        pairs = zip(groups, listed, strict=True)
+        return {at: name for group, names in pairs for at, name in zip(group["params"], names, strict=True)}
     seen: set[tuple[object, ...]] = set()
     left: list[tuple[str, tuple[int, ...]]] = []
     for name, tensor in model.module.items():

@@ -17,7 +17,7 @@ from ckptengine.layout.tensor import LogicalTensor
 from ckptengine.sources.deepspeed.folder import StepFolder, check_ranks, read_folder
 from ckptengine.sources.deepspeed.groups import MASTER, entries
 from ckptengine.sources.deepspeed.header import ModelStates, read_model_states
-from ckptengine.sources.deepspeed.plainopt import plain_optimizer
+from ckptengine.sources.deepspeed.plainopt import plain_optimizer, plain_rest
 from ckptengine.sources.deepspeed.universal import read_universal
 from ckptengine.sources.deepspeed.weights import (
     Weights,
@@ -197,6 +197,8 @@ class _Reader:
                 self._rest = partitions.rest
         elif model.optimizer is not None:
             found, groups = plain_optimizer(model, self._inline)
+            if mp == 0:
+                self._rest = plain_rest(model)
         if collect_groups:
             self._merge_groups(groups)
         part.add_states(found)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptengine.errors import UnusableRequest
+from ckptengine.layout.box import Box
 from ckptengine.layout.tensor import LogicalTensor
 from ckptengine.sources.optimizers import Optimizer, optimizers_in, split_names
 from ckptengine.sources.typed import plain_values
@@ -24,14 +25,19 @@ class Trained:
     """A parameter that the optimizer updates.
 
     ``master`` is the tensor that becomes its fp32 copy (the weight itself where there is no other), ``states`` the
-    tensors of its shape by state, ``step`` its counter.
+    tensors of its shape by state, ``scalars`` its counters and other single numbers.
     """
 
     name: str
     shape: tuple[int, ...]
     master: str
     states: Mapping[str, str]
-    step: str | None
+    scalars: Mapping[str, str]
+
+    @property
+    def step(self) -> str | None:
+        """Its counter."""
+        return self.scalars.get(STEP)
 
     @property
     def size(self) -> int:
@@ -103,6 +109,30 @@ def training_of(job: Job) -> Training:
     )
 
 
+def check_counters(job: Job, training: Training) -> None:
+    """Refuse groups whose parameters count differently, since a flat group has one counter; reads single numbers."""
+    for number, group in enumerate(training.groups):
+        for key, first in (group.members[0].scalars if group.members else {}).items():
+            seen: dict[object, bytes] = {}
+            for member in group.members:
+                place = [(f.file, f.offset) for f in job.tensor(member.scalars[key]).fragments]
+                if str(place) in seen:
+                    continue
+                seen[str(place)] = _scalar_bytes(job, member.scalars[key])
+                if seen[str(place)] != seen[next(iter(seen))]:
+                    raise UnusableRequest(
+                        f"group {number} of the optimizer: {member.scalars[key]} differs from {first}; ZeRO keeps one "
+                        f"{key} for all parameters of a group. Write it without ZeRO (zero=0)"
+                    )
+
+
+def _scalar_bytes(job: Job, name: str) -> bytes:
+    tensor = job.tensor(name)
+    data = bytearray(tensor.nbytes)
+    job.read(name, Box((0,) * len(tensor.shape), tensor.shape), memoryview(data))
+    return bytes(data)
+
+
 def _optimizer(values: Mapping[str, Any]) -> Optimizer | None:
     found = [optimizer for optimizer in optimizers_in(dict(values)) if len(optimizer.path) == 1]
     if len(found) > 1:
@@ -145,7 +175,7 @@ def _groups(
     ]
     for number, group in enumerate(groups):
         for member in group.members:
-            if set(member.states) != set(group.keys) or (member.step is None) != (group.members[0].step is None):
+            if set(member.states) != set(group.keys) or set(member.scalars) != set(group.members[0].scalars):
                 raise UnusableRequest(
                     f"group {number} of the optimizer: {member.name} has the states {_listed(member)} and "
                     f"{group.members[0].name} has {_listed(group.members[0])}; DeepSpeed keeps the same for all"
@@ -154,7 +184,7 @@ def _groups(
 
 
 def _listed(member: Trained) -> str:
-    return ", ".join([*member.states, *([STEP] if member.step else [])]) or "none"
+    return ", ".join([*member.states, *member.scalars]) or "none"
 
 
 def _trained(job: Job, name: str, weights: Mapping[str, str], states: Mapping[str, str]) -> Trained:
@@ -165,11 +195,11 @@ def _trained(job: Job, name: str, weights: Mapping[str, str], states: Mapping[st
     if header.dtype not in _FLOATS or header.dtype == "float64":
         raise UnusableRequest(f"{name} is {header.dtype}; DeepSpeed trains float32, bfloat16 and float16 only")
     shaped: dict[str, str] = {}
-    step: str | None = None
+    scalars: dict[str, str] = {}
     for state, tensor_name in states.items():
         tensor: LogicalTensor = job.tensor(tensor_name)
-        if state == STEP and tensor.size == 1:
-            step = tensor_name
+        if tensor.size == 1 and (state == STEP or (not tensor.shape and header.shape)):
+            scalars[state] = tensor_name
         elif state != MASTER:
             if tensor.shape != header.shape or tensor.dtype not in _FLOATS:
                 raise UnusableRequest(
@@ -177,7 +207,7 @@ def _trained(job: Job, name: str, weights: Mapping[str, str], states: Mapping[st
                     f"own shape {list(header.shape)} in flat fp32 buffers"
                 )
             shaped[state] = tensor_name
-    return Trained(name, header.shape, master, dict(sorted(shaped.items())), step)
+    return Trained(name, header.shape, master, dict(sorted(shaped.items())), dict(sorted(scalars.items())))
 
 
 def _frozen(job: Job, rest: Sequence[str], values: Mapping[str, Any], *, has_optimizer: bool) -> set[str]:

@@ -37,6 +37,7 @@ def read_universal(folder: StepFolder, model: ModelStates, inline: InlineFiles) 
     files = folder.files
     shapes = {name: shape for group in model.shapes or () for name, shape in group.items()}
     optimizer = load_dict(files, _OPTIMIZER) if files.exists(_OPTIMIZER) else {}
+    others = {*model.module, *model.frozen_shapes, *model.shared}
     steps = _steps(optimizer, model, inline)
     found: list[tuple[str, str, Held]] = []
     for entry in files.entries("zero"):
@@ -44,6 +45,8 @@ def read_universal(folder: StepFolder, model: ModelStates, inline: InlineFiles) 
             continue
         name = entry[:-1]
         stored = {state[: -len(_SUFFIX)] for state in files.entries(f"zero/{name}") if state.endswith(_SUFFIX)}
+        if stored == {"fp32"} and shapes and name not in shapes and name in others:
+            continue  # DeepSpeed puts a copy of what the optimizer does not know there: buffers, frozen and tied ones
         for state in sorted(stored):
             key = MASTER if state == "fp32" else state
             held = _atom(folder, f"zero/{name}/{state}{_SUFFIX}", shapes.get(name), inline)

@@ -1,11 +1,12 @@
-"""Write a ZeRO checkpoint that DeepSpeed resumes from: ``--to deepspeed --layout dp=4,zero=1``.
+"""Write a checkpoint that DeepSpeed resumes from: ``--to deepspeed --layout dp=4,zero=1``.
 
-The target holds ``latest`` and ``global_step<N>/``.  ``zero`` is the stage (1 if not given), ``dp`` the number of
-ranks.  Parameters lie in the order of the optimizer's groups, so the job that resumes must build the same groups.  A
-parameter without a master copy gets its weight as one, exactly.
+The target holds ``latest`` and ``global_step<N>/``.  ``zero`` is the stage (1 if not given; 0 is training without
+ZeRO, for any number of ranks), ``dp`` the number of ranks.  Parameters lie in the order of the optimizer's groups, so
+the job that resumes must build the same groups.  A parameter without a master copy gets its weight as one, exactly.
 
 Options: ``sub_group_size`` (ZeRO-3; default 1,000,000,000, DeepSpeed's own), ``frozen`` (a regular expression of the
-parameters that are not trained; everything else that is not trained is a buffer).
+parameters that are not trained; everything else that is not trained is a buffer), ``precision`` (``fp32``, ``bf16``
+or ``fp16``: what the job trains in, where neither 16-bit weights nor the source's DeepSpeed config say it).
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from typing import Any
 from ckptengine.errors import UnusableRequest
 from ckptengine.sources.deepspeed.classes import fragment_address, loss_scaler, zero_stage
 from ckptengine.sources.deepspeed.modelfile import ds_version, model_states
-from ckptengine.sources.deepspeed.training import Group, Trained, training_of
+from ckptengine.sources.deepspeed.training import Group, Trained, check_counters, training_of
+from ckptengine.sources.deepspeed.write_plain import precision_of
 from ckptengine.sources.emit import Tensor
 from ckptengine.sources.torchrecords import Run, TorchFile, memory_bytes, read_bytes
 from ckptengine.sources.writer import Document, Job, Target, Unit
@@ -32,6 +34,7 @@ class DeepSpeedWriter:
     def units(self, job: Job) -> Sequence[Unit]:
         """One unit per file; ZeRO-3's small model files are written at the end."""
         plan = _Plan(job)
+        plan.check()
         return [self._unit(job, plan, path) for path in plan.paths]
 
     def write(self, job: Job, unit: Unit, target: Target) -> Document:
@@ -65,17 +68,18 @@ class _Plan:
             )
         self._job = job
         self._dp = layout.dp
-        self._stage = layout.zero or 1
+        self._stage = 1 if layout.zero is None else layout.zero
         self._training = training_of(job)
         if not self._training.groups:
             raise UnusableRequest("there is no parameter that an optimizer could train; write safetensors instead")
         if any(group.options.get("moe") for group in self._training.groups):
             raise UnusableRequest("expert groups of ZeRO are cut by expert ranks, which this does not write")
         self.folder = f"global_step{job.step or 0}"
-        used = {job.tensor(name).dtype for name in self._training.weights.values()}
-        self._half = "float16" in used
-        prefix = "bf16_" if "bfloat16" in used or self._training.optim.get("bf16") is True else ""
-        optim = [f"{self.folder}/{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(self._dp)]
+        precision = precision_of(job, self._training)
+        self._half = precision == "float16"
+        prefix = "bf16_" if precision == "bfloat16" else ""
+        made = range(self._dp) if self._stage else ()
+        optim = [f"{self.folder}/{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in made]
         if self._stage == 3:
             models = [f"{self.folder}/zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in range(self._dp)]
         else:
@@ -83,6 +87,11 @@ class _Plan:
         self._ranks = {path: rank for paths in (models, optim) for rank, path in enumerate(paths)}
         self._models = set(models)
         self.paths = [*models, *optim]
+
+    def check(self) -> None:
+        """Refuse what only the values of counters show."""
+        if self._stage:
+            check_counters(self._job, self._training)
 
     def file(self, path: str) -> tuple[TorchFile, object]:
         """A file's storages and its value."""
@@ -113,7 +122,7 @@ class _Plan:
             mappings.append(_mapping(group.members, start, stop))
         return {
             "loss_scaler": loss_scaler(self._training.optim, half=self._half),
-            "dynamic_loss_scale": self._half,
+            "dynamic_loss_scale": self._training.optim.get("dynamic_loss_scale", self._half),
             "overflow": False,
             "clip_grad": self._training.optim.get("clip_grad", 0.0),
             "base_optimizer_state": {"state": states, "param_groups": self._param_groups([[n] for n in states])},
@@ -141,7 +150,7 @@ class _Plan:
         return {
             "zero_stage": zero_stage(3),
             "loss_scaler": loss_scaler(self._training.optim, half=self._half),
-            "dynamic_loss_scale": self._half,
+            "dynamic_loss_scale": self._training.optim.get("dynamic_loss_scale", self._half),
             "overflow": False,
             "partition_count": self._dp,
             "optimizer_state_dict": {"state": states, "param_groups": self._param_groups(numbers)},
@@ -152,10 +161,10 @@ class _Plan:
         self, file: TorchFile, members: Sequence[Trained], unit: int, runs: Mapping[str, list[Run]]
     ) -> dict[str, Any]:
         """One flat parameter's entry of the base optimizer's state."""
-        made: dict[str, Any] = {}
-        step = members[0].step
-        if step is not None:
-            made["step"] = file.flat(self._job.tensor(step).dtype, 1, [Run(step, 0, 1)], ())
+        made: dict[str, Any] = {
+            key: file.flat(self._job.tensor(name).dtype, 1, [Run(name, 0, 1)], ())
+            for key, name in members[0].scalars.items()
+        }
         return made | {key: file.flat("float32", unit, parts) for key, parts in runs.items()}
 
     def _param_groups(self, numbers: Sequence[Sequence[int]]) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ The target holds ``latest_universal`` and ``global_step<N>_universal/`` with one
 Without a layout it is loaded by every stage of DeepSpeed 0.17 and later; ``zero=3`` writes the flat tensors that older
 versions of ZeRO-3 expect, ``zero=1`` and ``zero=2`` what those stages do.
 
-Options: ``frozen`` as for ``--to deepspeed``.
+Options: ``frozen`` and ``precision`` as for ``--to deepspeed``.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from ckptengine.layout.dtypes import itemsize
 from ckptengine.sources.deepspeed.classes import loss_scaler, zero_stage
 from ckptengine.sources.deepspeed.modelfile import ds_version, model_states
 from ckptengine.sources.deepspeed.training import Trained, Training, training_of
+from ckptengine.sources.deepspeed.write_plain import precision_of
 from ckptengine.sources.emit import Tensor
 from ckptengine.sources.stream import group_by_size
 from ckptengine.sources.torchrecords import Run, TorchFile, memory_bytes, read_bytes
@@ -74,7 +75,7 @@ class _Plan:
         self._models: dict[str, tuple[int, int]] = {}
         if self._stage != 3:
             self._models[f"{self.folder}/mp_rank_00_model_states.pt"] = (self._stage or 1, 0)
-        if self._stage in (0, 3):
+        if self._stage in (None, 0, 3):
             ranks = range(job.layout.dp)
             names = [f"{self.folder}/zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in ranks]
             self._models |= {name: (3, rank) for rank, name in enumerate(names)}
@@ -102,11 +103,11 @@ class _Plan:
         """``optimizer_state.pt``: what stages 1 and 2 read at the top, and what stage 3 reads further in."""
         training = self._training
         groups = [{**group.options, "params": [number]} for number, group in enumerate(training.groups)]
-        half = any(self._job.tensor(name).dtype == "float16" for name in training.weights.values())
+        half = precision_of(self._job, training) == "float16"
         state = {n: self._step(file, group.members) for n, group in enumerate(training.groups)}
         return {
             "loss_scaler": loss_scaler(training.optim, half=half),
-            "dynamic_loss_scale": half,
+            "dynamic_loss_scale": training.optim.get("dynamic_loss_scale", half),
             "overflow": False,
             "clip_grad": training.optim.get("clip_grad", 0.0),
             "zero_stage": zero_stage(self._stage or 1),

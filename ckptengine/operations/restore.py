@@ -25,6 +25,7 @@ from ckptengine.sources.native import NativeSource, open_commit
 from ckptengine.sources.port import Files, Source
 from ckptengine.state import random as streams
 from ckptengine.state.fill import Differences, Filling, SavedState, prepare
+from ckptengine.state.flatten import no_collection
 from ckptengine.store.history import CommitRef
 from ckptengine.store.root import Root
 
@@ -170,6 +171,13 @@ def _candidates(root: Root, port: Coordinator, step: int | None) -> list[list[in
 
 def _try_commit(turn: _Round, open_source: Callable[[], Source]) -> str | None:
     """Fill from one source on all ranks.  None: done; else why all ranks must take another one."""
+    with no_collection() as collect_again:  # a plan is a few objects per tensor, and they all stay until its end
+        return _planned_and_filled(turn, open_source, collect_again)
+
+
+def _planned_and_filled(
+    turn: _Round, open_source: Callable[[], Source], collect_again: Callable[[], None]
+) -> str | None:
     source: Source | None = None
     filling: Filling | None = None
     fill: Fill | None = None
@@ -195,6 +203,8 @@ def _try_commit(turn: _Round, open_source: Callable[[], Source]) -> str | None:
     _raise_mismatch(turn, problems, unused if strict else ())
     assert filling is not None and fill is not None
     turn.touched = True
+    if not isinstance(source, NativeSource) or source.files.local_path("") is None:
+        collect_again()  # such reading may take long, and makes garbage of its own
     try:
         fill.run()
     except BAD_COPY as found:

@@ -22,6 +22,7 @@ from ckptengine.state.sharded import PerRank, Sharded
 from ckptengine.state.tensors import Described, describe, global_rank
 
 TensorLike = torch.Tensor | Sharded
+_TENSORS = (torch.Tensor, Sharded)  # a tuple: a union would be made anew for each of very many tensors
 
 
 @dataclass(slots=True)
@@ -80,7 +81,7 @@ class Collector:
         return walk
 
     def _leaf(self, value: object, name: str) -> Any:
-        if isinstance(value, torch.Tensor | Sharded):
+        if isinstance(value, _TENSORS):
             return {"$": "tensor", "name": self._tensor(value, name)}
         if isinstance(value, nn.Module):
             return self._module(value, name)
@@ -105,7 +106,8 @@ class Collector:
         if self._in_object:
             return self._add(name, described, None, "other", True)
         tensor = value.tensor if isinstance(value, Sharded) else value
-        role: Role = "parameter" if isinstance(tensor, nn.Parameter) else "other"
+        plain = type(tensor) is torch.Tensor and not getattr(tensor, "_is_param", False)
+        role: Role = "other" if plain or not isinstance(tensor, nn.Parameter) else "parameter"
         stored = self._add(name, described, value, role, self._eager, in_container=True)
         self._bare.setdefault(id(tensor), (tensor, name, described))
         return stored

@@ -116,7 +116,8 @@ class Context:
         if source is None:
             self.missing(name)
             return False
-        self.used |= {name, source}
+        self.used.add(name)
+        self.used.add(source)
         dtype, shape = self.saved.tensors[source]
         if shape != described.global_shape:
             self.problems.append(f"{name}: shape {shape} in the checkpoint, {described.global_shape} live")
@@ -129,7 +130,8 @@ class Context:
         destination = described.tensor
         if destination.is_meta or not self._is_first(destination):
             return True  # reported once for all, or tied to memory that is being filled
-        if any(step == 0 and n > 1 for step, n in zip(destination.stride(), destination.shape, strict=True)):
+        strides = destination.stride()
+        if 0 in strides and any(step == 0 and n > 1 for step, n in zip(strides, destination.shape, strict=True)):
             destination = self._unexpanded(destination)
         if isinstance(live, torch.Tensor) and (live.is_conj() or live.is_neg()):
             self.staged.append(lambda: live.detach().copy_(destination))
@@ -221,7 +223,7 @@ def mapping_items(context: Context, data: object) -> dict[Any, Json] | None:
     if isinstance(items, dict):
         return dict(items)
     pairs = [checked(pair, list) for pair in checked(items, list)]
-    return {context.decode(key): part for key, part in pairs}
+    return {key if type(key) is str else context.decode(key): part for key, part in pairs}
 
 
 def sequence_parts(data: object) -> list[Json] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from ckptengine.errors import UnusableRequest
@@ -34,14 +34,17 @@ def collect(state: object, *, meta_ok: bool = False) -> Walk:
 
 
 @contextmanager
-def no_collection() -> Iterator[None]:
-    """Keep the cyclic garbage collector from running: it would scan a large walk's objects over and over."""
+def no_collection() -> Iterator[Callable[[], None]]:
+    """Keep the cyclic garbage collector from running: it would scan a large walk's objects over and over.
+
+    What it gives ends that early.
+    """
     if not gc.isenabled():
-        yield
+        yield lambda: None
         return
     gc.disable()
     try:
-        yield
+        yield gc.enable
     finally:
         gc.enable()
 

@@ -55,6 +55,8 @@ def escape(key: Component) -> str:
     if type(key) is str:
         if key.isascii() and "." not in key and "\\" not in key:
             return key or "\\e"
+        if key.isascii():
+            return key.replace("\\", "\\\\").replace(".", "\\.")
         return _SPECIAL.sub(_escape_match, key)
     if isinstance(key, TypedKey):
         return "\\=" + _SPECIAL.sub(_escape_match, key.text)

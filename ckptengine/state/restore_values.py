@@ -31,6 +31,8 @@ from ckptengine.state.tensors import describe, global_rank
 
 _MAPPINGS = (dict, OrderedDict, defaultdict, Counter)
 _SEQUENCES = (list, tuple, deque)
+_TENSORS = (torch.Tensor, Sharded)  # a tuple: a union would be made anew for each of very many tensors
+_MATCHED = (torch.Tensor, Sharded, nn.Module, Optimizer, PerRank)
 
 
 class Matcher:
@@ -48,7 +50,7 @@ class Matcher:
         if not context.selection.touches(name):
             return _keep(live)
         context.found_any = context.found_any or (bool(name) and context.selection.covers(name))
-        if isinstance(live, torch.Tensor | Sharded):
+        if isinstance(live, _TENSORS):
             return self._tensor(live, data, name)
         if isinstance(live, nn.Module):
             match_module(context, context.walk.modules[name], data, name)
@@ -66,11 +68,7 @@ class Matcher:
 
     def _tensor(self, live: torch.Tensor | Sharded, data: Json | Absent, name: str) -> Build:
         context = self.context
-        if not context.selection.covers(name):
-            return _keep(live)
-        if isinstance(data, Absent) or is_node(data, "tensor"):
-            wanted = data["name"] if isinstance(data, dict) else name
-            context.fill(name, describe(live, name, meta_ok=True), live, context.stored(str(wanted)))
+        if self._stays(live, data, name) or not context.selection.covers(name):
             return _keep(live)
         if isinstance(live, Sharded):
             context.problems.append(f"{name}: a sharded tensor live, a plain value in the checkpoint")
@@ -80,6 +78,20 @@ class Matcher:
             context.staged.append(lambda: live.fill_(value))
             return _keep(live)
         return _keep(value)
+
+    def _stays(self, live: Any, data: Json | Absent, name: str) -> bool:
+        """Whether ``live`` is a tensor that stays where it is, to be filled in place as far as it is selected."""
+        if not isinstance(live, _TENSORS) or not (isinstance(data, Absent) or is_node(data, "tensor")):
+            return False
+        context = self.context
+        if context.selection.covers(name):
+            context.found_any = context.found_any or bool(name)
+            wanted = str(data["name"]) if isinstance(data, dict) else name
+            found = context.walk.found.get(name)
+            same = found is not None and found.live is live and found.role != "optimizer"
+            described = found.described if found is not None and same else describe(live, name, meta_ok=True)
+            context.fill(name, described, live, context.stored(wanted))
+        return True
 
     def _plain(self, live: Any, data: Json | Absent, name: str) -> Build:
         context = self.context
@@ -129,7 +141,7 @@ class Matcher:
 
     def is_structural(self, live: Any) -> bool:
         """Whether ``live`` is, or holds, something that must be matched one by one rather than replaced."""
-        if isinstance(live, torch.Tensor | Sharded | nn.Module | Optimizer | PerRank):
+        if isinstance(live, _MATCHED):
             return True
         known = self._structural.get(id(live))
         if known is None:
@@ -165,7 +177,7 @@ class Matcher:
             data = ABSENT if isinstance(items, Absent) else items.get(key, ABSENT)
             if isinstance(data, Absent) and not isinstance(items, Absent):
                 self._missing(part, child)
-            else:
+            elif not self._stays(part, data, child):
                 builds[key] = self.match(part, data, child)
         for key in () if isinstance(items, Absent) else items:
             if key not in live:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -80,11 +81,10 @@ def _master_of(context: Context, name: str, described: Described, source: str | 
     """The fp32 master copy of a live fp32 parameter, where the weights stored beside it are rounded or absent."""
     if described.dtype != "float32" or (source is not None and context.saved.tensors[source][0] == "float32"):
         return None
-    entry = context.parameter_named(name)
-    if entry is None:
-        return None
-    for optimizer in ("optim", *context.walk.optimizers):
-        master = context.stored(f"{below(optimizer, entry.key)}.master")
+    names = (name, context.saved.aliases.get(name, name))  # of tied parameters one has the master
+    keys = dict.fromkeys(entry.key for entry in map(context.parameter_named, names) if entry is not None)
+    for optimizer, key in itertools.product(("optim", *context.walk.optimizers), keys):
+        master = context.stored(f"{below(optimizer, key)}.master")
         if master is not None and context.saved.tensors[master] == ("float32", described.global_shape):
             if source is not None:
                 context.used.add(source)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from ckptengine.layout.dtypes import itemsize
 from ckptengine.sources.deepspeed.groups import MASTER
 from ckptengine.sources.deepspeed.header import ModelStates, int_list
 from ckptengine.sources.files import InlineFiles
 from ckptengine.sources.held import Held, Whole, number
+from ckptengine.sources.port import Files
 from ckptengine.sources.stored import StoredTensor
+from ckptengine.sources.torchrecords import cast
 
 NAMELESS = "state"
 Entries = list[tuple[str, str, Held]]
@@ -18,8 +22,8 @@ Entries = list[tuple[str, str, Held]]
 def plain_optimizer(model: ModelStates, inline: InlineFiles) -> tuple[Entries, list[dict[Any, Any]]]:
     """(parameter, state, what is held) and the parameter groups with names.
 
-    Positions become names where the shapes leave only one way to map them in the module's order; elsewhere a
-    parameter is called ``state.<position>``.
+    Positions become names where shapes or values leave only one way to map them; elsewhere a parameter is called
+    ``state.<position>``.
     """
     outer = model.optimizer or {}
     inner = outer.get("optimizer_state_dict", outer)
@@ -29,7 +33,7 @@ def plain_optimizer(model: ModelStates, inline: InlineFiles) -> tuple[Entries, l
     by_position: dict[Any, Any] = states if isinstance(states, dict) else {}
     groups = [group for group in inner["param_groups"] if isinstance(group, dict)]
     masters = _masters(outer, groups)
-    names = _names(model, groups, by_position, masters)
+    names = _names(model, groups, by_position, masters, inline)
     found: list[tuple[str, str, Held]] = []
     for position, tensor in masters.items():
         found.append((names.get(position, f"{NAMELESS}.{position}"), MASTER, Whole(tensor)))
@@ -77,46 +81,84 @@ def _names(
     groups: Sequence[Mapping[Any, Any]],
     states: Mapping[Any, Any],
     masters: Mapping[int, StoredTensor],
+    files: Files,
 ) -> dict[int, str]:
-    """Position -> name: as the file lists them (which ours do), or by the shapes.
-
-    Every group is a subsequence of the module's parameters, and only one may fit.
-    """
+    """Position -> name: as the file lists them (which ours do), by the shapes, or by the values of the fp32 copies."""
+    positions = [int_list(group.get("params")) or [] for group in groups]
     listed = [list(group) for group in model.shapes or ()]
-    if listed and [len(names) for names in listed] == [len(int_list(group.get("params")) or []) for group in groups]:
-        pairs = zip(groups, listed, strict=True)
-        return {at: name for group, names in pairs for at, name in zip(group["params"], names, strict=True)}
+    if listed and [len(names) for names in listed] == [len(group) for group in positions]:
+        return dict(zip(itertools.chain(*positions), itertools.chain(*listed), strict=True))
     seen: set[tuple[object, ...]] = set()
-    left: list[tuple[str, tuple[int, ...]]] = []
+    trained: list[tuple[str, StoredTensor]] = []
     for name, tensor in model.module.items():
         if name not in model.buffers and tensor.identity not in seen:
             seen.add(tensor.identity)
-            left.append((name, tensor.shape))
+            trained.append((name, tensor))
+    shapes = {at: _shape(states.get(at), masters.get(at)) for group in positions for at in group}
+    return _by_shape(trained, positions, shapes) or _by_value(trained, masters, len(shapes), files)
+
+
+def _by_shape(
+    trained: Sequence[tuple[str, StoredTensor]],
+    positions: Sequence[Sequence[int]],
+    shapes: Mapping[int, tuple[int, ...] | None],
+) -> dict[int, str]:
+    """Every group is a subsequence of the module's parameters; nothing where more than one fits."""
+    left = [(name, tensor.shape) for name, tensor in trained]
     names: dict[int, str] = {}
-    for group in groups:
-        positions = int_list(group.get("params")) or []
-        shapes = [_shape(states.get(position), masters.get(position)) for position in positions]
-        if any(shape is None for shape in shapes):
-            return {}
-        wanted = [shape for shape in shapes if shape is not None]
-        chosen = _only_subsequence(left, wanted)
+    for group in positions:
+        chosen = _only_subsequence(left, [shapes[at] for at in group])
         if chosen is None:
             return {}
-        names |= {position: left[at][0] for position, at in zip(positions, chosen, strict=True)}
+        names |= {position: left[at][0] for position, at in zip(group, chosen, strict=True)}
         taken = set(chosen)
         left = [item for at, item in enumerate(left) if at not in taken]
     return names
 
 
+def _by_value(
+    trained: Sequence[tuple[str, StoredTensor]], masters: Mapping[int, StoredTensor], count: int, files: Files
+) -> dict[int, str]:
+    """The weight that each fp32 copy rounds to; nothing unless that is one weight for each and each time another."""
+    known: dict[tuple[str, tuple[int, ...], bytes], list[str]] = {}
+    for name, tensor in trained:
+        known.setdefault((tensor.dtype, tensor.shape, _first(tensor, files)), []).append(name)
+    dtypes = {tensor.dtype for _, tensor in trained if tensor.dtype in _HALVES}
+    names: dict[int, str] = {}
+    for position, master in masters.items():
+        start = _first(master, files)
+        keys = [(dtype, master.shape, bytes(cast(start, master.dtype, dtype))) for dtype in dtypes]
+        fitting = [name for key in keys for name in known.get(key, ())]
+        if len(fitting) != 1 or master.dtype != "float32":
+            return {}
+        names[position] = fitting[0]
+    return names if len(names) == count == len(set(names.values())) else {}
+
+
+def _first(tensor: StoredTensor, files: Files) -> bytes:
+    """The first elements, which are plenty to tell trained parameters apart."""
+    if not tensor.size or not tensor.is_contiguous:
+        return b""
+    file, offset = tensor.at()
+    return files.read(file, offset, min(tensor.size, _COMPARED) * itemsize(tensor.dtype))
+
+
+_HALVES = ("bfloat16", "float16")
+_COMPARED = 4096
+
+
 def _shape(state: object, master: StoredTensor | None) -> tuple[int, ...] | None:
+    """The shape of a parameter by its states; None where it has none that say it."""
     if master is not None:
         return master.shape
     held = state.values() if isinstance(state, dict) else ()
     return next((value.shape for value in held if isinstance(value, StoredTensor) and value.shape), None)
 
 
-def _only_subsequence(items: list[tuple[str, tuple[int, ...]]], wanted: list[tuple[int, ...]]) -> list[int] | None:
-    """The positions of ``wanted`` shapes in ``items``, if there is exactly one way to pick them in order."""
+def _only_subsequence(
+    items: list[tuple[str, tuple[int, ...]]], wanted: list[tuple[int, ...] | None]
+) -> list[int] | None:
+    """The positions of ``wanted`` shapes (None is any) in ``items``, if there is exactly one way to pick in order."""
     first, last = _pick(items, wanted), _pick(items[::-1], wanted[::-1])
     if first is None or last is None:
         return None
@@ -124,11 +166,11 @@ def _only_subsequence(items: list[tuple[str, tuple[int, ...]]], wanted: list[tup
     return first if first == mirrored else None
 
 
-def _pick(items: list[tuple[str, tuple[int, ...]]], wanted: list[tuple[int, ...]]) -> list[int] | None:
+def _pick(items: list[tuple[str, tuple[int, ...]]], wanted: list[tuple[int, ...] | None]) -> list[int] | None:
     chosen: list[int] = []
     at = 0
     for shape in wanted:
-        while at < len(items) and items[at][1] != shape:
+        while at < len(items) and shape is not None and items[at][1] != shape:
             at += 1
         if at == len(items):
             return None

@@ -6,7 +6,7 @@ Two dialects: a dictionary with the whole tensor (ZeRO-1 and -2), or a flat tens
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,8 +52,8 @@ def read_universal(folder: StepFolder, model: ModelStates, inline: InlineFiles) 
             held = _atom(folder, f"zero/{name}/{state}{_SUFFIX}", shapes.get(name), inline)
             if held is not None:
                 found.append((name, key, held))
-        if stored and "step" not in stored and name in steps:
-            found.append((name, "step", steps[name]))
+        if stored:
+            found += [(name, key, held) for key, held in steps.get(name, {}).items() if key not in stored]
     if not found:
         raise UnreadableFormat(f"{files.root}/zero has no parameters; the universal checkpoint is not complete")
     return Universal(found, _groups(optimizer, model), {k: v for k, v in optimizer.items() if k not in _TENSORS})
@@ -82,24 +82,26 @@ def _inner(optimizer: Mapping[Any, Any]) -> Mapping[Any, Any]:
     return inner if isinstance(inner, dict) else {}
 
 
-def _steps(optimizer: Mapping[Any, Any], model: ModelStates, inline: InlineFiles) -> dict[str, Held]:
-    """The step of every parameter whose folder has none: that of its group."""
+def _steps(optimizer: Mapping[Any, Any], model: ModelStates, inline: InlineFiles) -> dict[str, dict[str, Held]]:
+    """The counters, and other single numbers, of every parameter whose folder has none: those of its group."""
     states = _inner(optimizer).get("state")
     groups = optimizer.get("param_groups")
-    found: dict[str, Held] = {}
+    found: dict[str, dict[str, Held]] = {}
     for g, names in enumerate(model.shapes or ()):
         state = states.get(g) if isinstance(states, dict) else None
-        step = state.get("step") if isinstance(state, dict) else None
-        if step is None and isinstance(groups, list) and g < len(groups) and isinstance(groups[g], dict):
-            step = groups[g].get("step")
-        held: Held | None
-        if isinstance(step, StoredTensor) and step.size == 1:
-            held = Whole(StoredTensor(step.storage, step.dtype, step.start, (), ()))
-        else:
-            held = number(step, inline)
-        if held is not None:
-            found |= dict.fromkeys(names, held)
+        numbers = dict(_numbers(state, inline)) if isinstance(state, dict) else {}
+        if "step" not in numbers and isinstance(groups, list) and g < len(groups) and isinstance(groups[g], dict):
+            numbers |= dict(_numbers({"step": groups[g].get("step")}, inline))
+        found |= dict.fromkeys(names, numbers)
     return found
+
+
+def _numbers(state: Mapping[Any, Any], inline: InlineFiles) -> Iterator[tuple[str, Held]]:
+    for key, value in state.items():
+        if isinstance(value, StoredTensor) and value.size == 1 and (not value.shape or key == "step"):
+            yield str(key), Whole(StoredTensor(value.storage, value.dtype, value.start, (), ()))
+        elif key == "step" and (held := number(value, inline)) is not None:
+            yield "step", held
 
 
 def _groups(optimizer: Mapping[Any, Any], model: ModelStates) -> list[dict[Any, Any]]:

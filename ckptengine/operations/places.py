@@ -13,9 +13,11 @@ from ckptengine.errors import CheckpointError, RootInUse, SaveFailed
 from ckptengine.operations.attempts import Claims
 from ckptengine.operations.levels import Levels
 from ckptengine.operations.nearest import Nearest
+from ckptengine.operations.onward import Onward
 from ckptengine.operations.policy_record import PolicyRecord
 from ckptengine.operations.restore import Restored, RestoreRequest, restore_newest
 from ckptengine.operations.rhythm import Rhythm
+from ckptengine.operations.save import Saver
 from ckptengine.operations.tally import Tally
 from ckptengine.operations.tiered import TieredFiles
 from ckptengine.policy.failure import FailurePolicy
@@ -70,7 +72,8 @@ class Places:
                 )
                 directory, self.interval = self.levels.landing, self.levels.interval()
             assert directory is not None
-            self.landing = Root(directory, writing.file_ops, writing.mode)
+            stays = self.levels is None or self.levels.is_single
+            self.landing = Root(directory, writing.file_ops, writing.mode, shared=stays)
             self._all = Root(directory, writing.file_ops, writing.mode)
             if self.levels is not None:
                 self._all.history = self.levels.history()
@@ -91,7 +94,21 @@ class Places:
         """The root in words, without credentials."""
         return self.levels.labels[-1] if self.levels is not None else str(self.landing.path)
 
-    def recorder(self, rhythm: Rhythm) -> Callable[[object], None] | None:
+    def carry_on(self, saver: Saver, tally: Tally, rhythm: Rhythm) -> Onward | None:
+        """Have landed saves carried on, and a record of the policies left whenever a save ends.
+
+        What carries them on; None where saves land on the root and stay.
+        """
+        recorder = self._recorder(rhythm)
+        if recorder is not None:
+            tally.on_end(recorder)
+        if self.levels is None:
+            return None
+        onward = Onward(self.levels, tally)
+        saver.carry_on(onward)
+        return onward
+
+    def _recorder(self, rhythm: Rhythm) -> Callable[[object], None] | None:
         """What leaves a record of the policies in the root when a save has ended, or where saves land if the root is
         remote; None where there is nothing to say."""
         if self._port.rank != 0 or (self.interval is None and self.levels is None):

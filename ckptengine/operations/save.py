@@ -26,6 +26,7 @@ from ckptengine.errors import CheckpointError, CoordinationFailed, SaveFailed, S
 from ckptengine.layout.digest import standard_each
 from ckptengine.operations.attempts import Claims
 from ckptengine.operations.handle import SaveHandle
+from ckptengine.operations.one_place import require_one_place
 from ckptengine.operations.rank_writer import RankWriter, Sealed
 from ckptengine.operations.replicas import check_replicas, held_digests
 from ckptengine.operations.structure import Agreement, Structure
@@ -93,6 +94,7 @@ class Saver:
         self._root, self._port, self._engine, self._settings = root, port, engine, settings
         self._planner = Planner()
         self._told: str | None = None
+        self._proven = port.world == 1 or not root.shared
         self._agreement = Agreement(port, settings.rank_timeout_s, claims)
         self._to_capture: queue.SimpleQueue[SaveJob | None] = queue.SimpleQueue()
         self._to_commit: queue.SimpleQueue[SaveJob | None] = queue.SimpleQueue()
@@ -328,6 +330,9 @@ class Saver:
             if self._port.world > 1:
                 check_replicas(structure, gathered)
             job.manifest = self._manifest(job, structure, gathered)
+            if not self._proven:
+                require_one_place(self._root, job.manifest)
+                self._proven = True
             self._root.commit(job.manifest)
         except Exception as error:
             job.unsettled = isinstance(error, (Unsettled, Superseded))

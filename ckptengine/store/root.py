@@ -19,10 +19,21 @@ _CLAIM_TRIES = 1000
 
 
 class Root:
-    """The directory in which a run's checkpoints rest, for reading and for claiming attempts; every call looks anew."""
+    """The directory in which a run's checkpoints rest, for reading and for claiming attempts; every call looks anew.
 
-    def __init__(self, path: str | os.PathLike[str], ops: FileOps | None = None, mode: int | None = None) -> None:
+    ``shared``: all ranks must see one another's files here, because they stay here.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        ops: FileOps | None = None,
+        mode: int | None = None,
+        *,
+        shared: bool = False,
+    ) -> None:
         self.path = Path(path).absolute()
+        self.shared = shared
         self.ops = ops or FileOps()
         self.mode = mode
         self.history = History(self)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from ckptengine.errors import CheckpointError, UnusableRequest
 
@@ -80,7 +81,19 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--directory", default=None, metavar="DIR", help="where to write; names the disk that is measured"
     )
-    made.add_argument("--json", default=None, metavar="FILE", help="write every raw sample")
+    made.add_argument(
+        "--time-limit",
+        type=float,
+        default=None,
+        metavar="MINUTES",
+        help="start no further job after this long; what was not run is said (repetitions are what goes first)",
+    )
+    made.add_argument(
+        "--json",
+        default=None,
+        metavar="FILE",
+        help="write every raw sample; a run that was cut off left FILE.journal, from which the same command goes on",
+    )
     made.add_argument("--plot", default=None, metavar="FILE", help="draw the picture (png, svg, pdf)")
     return made  # fmt: skip
 
@@ -113,6 +126,7 @@ def options_from(arguments: argparse.Namespace) -> Options:
         simulated=arguments.simulated,
         device=arguments.device,
         directory=arguments.directory,
+        time_limit_s=None if arguments.time_limit is None else arguments.time_limit * 60,
     )
 
 
@@ -121,7 +135,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser().parse_args(argv)
     try:
         options = options_from(arguments)
-        document = runs.run(options)
+        document = runs.run(options, None if arguments.json is None else Path(arguments.json))
         runs.show(document, sys.stdout)
         runs.write(document, arguments.json, arguments.plot)
     except (CheckpointError, OSError) as error:

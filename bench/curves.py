@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from .document import describe_machine, figures_by_engine, samples_of
+from .figures import stall_samples
 from .plot import pyplot
 from .statistics import Summary, summarise
-from .summaries import stall_samples
 from .table import Table, number, size, spread
 
 Curve = dict[str, dict[int, Summary]]

@@ -20,17 +20,20 @@ SCHEMA = 1
 Document = Mapping[str, Any]
 
 
-def build(options: Options, machine: Mapping[str, Any], samples: Iterable[Sample], seconds: float) -> dict[str, Any]:
-    """The document of one run."""
+def header(options: Options, machine: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run says of itself before its first job."""
     described = {name: value for name, value in dataclasses.asdict(options).items() if name != "directory"}
     return {
         "schema": SCHEMA,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": dict(machine),
         "options": described,
-        "seconds": round(seconds, 1),
-        "samples": [sample.to_json() for sample in samples],
     }
+
+
+def build(header: Mapping[str, Any], samples: Iterable[Sample], seconds: float) -> dict[str, Any]:
+    """The document of one run."""
+    return {**header, "seconds": round(seconds, 1), "samples": [sample.to_json() for sample in samples]}
 
 
 def load(path: Path) -> dict[str, Any]:

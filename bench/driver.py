@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
+import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .names import BASELINE, ENGINES, LIMIT, RESHARDING
+from .nursery import Nursery, run_fresh
 from .options import Job, Options, job
 
 Progress = Callable[[str], None]
@@ -35,6 +33,12 @@ WITH_BASELINE = ("stall", "memory")
 WITH_LIMIT = ("stall", "durable", "restore", "convert")
 """Workloads in which no checkpoint at all, and the raw limit, mean something."""
 
+ONCE = ("disk", "memory", "reshard", "convert", "metadata", "many-small")
+"""Workloads that take their samples within one process, where no number of repetitions is asked for."""
+
+FRESH = ("memory",)
+"""Workloads whose process must not share memory with the one that it was forked from."""
+
 PACKAGE_PARENT = str(Path(__file__).resolve().parent.parent)
 
 
@@ -45,11 +49,13 @@ class Sample:
     job: Job
     result: dict[str, Any]
     wall_s: float
+    cpu_s: float = 0.0
+    """Of the process and of those of its children that it waited for."""
 
     def to_json(self) -> dict[str, Any]:
         """Everything, without the machine's own paths."""
         described = {name: value for name, value in self.job.to_json().items() if name != "directory"}
-        return {"job": described, "result": self.result, "wall_s": self.wall_s}
+        return {"job": described, "result": self.result, "wall_s": self.wall_s, "cpu_s": self.cpu_s}
 
 
 def engines_for(options: Options, workload: str) -> tuple[str, ...]:
@@ -69,10 +75,11 @@ def rotated(names: Sequence[str], by: int) -> list[str]:
 
 
 def plan(options: Options, directory: str) -> Iterator[Job]:
-    """Every job in the order in which it runs: repetition by repetition, all engines in each."""
-    for workload in options.workloads:
-        repetitions = options.repetitions or (1 if workload in ("disk", "memory") else options.preset.repetitions)
-        for repetition in range(repetitions):
+    """Every job in the order in which it runs: repetition by repetition, all workloads and engines in each."""
+    for repetition in range(options.repetitions or options.preset.repetitions):
+        for workload in options.workloads:
+            if repetition and workload in ONCE and options.repetitions is None:
+                continue
             for threads in options.thread_counts():
                 for engine in rotated(engines_for(options, workload), repetition):
                     yield job(
@@ -81,68 +88,88 @@ def plan(options: Options, directory: str) -> Iterator[Job]:
                     )  # fmt: skip
 
 
-def run_all(options: Options, progress: Progress) -> list[Sample]:
-    """Run every job of the options; an engine that was skipped once is not started again for the same workload."""
+def remaining_s(todo: Sequence[Job], samples: Sequence[Sample]) -> float:
+    """What the jobs may still take: as long as those of the same workload have taken, or else as all have."""
+    took: dict[str, list[float]] = {}
+    for sample in samples:
+        if sample.result["status"] == "ok":
+            took.setdefault(sample.job.workload, []).append(sample.wall_s)
+    every = [seconds for times in took.values() for seconds in times] or [0.0]
+    return sum(statistics.fmean(took.get(one.workload, every)) for one in todo)
+
+
+def run_all(
+    options: Options, progress: Progress, done: Mapping[str, Sample] | None = None,
+    keep: Callable[[Sample], None] = lambda sample: None, key: Callable[[Job], str] = repr,
+) -> list[Sample]:  # fmt: skip
+    """Run every job of the options that is not among those `done` (by `key`); each sample is given to `keep` at once.
+
+    An engine that was skipped once is not started again for the same workload.  When the options' time limit is over
+    no further job is started, and those that are left say so.
+    """
+    found = dict(done or {})
     samples: list[Sample] = []
     skipped: dict[tuple[str, str], dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory(prefix="ckptengine-bench-", dir=options.directory) as directory:
+    spent_s = sum(sample.wall_s for sample in found.values())
+    begun, limit_s = time.monotonic(), options.limit_s
+    with tempfile.TemporaryDirectory(prefix="ckptengine-bench-", dir=options.directory) as directory, \
+            Nursery(worker_environment()) as nursery:  # fmt: skip
         jobs = list(plan(options, directory))
         for number, todo in enumerate(jobs, 1):
-            known = skipped.get((todo.workload, todo.engine))
+            known = found.get(key(todo))
+            over = limit_s is not None and spent_s + time.monotonic() - begun > limit_s
             if known is not None:
-                samples.append(Sample(todo, known, 0.0))
-                continue
-            label = f"{todo.workload} {todo.engine}".strip()
-            progress(f"[{number}/{len(jobs)}] {label}, repetition {todo.repetition + 1}")
-            sample = run_one(todo, Path(directory) / f"job-{number}")
+                sample = known
+            elif (todo.workload, todo.engine) in skipped:
+                sample = Sample(todo, skipped[todo.workload, todo.engine], 0.0)
+            elif over:
+                limit = f"not run: the time limit of {(limit_s or 0) / 60:g} minutes was over"
+                sample = Sample(todo, {"status": "skipped", "reason": limit}, 0.0)
+            else:
+                sample = run_one(todo, Path(directory) / f"job-{number}", nursery)
+                keep(sample)
+                left_s = remaining_s([one for one in jobs[number:] if (one.workload, one.engine) not in skipped
+                                      and key(one) not in found], [*samples, sample])  # fmt: skip
+                progress(line_about(sample, number, len(jobs), left_s))
             samples.append(sample)
-            if sample.result["status"] != "ok":
-                progress(f"    {sample.result['status']}: {sample.result['reason']}")
-            if sample.result["status"] == "skipped":
+            if sample.result["status"] == "skipped" and not over:
                 skipped[todo.workload, todo.engine] = sample.result
     return samples
 
 
-def run_one(todo: Job, folder: Path) -> Sample:
-    """Run a job in a fresh process, in a fresh directory that is removed afterwards."""
+def line_about(sample: Sample, number: int, jobs: int, left_s: float) -> str:
+    """Which job of how many it was, what it took and came to, and what is expected to be left."""
+    label = " ".join(filter(None, (sample.job.workload, sample.job.engine)))
+    came_to = sample.result["status"]
+    if came_to != "ok":
+        came_to += f": {sample.result['reason']}"
+    return (
+        f"[{number}/{jobs}] {label}, {sample.job.threads} thread(s), repetition {sample.job.repetition + 1}: "
+        f"{sample.wall_s:.1f} s ({sample.cpu_s:.1f} s of CPU), {came_to}; about {left_s / 60:.1f} min left"
+    )
+
+
+def run_one(todo: Job, folder: Path, nursery: Nursery | None = None) -> Sample:
+    """Run a job in a process of its own, in a fresh directory that is removed afterwards."""
     root = folder / "root"
     root.mkdir(parents=True)
-    todo = dataclasses.replace(todo, directory=str(root))
-    job_file, result_file, log_file = folder / "job.json", folder / "result.json", folder / "log.txt"
-    job_file.write_text(json.dumps(todo.to_json()))
+    described = dataclasses.replace(todo, directory=str(root))
+    (folder / "job.json").write_text(json.dumps(described.to_json()))
     start = time.monotonic()
-    with open(log_file, "wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", f"{__package__}.worker", str(job_file), str(result_file)],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=worker_environment(),
-            start_new_session=True,
-        )
-        reason = _finish(process, todo.timeout_s)
+    if nursery is None or todo.workload in FRESH:
+        ended = run_fresh(folder, todo.timeout_s, worker_environment())
+    else:
+        ended = nursery.run(folder, todo.timeout_s)
     wall_s = time.monotonic() - start
+    result_file = folder / "result.json"
     if result_file.exists():
         result = json.loads(result_file.read_text())
     else:
-        tail = log_file.read_text(errors="replace").strip().splitlines()[-1:] or ["it printed nothing"]
-        result = {"status": "failed", "reason": f"{reason or f'exit status {process.returncode}'}; {tail[0][:300]}"}
+        tail = (folder / "log.txt").read_text(errors="replace").strip().splitlines()[-1:] or ["it printed nothing"]
+        why = f"cut off after {todo.timeout_s:.0f} s" if ended.cut_off else f"exit status {ended.status}"
+        result = {"status": "failed", "reason": f"{why}; {tail[0][:300]}"}
     shutil.rmtree(folder, ignore_errors=True)
-    return Sample(todo, result, wall_s)
-
-
-def _finish(process: subprocess.Popen[bytes], timeout_s: float) -> str:
-    """Wait for the job; then end whatever of its process group is left.  Says why where it was cut off."""
-    reason = ""
-    try:
-        process.wait(timeout_s)
-    except subprocess.TimeoutExpired:
-        reason = f"cut off after {timeout_s:.0f} s"
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    return reason
+    return Sample(todo, result, round(wall_s, 3), round(ended.cpu_s, 3))
 
 
 def worker_environment() -> dict[str, str]:

@@ -14,8 +14,8 @@ SIZES: tuple[Size, ...] = get_args(Size)
 WORKLOADS = ("disk", "stall", "durable", "memory", "restore", "reshard", "convert", "metadata", "many-small")
 """Every workload, in the order in which a run goes through them."""
 
-DEFAULT_WORKLOADS = ("disk", "stall", "durable", "memory", "restore")
-"""What a bare `ckptengine bench` measures: what a single-process training run feels."""
+DEFAULT_WORKLOADS = WORKLOADS
+"""What a bare `ckptengine bench` measures."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +38,8 @@ class SizePreset:
     """Ranks and tensors in metadata."""
     disk_bytes: int
     timeout_s: float
+    time_limit_s: float | None = None
+    """Of a whole run of default workloads and engines: the last repetition is what it cuts."""
 
 
 PRESETS: dict[Size, SizePreset] = {
@@ -46,8 +48,9 @@ PRESETS: dict[Size, SizePreset] = {
         tensors=200, simulated=(4, 8), disk_bytes=2 << 20, timeout_s=120.0,
     ),
     "small": SizePreset(
-        layers=6, width=384, vocabulary=256, context=128, batch=2, steps=8, every=(1, 2, 10), repetitions=2, saves=3,
-        tensors=10_000, simulated=(64, 1_000), disk_bytes=256 << 20, timeout_s=300.0,
+        layers=6, width=384, vocabulary=256, context=64, batch=2, steps=5, every=(1, 2, 10), repetitions=2, saves=3,
+        tensors=5_000, simulated=(64, 1_000), disk_bytes=256 << 20, timeout_s=300.0,
+        time_limit_s=1_140.0,
     ),
     "real": SizePreset(
         layers=12, width=768, vocabulary=50_304, context=256, batch=1, steps=12, every=(1, 2, 10), repetitions=3,
@@ -76,6 +79,8 @@ class Options:
     simulated: tuple[int, int] | None = None
     device: str = "cpu"
     directory: str | None = None
+    time_limit_s: float | None = None
+    """After this long no further job is started."""
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.workloads if name not in WORKLOADS]
@@ -86,6 +91,8 @@ class Options:
         for name, value in (("steps", self.steps), ("repetitions", self.repetitions), ("tensors", self.tensors)):
             if value is not None and value < 1:
                 raise UnusableRequest(f"--{name} must be at least 1, not {value}")
+        if self.time_limit_s is not None and self.time_limit_s <= 0:
+            raise UnusableRequest(f"--time-limit must be above 0 minutes, not {self.time_limit_s / 60:g}")
         if self.state_bytes is not None and self.state_bytes < 1 << 16:
             raise UnusableRequest(f"--state-bytes must be at least 65536, not {self.state_bytes}")
         for name, values in (("every", self.every), ("threads", self.threads), ("ranks", self.ranks)):
@@ -96,6 +103,12 @@ class Options:
     def preset(self) -> SizePreset:
         """The defaults of the size."""
         return PRESETS[self.size]
+
+    @property
+    def limit_s(self) -> float | None:
+        """When no further job is started: as asked, or the size's own limit for a run of defaults."""
+        defaults = Options(size=self.size, device=self.device, directory=self.directory)
+        return self.preset.time_limit_s if self == defaults else self.time_limit_s
 
     def thread_counts(self) -> tuple[int, ...]:
         """Compute threads to measure with: given, or one core left to the engines."""

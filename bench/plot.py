@@ -10,8 +10,8 @@ from typing import Any
 from ckptengine.errors import UnusableRequest
 
 from .document import Document, describe_machine, figures_by_engine, samples_of
+from .figures import stall_samples
 from .statistics import summarise
-from .summaries import stall_samples
 
 COLOURS = {"plain": "#c9d6df", "slow": "#f2b66d", "blocked": "#c0392b", "flight": "#7fb3d5", "durable": "#1e8449"}
 SHOWN_STEPS = 6

@@ -6,18 +6,21 @@ not what the results give.
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import curves
-from .document import configurations, describe_machine, figures_by_engine, samples_of
+from . import agree, curves, floors
+from .document import configurations, describe_machine, samples_of
+from .figures import ranked
 from .names import BASELINE, LIMIT, OURS
 from .plot import draw
-from .statistics import summarise
-from .summaries import stall_samples, tables
+from .statistics import LEAST_RELATIVE_NOISE, compare, flat, process_noise, ranking, summarise
+from .summaries import tables
+from .table import number, size
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -30,39 +33,60 @@ def documents(folder: Path) -> list[tuple[str, dict[str, Any]]]:
     return [(path.stem, json.loads(path.read_text())) for path in sorted(folder.glob("*.json"), reverse=True)]
 
 
-def rivals_that_are_better(document: Mapping[str, Any]) -> list[str]:
-    """Every figure in which a rival's median is better than ours: said plainly, found by this function."""
-    found: list[str] = []
+def rivals_that_are_better(document: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Every figure in which a rival's median is better than ours: said plainly, found by this function.
 
-    def compare(what: str, values: Mapping[str, Sequence[float]]) -> None:
-        ours = summarise(values.get(OURS, ()))
+    First those that are beyond the noise, then those that are within it.
+    """
+    beyond, within = [], []
+    for one in ranked(document):
+        ours = summarise(flat(one.processes.get(OURS, ())))
         if ours is None:
-            return
-        for engine, samples in values.items():
-            theirs = summarise(samples)
+            continue
+        relative = max(LEAST_RELATIVE_NOISE, process_noise(one.processes))
+        better = []
+        for engine, processes in one.processes.items():
+            theirs = summarise(flat(processes))
             if engine not in (OURS, BASELINE, LIMIT) and theirs is not None and theirs.median < ours.median:
-                found.append(f"{what}: {engine} {theirs.median:.4g}, ckptengine {ours.median:.4g}")
+                told = compare(processes, one.processes[OURS], one.resolution, relative) < 0
+                better.append((theirs.median, engine, told))
+        for median, engine, told in sorted(better):
+            factor = f", {number(ours.median / median)} times as much" if median > 0 else ""
+            line = (f"{one.what}: {engine} {quantity(median, one.unit)}, "
+                    f"ckptengine {quantity(ours.median, one.unit)}{factor}")  # fmt: skip
+            (beyond if told else within).append(line)
+    return beyond, within
 
-    figures = figures_by_engine(samples_of(document, "stall"))
-    for every in sorted({block["every"] for runs in figures.values() for run in runs for block in run["blocks"]}):
-        mine = stall_samples(figures, every)
-        for key, what in (("blocked_s", "blocked"), ("stolen_s", "stolen"), ("durable_s", "durable after")):
-            compare(f"stall, every {every}, {what} (s)", {engine: one[key] for engine, one in mine.items()})
-    figures = figures_by_engine(samples_of(document, "durable"))
-    compare("durable after (s)", {e: [save["durable_s"] for run in runs for save in run["saves"]]
-                                  for e, runs in figures.items()})  # fmt: skip
-    figures = figures_by_engine(samples_of(document, "memory"))
-    compare("extra memory (bytes)", {e: [run["extra_bytes"] for run in runs] for e, runs in figures.items()})
-    figures = figures_by_engine(samples_of(document, "restore"))
-    for kind in ("cold", "warm"):
-        compare(f"restore, {kind} (s)", {e: [one[kind]["seconds"] for run in runs for one in run["restores"]]
-                                         for e, runs in figures.items()})  # fmt: skip
-    figures = figures_by_engine(samples_of(document, "many-small"))
-    compare("many-small, call (s)", {e: [save["call_s"] for run in runs for save in run["saves"]]
-                                     for e, runs in figures.items()})  # fmt: skip
-    figures = figures_by_engine(samples_of(document, "reshard"))
-    compare("reshard (s)", {e: [s for run in runs for s in run["restores_s"]] for e, runs in figures.items()})
-    return found
+
+def quantity(value: float, unit: str) -> str:
+    """A figure with its unit: seconds below one as milliseconds."""
+    if unit == "bytes":
+        return size(value)
+    return f"{number(value * 1e3)} ms" if abs(value) < 1 else f"{number(value)} s"
+
+
+def rankings(document: Mapping[str, Any]) -> list[str]:
+    """One line per figure: engines from the best to the worst, those that the run cannot tell apart joined by "="."""
+    lines = []
+    for one in ranked(document):
+        groups = ranking(one.processes, one.resolution)
+        if sum(map(len, groups)) > 1:
+            lines.append(f"{one.what}: " + " < ".join(" = ".join(group) for group in groups))
+    return lines
+
+
+def agreements(found: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """What pairs of runs with the same options say of each other; empty where there is none."""
+    lines = []
+    runs = [(name, document) for name, document in found if "sweep" not in document]
+    for (later, second), (earlier, first) in itertools.combinations(runs, 2):
+        if first["options"] != second["options"]:
+            continue
+        mine, other = agree.orders(first), agree.orders(second)
+        swaps = [f"{what}: {swap}" for what in mine for swap in agree.contradictions(mine[what], other.get(what, {}))]
+        said = f"contradict each other: {'; '.join(swaps)}" if swaps else f"agree on all {len(mine)} rankings"
+        lines.append(f"- `{earlier}` and `{later}` {said}.\n")
+    return "## Runs beside each other\n\n" + "".join(lines) if lines else ""
 
 
 def section(name: str, document: Mapping[str, Any]) -> str:
@@ -71,9 +95,17 @@ def section(name: str, document: Mapping[str, Any]) -> str:
     if samples_of(document, "stall"):
         parts.append(f"![stolen time and one save of each engine](pictures/{name}.png)\n")
     parts += [table.markdown() for table in tables(document)]
-    better = rivals_that_are_better(document)
-    parts.append("**Where a rival's median is better than ours**\n")
-    parts.append("\n".join(f"- {line}" for line in better) + "\n" if better else "In nothing that this run measured.\n")
+    judged = floors.table(document)
+    if judged is not None:
+        parts.append(judged.markdown())
+    beyond, within = rivals_that_are_better(document)
+    for title, lines in (
+        ("Where a rival is better than ours, beyond the noise", beyond),
+        ("Where a rival's median is better than ours, within the noise", within),
+        ("Rankings, best first; = is not told apart", rankings(document)),
+    ):
+        parts.append(f"**{title}**\n")
+        parts.append("\n".join(f"- {line}" for line in lines) + "\n" if lines else "In nothing that was measured.\n")
     engines = configurations(document)
     lines = []
     for engine, known in engines.items():
@@ -97,6 +129,9 @@ def page(found: Sequence[tuple[str, dict[str, Any]]]) -> str:
         parts.append("## Results\n\nNone yet: `bench/results/` is empty.\n")
     for name, document in found:
         parts.append(curve_section(name, document) if "sweep" in document else section(name, document))
+    beside = agreements(found)
+    if beside:
+        parts.append(beside)
     return "\n".join(parts)
 
 

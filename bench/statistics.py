@@ -50,37 +50,75 @@ def middle(samples: Sequence[float]) -> tuple[float, float]:
     return quartiles[0], quartiles[2]
 
 
-def ranking(samples: Mapping[str, Sequence[float]], resolution: float = 0.0) -> list[list[str]]:
+Processes = Sequence[Sequence[float]]
+"""The samples of one engine, a list for each process that took them."""
+
+LEAST_RELATIVE_NOISE = 0.1
+"""Medians that differ by less than this part are not told apart, however steady a run looks: the next run differs."""
+
+
+def flat(processes: Processes) -> list[float]:
+    """All samples of an engine."""
+    return [value for one in processes for value in one]
+
+
+def process_noise(samples: Mapping[str, Processes]) -> float:
+    """How much processes of the same engine differ from each other: the median over the engines of the range of the
+    processes' medians, as a part of their mean; 0 where no engine ran in more than one process."""
+    found = []
+    for processes in samples.values():
+        medians = [statistics.median(one) for one in processes if one]
+        mean = abs(statistics.fmean(medians)) if medians else 0.0
+        if len(medians) > 1 and mean > 0:
+            found.append((max(medians) - min(medians)) / mean)
+    return statistics.median(found) if found else 0.0
+
+
+def compare(first: Processes, second: Processes, resolution: float, relative: float) -> int:
+    """-1 where the first is surely smaller, 1 where it is surely larger, 0 where they cannot be told apart.
+
+    Told apart are engines whose medians differ by more than `resolution` and by more than `relative` of the larger
+    one, whose middle halves do not overlap, and each of whose processes has its median on the same side of every
+    process's of the other.
+    """
+    one, other = flat(first), flat(second)
+    if not one or not other:
+        return 0
+    medians = statistics.median(one), statistics.median(other)
+    if medians[0] > medians[1]:
+        return -compare(second, first, resolution, relative)
+    gap = medians[1] - medians[0]
+    if gap <= resolution or gap <= relative * max(map(abs, medians)) or middle(one)[1] >= middle(other)[0]:
+        return 0
+    apart = max(statistics.median(p) for p in first if p) < min(statistics.median(p) for p in second if p)
+    return -1 if apart else 0
+
+
+def ranking(samples: Mapping[str, Processes], resolution: float = 0.0) -> list[list[str]]:
     """Names from the smallest median to the largest, in groups whose members cannot be told apart.
 
-    A name joins the group before it when its middle half overlaps that of the group's first member, or its median is
-    within `resolution` of that member's median: a difference below the noise is no difference.
+    A name joins the group before it where it cannot be told apart from that group's first member (`compare`, the
+    relative noise being that of this run's processes): a difference below the noise is no difference.
     """
-    present = {name: values for name, values in samples.items() if values}
-    order = sorted(present, key=lambda name: statistics.median(present[name]))
+    present = {name: processes for name, processes in samples.items() if flat(processes)}
+    relative = max(LEAST_RELATIVE_NOISE, process_noise(present))
     groups: list[list[str]] = []
-    for name in order:
-        if groups:
-            first = present[groups[-1][0]]
-            close = statistics.median(present[name]) - statistics.median(first) <= resolution
-            if close or middle(present[name])[0] <= middle(first)[1]:
-                groups[-1].append(name)
-                continue
-        groups.append([name])
+    for name in sorted(present, key=lambda name: statistics.median(flat(present[name]))):
+        if groups and compare(present[groups[-1][0]], present[name], resolution, relative) == 0:
+            groups[-1].append(name)
+        else:
+            groups.append([name])
     return groups
 
 
-def noise_warnings(
-    what: str, samples: Mapping[str, Sequence[float]], noise: float, resolution: float = 0.0
-) -> list[str]:
+def noise_warnings(what: str, samples: Mapping[str, Processes], noise: float, resolution: float = 0.0) -> list[str]:
     """What cannot be concluded: differences between neighbours in the ranking that are smaller than the noise."""
     warnings = []
     for group in ranking(samples, resolution):
         if len(group) > 1:
             warnings.append(f"{what}: not told apart: {', '.join(group)}")
-    small = [
-        name for name, values in samples.items() if values and 0 < abs(statistics.median(values)) < noise and noise > 0
-    ]
+    medians = {name: abs(statistics.median(flat(processes))) for name, processes in samples.items() if flat(processes)}
+    small = [name for name, median in medians.items() if 0 < median < noise]
     if small:
-        warnings.append(f"{what}: below the noise of the baseline ({noise * 1e3:.1f} ms): {', '.join(small)}")
+        warnings.append(f"{what}: below the noise of plain steps ({noise * 1e3:.1f} ms): {', '.join(small)}")
     return warnings

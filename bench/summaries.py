@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .document import Document, configurations, figures_by_engine, samples_of, troubles
+from .figures import stall_cuts, stall_processes, step_noise_s
 from .names import BASELINE, LIMIT, REFERENCE
-from .statistics import Summary, noise_warnings, ratio, summarise
+from .statistics import Summary, flat, noise_warnings, ratio, summarise
 from .table import Table, percent, size, spread, times, verdict
-from .workloads.stall_figures import end_to_end, stolen
 
 Figures = Mapping[str, list[dict[str, Any]]]
 
@@ -37,36 +37,16 @@ def _durability(document: Document, engine: str) -> str:
     return "own" if known["durable_by_itself"] else "fsync added"
 
 
-def stall_samples(figures: Figures, every: int) -> dict[str, dict[str, list[float]]]:
-    """Per engine: the samples of each figure at one interval, and the end-to-end ratios of its blocks."""
-    found: dict[str, dict[str, list[float]]] = {}
-    for engine, runs in figures.items():
-        mine: dict[str, list[float]] = {"blocked_s": [], "slower_s": [], "stolen_s": [], "durable_s": [], "ratio": []}
-        for run in runs:
-            for block in run["blocks"]:
-                if block["every"] != every:
-                    continue
-                for save in stolen(run["plain_step_s"], block):
-                    for name, value in save.items():
-                        mine[name].append(value)
-                mine["ratio"].append(end_to_end(run["plain_step_s"], block))
-        found[engine] = mine
-    return found
-
-
 def stall(document: Document, samples: Sequence[Mapping[str, Any]]) -> list[Table]:
     """A table for each number of compute threads and each interval."""
-    made = []
-    for threads in sorted({sample["job"]["threads"] for sample in samples}):
-        figures = figures_by_engine(sample for sample in samples if sample["job"]["threads"] == threads)
-        intervals = sorted({block["every"] for runs in figures.values() for run in runs for block in run["blocks"]})
-        made += [_stall_table(document, figures, threads, every) for every in intervals]
-    return made
+    return [_stall_table(document, runs_of, threads, every) for threads, every, runs_of in stall_cuts(document)]
 
 
 def _stall_table(document: Document, figures: Figures, threads: int, every: int) -> Table:
-    per_engine = stall_samples(figures, every)
-    summaries = {name: {key: summarise(values) for key, values in mine.items()} for name, mine in per_engine.items()}
+    per_engine = stall_processes(figures, every)
+    summaries = {
+        name: {key: summarise(flat(values)) for key, values in mine.items()} for name, mine in per_engine.items()
+    }
     reference = summaries.get(REFERENCE, {})
     limit = summaries.get(LIMIT, {})
     rows = []
@@ -91,8 +71,7 @@ def _stall_table(document: Document, figures: Figures, threads: int, every: int)
         )
     some = next(iter(figures.values()))[0] if figures else {"state_bytes": 0, "tensors": 0}
     plain = [step for runs in figures.values() for run in runs for step in run["plain_steps_s"]]
-    baseline = per_engine.get(BASELINE, {}).get("stolen_s", [])
-    noise = max(map(abs, baseline), default=0.0)
+    noise = step_noise_s(figures)
     stolen_samples = {name: mine["stolen_s"] for name, mine in per_engine.items() if name not in (BASELINE, LIMIT)}
     step = summarise(plain)
     return Table(
@@ -105,7 +84,7 @@ def _stall_table(document: Document, figures: Figures, threads: int, every: int)
             "durable after s", "durable/limit", "end to end/none", "durability", "bits",
         ),
         rows=rows,
-        notes=[f"dcp is {REFERENCE}", *noise_warnings("stolen", stolen_samples, noise)],
+        notes=[f"dcp is {REFERENCE}", *noise_warnings("stolen", stolen_samples, noise, noise)],
     )  # fmt: skip
 
 

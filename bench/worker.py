@@ -16,6 +16,12 @@ from .options import Job
 from .rivals import engine_class
 
 
+def preload() -> None:
+    """Import what every job needs and no engine is: torch, its optimizers (with the compiler they drag in), DCP."""
+    for name in ("torch._dynamo", "torch.optim", "torch.distributed.checkpoint", "torch.distributed.tensor"):
+        importlib.import_module(name)
+
+
 def run(job: Job) -> dict[str, Any]:
     """The job's result: status "ok" with figures, "skipped" or "failed" with the reason."""
     torch.set_num_threads(job.threads)

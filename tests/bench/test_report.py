@@ -11,7 +11,7 @@ import pytest
 from bench import agree, arguments, curves, report
 from bench.document import load
 from bench.plot import draw
-from bench.statistics import noise_warnings, ranking, ratio, summarise
+from bench.statistics import compare, noise_warnings, process_noise, ranking, ratio, summarise
 from bench.summaries import tables
 from bench.table import number, size
 from bench.workloads.stall_figures import end_to_end, stolen
@@ -48,12 +48,24 @@ def test_a_save_that_the_block_did_not_see_to_its_end_does_not_count() -> None:
 
 
 def test_what_cannot_be_told_apart_shares_a_rank() -> None:
-    samples = {"a": [1.0, 1.1, 1.2], "b": [1.15, 1.25, 1.3], "c": [5.0, 5.1, 5.2], "none": []}
+    samples = {"a": [[1.0, 1.1, 1.2]], "b": [[1.15, 1.25, 1.3]], "c": [[5.0, 5.1, 5.2]], "none": [[]]}
     assert ranking(samples) == [["a", "b"], ["c"]]
-    assert ranking({"a": [1.0], "c": [1.4]}, resolution=0.5) == [["a", "c"]]
+    assert ranking({"a": [[1.0]], "c": [[1.4]]}, resolution=0.5) == [["a", "c"]]
     told = noise_warnings("stolen", samples, noise=2.0)
     assert any("not told apart: a, b" in line for line in told)
     assert any("below the noise" in line and "c" not in line.rpartition(":")[2] for line in told)
+
+
+def test_engines_are_told_apart_only_beyond_every_kind_of_noise() -> None:
+    steady, slower = [[1.0, 1.01], [1.02, 1.03]], [[1.3, 1.31], [1.32, 1.33]]
+    assert compare(steady, slower, 0.0, 0.1) == -1
+    assert compare(slower, steady, 0.0, 0.1) == 1
+    assert compare(steady, slower, 0.5, 0.1) == 0, "the difference is below the resolution"
+    assert compare(steady, slower, 0.0, 0.3) == 0, "the difference is below what processes differ by"
+    assert compare([[1.0, 1.0], [2.0, 1.0]], slower, 0.0, 0.1) == 0, "one process of the first was slower"
+    assert compare(steady, [[]], 0.0, 0.0) == 0
+    assert process_noise({"a": [[1.0], [3.0]], "b": [[2.0, 2.0], [2.0]], "c": [[5.0]]}) == 0.5
+    assert process_noise({"a": [[1.0]]}) == 0.0
 
 
 def test_summaries_and_numbers() -> None:
@@ -113,7 +125,7 @@ def test_the_page_is_generated_and_checked(
     assert report.main(["--check"]) == 0
     text = (docs / "benchmarks.md").read_text()
     assert "2026-01-01-machine" in text
-    assert "Where a rival's median is better" in text
+    assert "Where a rival is better than ours" in text
     assert sorted(path.name for path in (docs / "pictures").iterdir()) == [
         "2026-01-01-machine.png",
         "2026-01-02-curve.png",
@@ -158,8 +170,24 @@ def test_sizes_are_read() -> None:
 
 
 def test_runs_contradict_each_other_only_where_both_tell_engines_apart(result: dict[str, Any], tmp_path: Path) -> None:
-    assert agree.contradictions([["a"], ["b", "c"]], [["a", "b"], ["c"]]) == []
-    assert agree.contradictions([["a"], ["b"], ["c"]], [["b"], ["a", "c"]]) == [("a", "b")]
+    pairs = {("a", "b"): -1, ("a", "c"): 0, ("b", "c"): 1}
+    assert agree.contradictions(pairs, {**pairs, ("a", "c"): 1}) == []
+    assert agree.contradictions(pairs, {**pairs, ("a", "b"): 1, ("b", "c"): 0}) == ["a and b change places"]
     (tmp_path / "one.json").write_text(json.dumps(result["document"]))
     assert agree.main([str(tmp_path / "one.json")] * 2) == 0
     assert agree.main([str(tmp_path / "none.json")]) == 2
+
+
+def test_two_runs_that_swap_two_engines_contradict_each_other(result: dict[str, Any], tmp_path: Path) -> None:
+    def run(name: str, seconds: dict[str, float]) -> str:
+        samples = [
+            {"job": {"workload": "durable", "engine": engine},
+             "result": {"status": "ok", "figures": {"saves": [{"call_s": 1.0, "durable_s": value}] * 3}}}
+            for engine, value in seconds.items()
+        ]  # fmt: skip
+        (tmp_path / name).write_text(json.dumps({**result["document"], "samples": samples}))
+        return str(tmp_path / name)
+
+    first, second = run("a", {"x": 1.0, "y": 2.0}), run("b", {"x": 2.0, "y": 1.0})
+    assert agree.main([first, second]) == 1
+    assert agree.main([first, first]) == 0

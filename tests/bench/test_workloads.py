@@ -157,6 +157,8 @@ def test_repetitions_are_interleaved_and_start_elsewhere() -> None:
     rounds = [[one.engine for one in jobs[i * count : (i + 1) * count]] for i in range(3)]
     assert [{*names} for names in rounds] == [{*ENGINES}] * 3
     assert len({names[0] for names in rounds}) == 3
+    mixed = [one.workload for one in plan(Options(size="tiny", repetitions=2, workloads=("disk", "stall")), "there")]
+    assert mixed == [*["disk"], *["stall"] * count] * 2, "a repetition of everything before the next of anything"
     assert rotated(["a", "b", "c", "d"], 0) == ["a", "b", "c", "d"]
 
 

@@ -73,9 +73,12 @@ class Collector:
 
     def run(self, state: object) -> Walk:
         walk = self.walk
-        walk.values = self.encoder.encode(state)
-        for optimizer, name, node in self._pending:  # after all modules, whose names they use
-            self._optimizer(optimizer, name, node)
+        try:
+            walk.values = self.encoder.encode(state)
+            for optimizer, name, node in self._pending:  # after all modules, whose names they use
+                self._optimizer(optimizer, name, node)
+        finally:
+            self.encoder.leaf = None  # it refers to us: a walk of very many tensors must not be cyclic garbage
         self._own_by_storage()
         walk.types = self.encoder.types
         return walk

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -82,7 +83,14 @@ class Context:
         self.found_any = False
         self._filled: set[tuple[object, ...]] = set()
         self._by_name: dict[str, ParameterEntry] | None = None
-        self.decoder = Decoder(types=walk.types, leaf=self._decode_leaf)
+        me = weakref.ref(self)  # a context of very many tensors must not be cyclic garbage
+
+        def leaf(node: dict[str, Json], decoder: Decoder) -> object:
+            context = me()
+            assert context is not None
+            return context._decode_leaf(node)
+
+        self.decoder = Decoder(types=walk.types, leaf=leaf)
 
     # names
 
@@ -176,7 +184,7 @@ class Context:
         """The value of encoded ``data``; tensors in it are new, and filled before commit."""
         return self.decoder.decode(data)
 
-    def _decode_leaf(self, node: dict[str, Json], decoder: Decoder) -> object:
+    def _decode_leaf(self, node: dict[str, Json]) -> object:
         tag = node.get("$")
         if tag == "tensor" or (tag == "ndarray" and "tensor" in node):
             name = checked(node["tensor" if tag == "ndarray" else "name"], str)

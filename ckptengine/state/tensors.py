@@ -53,6 +53,10 @@ def describe(value: torch.Tensor | Sharded, name: str, *, meta_ok: bool = False)
 
     ``meta_ok``: describe tensors without memory too, so that a restore can report them beside all other differences.
     """
+    if not isinstance(value, Sharded) and type(value) in _PLAIN_TYPES:  # first: there may be a hundred thousand
+        local = _local(value, name, meta_ok)
+        shape = tuple(local.shape)
+        return Described(local, _dtype(local, name), shape, None, whole(shape))
     if isinstance(value, Sharded):
         local = _local(value.tensor, name, meta_ok)
         layout = value.layout or Irregular(((global_rank(), value.pieces),))

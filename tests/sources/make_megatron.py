@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+ODD = {"layers": 3, "width": 15, "heads": 3, "ffn": 11, "padded": 31, "untied": True}
 # case -> (ranks, options)
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "dist_tp2_pp2_swiglu": (4, {"tp": 2, "pp": 2, "swiglu": True, "groups": 2, "untied": True}),
@@ -29,6 +31,62 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "legacy_tp1_bf16": (1, {"legacy": True, "bf16": True}),
     "legacy_pp2_vpp2": (2, {"pp": 2, "vpp": 2, "legacy": True}),
     "legacy_moe_pp2_ep2": (4, {"pp": 2, "ep": 2, "experts": 4, "legacy": True, "swiglu": True}),
+    "dist_dp3_odd": (3, {**ODD, "bf16": True, "distributed": "fully_reshardable", "parallel": True}),
+    "dist_buckets_tp2_dp2": (4, {"tp": 2, "bf16": True, "distributed": "dp_reshardable", "bucket": 300}),
+    "dist_buckets_pp2_dp2_vpp2": (
+        4,
+        {"pp": 2, "vpp": 2, "bf16": True, "distributed": "dp_reshardable", "bucket": 300, "swiglu": True},
+    ),
+    "dist_dp3_dp_reshardable_fp32": (3, {**ODD, "distributed": "dp_reshardable"}),
+    "dist_moe_dp_reshardable": (
+        4,
+        {"ep": 2, "experts": 4, "bf16": True, "swiglu": True, "distributed": "dp_reshardable"},
+    ),
+    "dist_tp2_pp2_vpp2": (4, {"tp": 2, "pp": 2, "vpp": 2, "bf16": True, "untied": True, "rms": True, "rope": True}),
+    "dist_pp2_uneven": (2, {"pp": 2, "first": 3, "fp16": True}),
+    "dist_sgd_tp2": (2, {"tp": 2, "sgd": True, "bf16": True}),
+    "dist_qk_norm": (2, {"tp": 2, "qk_norm": True, "rms": True, "rope": True, "swiglu": True, "groups": 2}),
+    "dist_mla": (2, {"tp": 2, "mla": True, "bf16": True}),
+    "dist_moe_tp2_ep2": (
+        4,
+        {"tp": 2, "ep": 2, "experts": 4, "bf16": True, "swiglu": True, "etp": 1, "shared": 12},
+    ),
+    "dist_moe_grouped": (4, {"tp": 2, "ep": 2, "experts": 4, "etp": 2, "swiglu": True, "grouped": True}),
+    "dist_moe_distopt": (
+        4,
+        {"ep": 2, "experts": 4, "bf16": True, "distributed": "fully_reshardable", "parallel": True},
+    ),
+    "dist_bert_tp2_pp2": (4, {"tp": 2, "pp": 2, "model": "bert"}),
+    "dist_t5_tp2": (2, {"tp": 2, "model": "t5", "bf16": True}),
+    "dist_frozen": (2, {"bf16": True, "frozen": "word_embeddings|layers.1."}),
+    "legacy_bert_tp2": (2, {"tp": 2, "model": "bert", "legacy": True}),
+    "legacy_t5_tp2": (2, {"tp": 2, "model": "t5", "legacy": True, "bf16": True}),
+    "legacy_tp2_pp2_vpp2": (4, {"tp": 2, "pp": 2, "vpp": 2, "legacy": True, "bf16": True, "swiglu": True}),
+    "legacy_dp3_odd_distopt": (3, {**ODD, "legacy": True, "bf16": True, "distributed": "fully_reshardable"}),
+    "legacy_buckets_dp2": (
+        2,
+        {"legacy": True, "bf16": True, "distributed": "fully_reshardable", "bucket": 300, "untied": True},
+    ),
+    "legacy_moe_tp2_ep2": (4, {"tp": 2, "ep": 2, "experts": 4, "legacy": True, "swiglu": True, "etp": 1}),
+    "legacy_moe_etp2_ep2_distopt": (
+        4,
+        {
+            "tp": 2,
+            "ep": 2,
+            "experts": 4,
+            "legacy": True,
+            "bf16": True,
+            "swiglu": True,
+            "distributed": "fully_reshardable",
+        },
+    ),
+    "legacy_moe_grouped": (
+        4,
+        {"tp": 2, "ep": 2, "experts": 4, "etp": 2, "legacy": True, "swiglu": True, "grouped": True},
+    ),
+    "legacy_sgd_frozen": (1, {"legacy": True, "sgd": True, "bf16": True, "frozen": "word_embeddings|layers.1."}),
+    "legacy_qk_norm": (2, {"tp": 2, "legacy": True, "qk_norm": True, "rms": True, "swiglu": True, "groups": 2}),
+    "legacy_mla": (2, {"tp": 2, "legacy": True, "mla": True}),
 }
 LAYERS, WIDTH, HEADS, VOCABULARY, PADDED = 4, 8, 4, 29, 32
 
@@ -87,6 +145,7 @@ def start(options: dict[str, Any]) -> Any:
         options.get("pp", 1),
         options.get("vpp"),
         expert_model_parallel_size=options.get("ep", 1),
+        expert_tensor_parallel_size=options.get("etp"),
     )
     torch.manual_seed(5)
     tensor_parallel.random.get_cuda_rng_tracker = lambda: Fork()
@@ -100,6 +159,8 @@ def worker(case: str, out: Path) -> None:
     for step in range(3):
         train(torch, chunks, optimizer, step)
     states = sharded_states(chunks, optimizer, options)
+    if options.get("distributed"):
+        states["optimizer"] = whole_states(torch, optimizer, states)
     truth = gather(torch, states, optimizer, options)
     if options.get("legacy"):
         save_legacy(torch, chunks, optimizer, options, out / "checkpoint")
@@ -109,12 +170,23 @@ def worker(case: str, out: Path) -> None:
 
         state = sharded_states(chunks, optimizer, options)
         state |= {"iteration": 3, "args": arguments(options), "checkpoint_version": 3.0}
-        dist_checkpointing.save(state, str(out / "checkpoint"))
+        strategy = save_strategy() if options.get("parallel") else None
+        dist_checkpointing.save(state, str(out / "checkpoint"), strategy)
     if torch.distributed.get_rank() == 0:
         from safetensors.torch import save_file
 
         save_file({name: tensor.contiguous().clone() for name, tensor in truth.items()}, out / "truth.safetensors")
     torch.distributed.barrier()
+
+
+def save_strategy() -> Any:
+    """What Megatron-LM uses by default: replicas' writing is shared out over the data-parallel ranks."""
+    from megatron.core import parallel_state
+    from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
+    from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), group, False)
 
 
 class Fork:
@@ -132,18 +204,20 @@ class Fork:
 
 
 def arguments(options: dict[str, Any]) -> argparse.Namespace:
+    width, heads = options.get("width", WIDTH), options.get("heads", HEADS)
     return argparse.Namespace(
-        num_layers=LAYERS,
-        hidden_size=WIDTH,
-        num_attention_heads=HEADS,
-        num_query_groups=options.get("groups", HEADS),
-        kv_channels=WIDTH // HEADS,
+        num_layers=options.get("layers", LAYERS),
+        hidden_size=width,
+        num_attention_heads=heads,
+        num_query_groups=options.get("groups", heads),
+        kv_channels=width // heads,
         vocab_size=VOCABULARY,
-        padded_vocab_size=PADDED,
+        padded_vocab_size=options.get("padded", PADDED),
         tensor_model_parallel_size=options.get("tp", 1),
         pipeline_model_parallel_size=options.get("pp", 1),
         virtual_pipeline_model_parallel_size=options.get("vpp"),
         expert_model_parallel_size=options.get("ep", 1),
+        expert_tensor_parallel_size=options.get("etp", options.get("tp", 1)),
         num_experts=options.get("experts"),
         swiglu=options.get("swiglu", False),
         use_distributed_optimizer=bool(options.get("distributed")),
@@ -151,67 +225,131 @@ def arguments(options: dict[str, Any]) -> argparse.Namespace:
     )
 
 
-def build(torch: Any, options: dict[str, Any]) -> Any:
-    from megatron.core import parallel_state
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-    from megatron.core.transformer import TransformerConfig
-    from megatron.core.transformer.module import Float16Module
+def configuration(torch: Any, options: dict[str, Any]) -> Any:
+    from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
-    dtype = torch.bfloat16 if options.get("bf16") else torch.float32
-    config = TransformerConfig(
-        num_layers=LAYERS,
-        hidden_size=WIDTH,
-        num_attention_heads=HEADS,
-        num_query_groups=options.get("groups", HEADS),
-        ffn_hidden_size=12,
+    dtype = data_type(torch, options)
+    heads, more = options.get("heads", HEADS), {}
+    if options.get("mla"):
+        more = {"q_lora_rank": 6, "kv_lora_rank": 4, "qk_head_dim": 4, "qk_pos_emb_head_dim": 2, "v_head_dim": 4}
+        more |= {"multi_latent_attention": True, "rope_type": "rope"}
+    if options.get("shared"):
+        more |= {"moe_shared_expert_intermediate_size": options["shared"]}
+    return (MLATransformerConfig if options.get("mla") else TransformerConfig)(
+        num_layers=options.get("layers", LAYERS),
+        hidden_size=options.get("width", WIDTH),
+        num_attention_heads=heads,
+        num_query_groups=options.get("groups", heads),
+        ffn_hidden_size=options.get("ffn", 12),
         gated_linear_unit=options.get("swiglu", False),
         activation_func=torch.nn.functional.silu if options.get("swiglu") else torch.nn.functional.gelu,
         add_bias_linear=not options.get("swiglu") and not options.get("grouped"),
+        normalization="RMSNorm" if options.get("rms") else "LayerNorm",
+        qk_layernorm=options.get("qk_norm", False),
         tensor_model_parallel_size=options.get("tp", 1),
         pipeline_model_parallel_size=options.get("pp", 1),
         virtual_pipeline_model_parallel_size=options.get("vpp"),
+        num_layers_in_first_pipeline_stage=options.get("first"),
         expert_model_parallel_size=options.get("ep", 1),
+        expert_tensor_parallel_size=options.get("etp"),
         num_moe_experts=options.get("experts"),
         moe_grouped_gemm=options.get("grouped", False),
-        sequence_parallel=bool(options.get("experts")) and options.get("tp", 1) > 1,
         use_cpu_initialization=True,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=options.get("bf16", False),
+        fp16=options.get("fp16", False),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         gradient_accumulation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
+        apply_rope_fusion=False,
         hetereogenous_dist_checkpoint=options.get("per_layer", False),
+        **more,
     )
+
+
+def data_type(torch: Any, options: dict[str, Any]) -> Any:
+    return torch.bfloat16 if options.get("bf16") else torch.float16 if options.get("fp16") else torch.float32
+
+
+def model_of(config: Any, options: dict[str, Any], ends: dict[str, bool], extra: dict[str, Any]) -> Any:
+    """One virtual stage of the model of the case."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    padded = options.get("padded", PADDED)
+    kind = options.get("model", "gpt")
+    if kind == "bert":
+        from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec
+        from megatron.core.models.bert.bert_model import BertModel
+
+        return BertModel(config, 2, bert_layer_local_spec, padded, 8, add_binary_head=True, **ends)
+    if kind == "t5":
+        from megatron.core.models.T5.t5_model import T5Model
+        from megatron.core.models.T5.t5_spec import decoder_model_with_local_spec as decoder_spec
+        from megatron.core.models.T5.t5_spec import encoder_model_with_local_spec as encoder_spec
+
+        return T5Model(config, config, encoder_spec(), decoder_spec(), padded, 8)
+    if options.get("grouped"):
+        from megatron.core.transformer.moe import grouped_gemm_util
+
+        grouped_gemm_util.assert_grouped_gemm_is_available = lambda: None
+    spec = get_gpt_layer_local_spec(
+        options.get("experts"),
+        options.get("grouped", False),
+        qk_layernorm=options.get("qk_norm", False),
+        multi_latent_attention=options.get("mla", False),
+        **({"normalization": "RMSNorm"} if options.get("rms") else {}),
+    )
+    return GPTModel(
+        config,
+        spec,
+        vocab_size=padded,
+        max_sequence_length=8,
+        share_embeddings_and_output_weights=not options.get("untied", False),
+        position_embedding_type="rope" if options.get("rope") or options.get("mla") else "learned_absolute",
+        **ends,
+        **extra,
+    )
+
+
+def build(torch: Any, options: dict[str, Any]) -> Any:
+    from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.transformer.module import Float16Module
+
+    config = configuration(torch, options)
     chunks = []
-    stages = options.get("vpp") or 1
-    for stage in range(stages):
-        spec = get_gpt_layer_local_spec(options.get("experts"), options.get("grouped", False))
+    for stage in range(options.get("vpp") or 1):
         extra = {"vp_stage": stage} if options.get("vpp") else {}
-        model = GPTModel(
-            config,
-            spec,
-            vocab_size=PADDED,
-            max_sequence_length=8,
-            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, **extra),
-            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, **extra),
-            share_embeddings_and_output_weights=not options.get("untied", False),
-            **extra,
-        )
-        chunks.append(Float16Module(config, model) if options.get("bf16") else model)
-    settings = DistributedDataParallelConfig(use_distributed_optimizer=bool(options.get("distributed")))
+        ends = {
+            "pre_process": parallel_state.is_pipeline_first_stage(ignore_virtual=False, **extra),
+            "post_process": parallel_state.is_pipeline_last_stage(ignore_virtual=False, **extra),
+        }
+        model = model_of(config, options, ends, extra)
+        half = options.get("bf16") or options.get("fp16")
+        chunks.append(Float16Module(config, model) if half else model)
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            if options.get("frozen") and re.search(options["frozen"], name):
+                parameter.requires_grad = False
+    settings = DistributedDataParallelConfig(
+        use_distributed_optimizer=bool(options.get("distributed")),
+        overlap_grad_reduce="bucket" in options,
+        bucket_size=options.get("bucket"),
+    )
     chunks = [DistributedDataParallel(config, settings, chunk) for chunk in chunks]
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
-            optimizer="adam",
+            optimizer="sgd" if options.get("sgd") else "adam",
             lr=1e-2,
             bf16=options.get("bf16", False),
-            params_dtype=dtype,
+            fp16=options.get("fp16", False),
+            initial_loss_scale=1.0,
+            params_dtype=data_type(torch, options),
             use_distributed_optimizer=bool(options.get("distributed")),
             clip_grad=0.0,
         ),
@@ -229,6 +367,8 @@ def train(torch: Any, chunks: Any, optimizer: Any, step: int) -> None:
             where = 0 if name.endswith(("word_embeddings.weight", "output_layer.weight")) else number + 1
             seed = "embedding" if where == 0 else name  # one gradient for the copies of a tied embedding
             generator = torch.Generator().manual_seed(step * 1000 + sum(map(ord, seed)) * 17 + where)
+            if not parameter.requires_grad:
+                continue
             noise = torch.randn(parameter.shape, generator=generator)
             if getattr(parameter, "tensor_model_parallel", False) or "expert" in name or "layers" in name:
                 noise = noise + 0.001 * parameter.detach().float()
@@ -249,6 +389,41 @@ def sharded_states(chunks: Any, optimizer: Any, options: dict[str, Any], loading
     return state
 
 
+def whole_states(torch: Any, optimizer: Any, states: dict[str, Any]) -> dict[str, Any]:
+    """The distributed optimizer's states as whole tensors of this rank's parameters, by its own map of ranges.
+
+    (Its ``fully_reshardable`` form loses elements of buffers of several buckets, so it is no truth for those.)
+    """
+    from dataclasses import replace
+
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+    from megatron.core.dist_checkpointing.optimizer import extract_sharded_tensors_and_factories
+
+    weights = {key: value for key, value in states.items() if key.startswith("model")}
+    known = {id(entry.data): entry for entry in nested_values(extract_sharded_tensors_and_factories(weights)[0])}
+    found: dict[str, Any] = {}
+    for one in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for buffer, ranges in zip(one.buffers, one.gbuf_ranges, strict=True):
+            held = {}
+            for by_dtype in ranges.values():
+                for bucket in by_dtype:
+                    held |= {parameter: entry["param"] for parameter, entry in bucket["param_map"].items()}
+            for parameter in buffer.param_index_map:
+                mine = one._get_main_param_and_optimizer_states(parameter) if parameter in held else {}
+                for state in ("param", "exp_avg", "exp_avg_sq"):
+                    whole = torch.zeros(parameter.numel())
+                    if parameter in held:
+                        whole[held[parameter].start : held[parameter].end] = mine[state].detach().view(-1)
+                    torch.distributed.all_reduce(whole, group=one.data_parallel_group)
+                    like = known[id(parameter)]
+                    key = f"optimizer.state.{state}.{like.key}"
+                    more = {} if isinstance(like, ShardedTensorFactory) else {"dtype": whole.dtype}
+                    name = f"{len(found)}.{state}"
+                    found[name] = replace(like, key=key, data=whole.view(parameter.shape), **more)
+    return found
+
+
 def gather(torch: Any, states: dict[str, Any], optimizer: Any, options: dict[str, Any]) -> dict[str, Any]:
     """Whole tensors on rank 0, put together by Megatron's own global offsets."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -257,7 +432,7 @@ def gather(torch: Any, states: dict[str, Any], optimizer: Any, options: dict[str
     apply_factories(states)
     mine = []
     for value in nested_values(states):
-        if isinstance(value, ShardedTensor) and value.data is not None and ".distributed." not in value.key:
+        if isinstance(value, ShardedTensor) and value.data is not None:
             place = (value.global_shape, value.global_offset, value.prepend_axis_num)
             flat = getattr(value, "flattened_range", None)
             mine.append((value.key, value.data.detach(), *place, flat, value.local_shape))
@@ -290,11 +465,11 @@ def unstacked(truth: dict[str, Any]) -> dict[str, Any]:
     """Layers and experts under names of their own, as legacy files have them."""
     found: dict[str, Any] = {}
     for name, tensor in truth.items():
-        if ".decoder.layers." not in name or name.split(".decoder.layers.")[1][0].isdigit():
+        if re.search(r"\.layers\.(?!\d)", name) is None:
             found[name] = tensor
             continue
         for layer in range(tensor.shape[0]):
-            one = name.replace(".decoder.layers.", f".decoder.layers.{layer}.")
+            one = name.replace(".layers.", f".layers.{layer}.")
             if ".experts.experts." in one:
                 for expert in range(tensor.shape[1]):
                     found[one.replace(".experts.experts.", f".experts.local_experts.{expert}.")] = tensor[layer, expert]

@@ -13,13 +13,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptengine.errors import UnreadableFormat
+from ckptengine.layout.dtypes import itemsize
 from ckptengine.sources.files import InlineFiles
 from ckptengine.sources.held import Chunk, Held, Number, Whole, flat
+from ckptengine.sources.megatron.masters import ROUNDED, SAMPLE, rounds_to
 from ckptengine.sources.megatron.rankfile import RankFile
 from ckptengine.sources.megatron.steps import common_step
+from ckptengine.sources.megatron.unpadded import Viewed, aligned, without_padding
 from ckptengine.sources.stored import StoredTensor
 
-ALIGNMENT = 64
+_SHARED = ("word_embeddings.weight", "output_layer.weight")
 MASTER = "master"
 Entry = tuple[str, str, Held]
 
@@ -125,8 +128,7 @@ class _Optimizer:
             if not isinstance(states, dict):
                 raise UnreadableFormat(f"{self._rank.path}: a buffer of the distributed optimizer is not known")
             tensors = {str(k): v for k, v in states.items() if isinstance(v, StoredTensor) and len(v.shape) == 1}
-            sizes = {tensor.size for tensor in tensors.values()}
-            starts = self._starts(members, sizes)
+            starts = self._starts(members, tensors)
             for key, tensor in tensors.items():
                 for parameter, start in zip(members, starts, strict=True):
                     chunk = Chunk(tensor, start, 0, parameter.tensor.size)
@@ -175,50 +177,44 @@ class _Optimizer:
             sets.setdefault((parameter.chunk, parameter.tensor.dtype), []).append(parameter)
         return [members[::-1] for members in sets.values()]
 
-    def _starts(self, members: Sequence[Parameter], sizes: set[int]) -> list[int]:
-        """Where each parameter starts in a buffer without the padding at the end of its buckets."""
+    def _starts(self, members: Sequence[Parameter], tensors: Mapping[str, StoredTensor]) -> list[int]:
+        """Where each parameter starts in a buffer without the padding at the end of its buckets.
+
+        The fp32 copies there, rounded, must be the weights, as far as a sample tells.
+        """
+        sizes = {tensor.size for tensor in tensors.values()}
         if len(sizes) != 1:
             raise UnreadableFormat(f"{self._rank.path}: the distributed optimizer's buffers have different lengths")
         (total,) = sizes
-        for starts in (_aligned(members), _viewed(members)):
-            if starts is not None and _end(members, starts) == total:
+        for starts in _candidates(members, total):
+            if self._agrees(members, starts, tensors.get("param")):
                 return starts
         raise UnreadableFormat(
             f"{self._rank.path}: the distributed optimizer's buffers hold {total} elements, which does not fit the "
             "module's parameters laid out in one or more buckets; save with --ckpt-format torch_dist instead"
         )
 
-
-def _aligned(members: Sequence[Parameter]) -> list[int] | None:
-    """One bucket: every parameter starts at a multiple of `ALIGNMENT` elements."""
-    starts: list[int] = []
-    end = 0
-    for parameter in members:
-        start = -(-end // ALIGNMENT) * ALIGNMENT
-        starts.append(start)
-        end = start + parameter.tensor.size
-    return starts
-
-
-def _viewed(members: Sequence[Parameter]) -> list[int] | None:
-    """Several buckets: the weights are views of a buffer that still has the padding, which is taken out.
-
-    Padding shows as a gap wider than the alignment asks for.
-    """
-    if len({id(parameter.tensor.storage) for parameter in members}) != 1:
-        return None
-    starts: list[int] = []
-    end = removed = 0
-    for parameter in members:
-        start = parameter.tensor.start
-        if start < end:
-            return None
-        if start > -(-end // ALIGNMENT) * ALIGNMENT:
-            removed += start - end
-        starts.append(start - removed)
-        end = start + parameter.tensor.size
-    return starts
+    def _agrees(self, members: Sequence[Parameter], starts: Sequence[int], masters: StoredTensor | None) -> bool:
+        """Whether the first of each parameter's fp32 copies round to its weights; True where that cannot be told."""
+        if masters is None or masters.dtype != "float32" or not masters.is_contiguous:
+            return True
+        for parameter, start in zip(members, starts, strict=True):
+            weight = parameter.tensor
+            count = min(weight.size, SAMPLE)
+            if weight.is_contiguous and weight.dtype in ROUNDED and count:
+                width = itemsize(weight.dtype)
+                copies = self._inline.read(*masters.at(start), count * 4)
+                if not rounds_to(copies, self._inline.read(*weight.at(0), count * width), weight.dtype):
+                    return False
+        return True
 
 
-def _end(members: Sequence[Parameter], starts: Sequence[int]) -> int:
-    return max((s + math.prod(p.tensor.shape) for s, p in zip(starts, members, strict=True)), default=0)
+def _candidates(members: Sequence[Parameter], total: int) -> Iterator[list[int]]:
+    """Starts that fill ``total`` elements: in one bucket, or as the weights lie in their common storage."""
+    sizes = [math.prod(parameter.tensor.shape) for parameter in members]
+    starts = aligned(sizes)
+    if (starts[-1] + sizes[-1] if starts else 0) == total:
+        yield starts
+    if len({id(parameter.tensor.storage) for parameter in members}) == 1:
+        views = [Viewed(p.tensor.start, p.tensor.size, p.local.endswith(_SHARED)) for p in members]
+        yield from without_padding(views, total)

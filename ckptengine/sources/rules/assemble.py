@@ -171,4 +171,3 @@ def _guess(pieces: Sequence[Placed]) -> str:
         if len(differing) == 1:
             return f"shard = {differing[0]}"
     return "shard = <dimension>"
-

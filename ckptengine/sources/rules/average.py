@@ -100,8 +100,12 @@ def _mean(dtype: str, ranges: list[bytes]) -> bytes:
         wide = _wide(ranges[0])
         for data in ranges[1:]:
             wide = _rounded(wide + _wide(data))
-        narrow = _rounded(wide / np.float32(len(ranges))).view("<u4") >> 16
-        return narrow.astype("<u2").tobytes()
+        return bfloat16(wide / np.float32(len(ranges)))
+
+
+def bfloat16(values: NDArray[np.float32]) -> bytes:
+    """float32 values as bfloat16, rounded to the nearest, ties to even."""
+    return (_rounded(values).view("<u4") >> 16).astype("<u2").tobytes()
 
 
 def _wide(data: bytes) -> NDArray[np.float32]:

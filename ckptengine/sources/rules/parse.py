@@ -109,9 +109,7 @@ def _with_arguments(rules: Rules, text: str) -> Rules:
 
 
 def _lowered(rule: Rule) -> Rule:
-    return Rule(
-        rule.match, rule.where, rule.optional, rule.priority + 1, rule.layout, rule.expert, rule.view
-    )
+    return Rule(rule.match, rule.where, rule.optional, rule.priority + 1, rule.layout, rule.expert, rule.view)
 
 
 def _entries(document: Mapping[str, Any], name: str) -> list[tuple[int, dict[str, Any]]]:

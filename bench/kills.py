@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -31,6 +32,9 @@ import torch
 import ckptengine as ce
 from ckptengine.cli import main as command
 from ckptengine.tiers.memory import SHARED_MEMORY
+
+for _module in ("api", "checkpointer", "cli.prune"):
+    importlib.import_module(f"ckptengine.{_module}")  # so that forked jobs have nothing to load
 
 KEPT = 3
 EVERY = (1, 2, 4)

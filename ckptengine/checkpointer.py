@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal
 
@@ -19,14 +20,14 @@ from ckptengine.coordination.port import Coordinator
 from ckptengine.errors import CheckpointError, RestoreIncomplete, UnusableRequest
 from ckptengine.operations.handle import SaveHandle
 from ckptengine.operations.metrics import metrics_of
-from ckptengine.operations.onward import Onward
 from ckptengine.operations.opening import open_any
 from ckptengine.operations.overlap import Overlap, OverlapPolicy, check_policy
 from ckptengine.operations.places import Places, Writing
 from ckptengine.operations.restore import RestoreRequest, WorldPolicy, restore_from
 from ckptengine.operations.rhythm import Rhythm
 from ckptengine.operations.save import SaveJob, Saver, SaveSettings
-from ckptengine.operations.stopping import EXIT_STATUS, Stopping
+from ckptengine.operations.stopping import EXIT_STATUS
+from ckptengine.operations.stopping_order import LastSave
 from ckptengine.operations.tally import Status
 from ckptengine.operations.troubles import Troubles
 from ckptengine.policy.failure import FailurePolicy, failure_policy
@@ -124,18 +125,18 @@ class Checkpointer:
         )
         self._rhythm = Rhythm(self._places.interval, self._port, rank_timeout_s)
         self._troubles = Troubles(policy)
-        levels, self._tally = self._places.levels, self._places.tally()
+        self._tally = self._places.tally()
         wanted = EngineSettings(arena_bytes=arena_bytes, max_bytes_per_s=max_bytes_per_s, low_priority=low_priority)
         engine = engine_for(wanted, file_ops)
         settings = SaveSettings(rank_timeout_s=rank_timeout_s, stall_budget_s=stall_budget_s, paranoid=paranoid)
         self._saver = Saver(self._places.landing, self._port, engine, settings, self._places.claims)
-        if levels is not None:
-            self._saver.carry_on(Onward(levels, self._tally))
-        recorder = self._places.recorder(self._rhythm)
-        if recorder is not None:
-            self._tally.on_end(recorder)
+        onward = self._places.carry_on(self._saver, self._tally, self._rhythm)
         self._overlap = Overlap(overlap, self._saver, self._port, rank_timeout_s)
-        self._stopping = Stopping(self._port, sigterm_s) if sigterm_s is not None else None
+        self._last: LastSave | None = None
+        if sigterm_s is not None:
+            self._last = LastSave(sigterm_s, self._port, onward, self._tally, os.fspath(root), rank_timeout_s)
+        alike = partial(Checkpointer, process_group=process_group, random=False, linear=False)
+        self._weights = partial(alike, mode=mode, rank_timeout_s=rank_timeout_s)
         fence.watch(self)
         # Nothing here may refer to self: a checkpointer that nobody closed ends when it is collected, or at exit.
         self._finalizer = weakref.finalize(self, _shut, self._saver, self._places, self._port, self._pid)
@@ -191,17 +192,15 @@ class Checkpointer:
         """
         self._usable()
         self._troubles.surface(step)
-        last = self._stopping is not None and self._stopping.decided()
+        last = self._last if self._last is not None and self._last.stopping.decided() else None
         if not (self._rhythm.due(step) or last):
             return None
-        if last and self._stopping is not None:
-            self._saver.wait_below(1, self._stopping.left_s())  # so that no overlap policy leaves the last one out
-        handle = self._save(step, metrics, all_the_way=last)
-        if last and self._stopping is not None:
-            self._stopping.finish(handle)
-            self._close(self._stopping.left_s())
+        if last is not None:
+            self._saver.wait_below(1, last.stopping.left_s())  # so that no overlap policy leaves the last one out
+            last.run(self._state, step, lambda: self._save(step, metrics, all_the_way=True), self._weights)
+            self._close(last.stopping.left_s())
             raise SystemExit(EXIT_STATUS)
-        return handle
+        return self._save(step, metrics, all_the_way=False)
 
     def fence(self) -> None:
         """Block until everything that the next update overwrites has been captured.
@@ -298,8 +297,8 @@ class Checkpointer:
             return
         self._closed = True
         fence.unwatch(self)
-        if self._stopping is not None:
-            self._stopping.close()
+        if self._last is not None:
+            self._last.stopping.close()
         self._finalizer.detach()
         _shut(self._saver, self._places, self._port, self._pid, timeout_s)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import logging
+import threading
 
 from ckptengine.errors import CheckpointError, SaveFailed
 from ckptengine.operations.level import Landed
@@ -23,6 +24,24 @@ class Onward:
 
     def __init__(self, levels: Levels, tally: Tally) -> None:
         self._levels, self._tally = levels, tally
+        self._landed: threading.Event | None = None
+        self._released = threading.Event()
+
+    @property
+    def is_single(self) -> bool:
+        """Whether saves land on the root itself."""
+        return self._levels.is_single
+
+    def hold(self) -> threading.Event:
+        """Until `release`, let the next save land and go no further; the event that is set when it has landed."""
+        self._released.clear()
+        self._landed = threading.Event()
+        return self._landed
+
+    def release(self) -> None:
+        """Let go on what `hold` has kept."""
+        self._landed = None
+        self._released.set()
 
     def __call__(self, job: SaveJob) -> None:
         """Carry one job's step on.  A failure ends its handle; the step stays where it has come to."""
@@ -50,6 +69,10 @@ class Onward:
             handle.fail(error)
 
         arrived(0)
+        held = self._landed
+        if held is not None:
+            held.set()
+            self._released.wait()
         landed = Landed(
             step=job.step,
             attempt=job.attempt,

@@ -84,6 +84,17 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "static_scale": (2, {"stage": 1, "dtype": "fp16", "config": {"fp16": {"enabled": True, "loss_scale": 8}}}),
     "tagged": (2, {"stage": 1, "save": {"tag": "best-model"}}),
     "ulysses_sp2": (4, {"stage": 3, "config": {"sequence_parallel_size": 2}}),
+    "moe_ep2_dp4_stage0": (4, {"stage": 0, "moe": 2}),
+    "moe_ep2_dp2_stage0_fp32": (2, {"stage": 0, "moe": 2, "dtype": "fp32"}),
+    "moe_ep2_dp4_bf16opt": (4, {"stage": 1, "moe": 2, "accumulate": "fp32"}),
+    "moe_ep1_dp2_zero1": (2, {"stage": 1, "moe": 1}),
+    "moe_ep4_dp4_zero2": (4, {"stage": 2, "moe": 4, "dtype": "fp16"}),
+    "moe_ep2_dp4_residual": (4, {"stage": 2, "moe": 2, "residual": True, "frozen": True}),
+    "pipeline_pp2_dp2_bf16opt_tied": (4, {"stage": 1, "pipeline": 2, "tied": True, "accumulate": "fp32"}),
+    "pipeline_pp3_dp1_zero1": (3, {"stage": 1, "pipeline": 3, "dtype": "fp16"}),
+    "pipeline_pp2_dp2_bf16_stage0": (4, {"stage": 0, "pipeline": 2}),
+    "pipeline_pp2_dp2_fp32_frozen": (4, {"stage": 1, "pipeline": 2, "dtype": "fp32", "frozen": True, "tied": True}),
+    "pipeline_pp2_dp1_fp32_stage0": (2, {"stage": 0, "pipeline": 2, "dtype": "fp32"}),
 }  # fmt: skip
 
 
@@ -180,7 +191,7 @@ def build(deepspeed: Any, torch: Any, options: dict[str, Any]) -> Any:
     dtype = options.get("dtype", "bf16")
     config = {
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
+        "gradient_accumulation_steps": 2 if "pipeline" in options else 1,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {
@@ -195,17 +206,20 @@ def build(deepspeed: Any, torch: Any, options: dict[str, Any]) -> Any:
     }  # fmt: skip
     if options.get("accumulate"):
         config["data_types"] = {"grad_accum_dtype": options["accumulate"]}
-    model = model_of(torch, options)
+    model = pipeline(torch, options) if "pipeline" in options else model_of(torch, options)
     freeze(model, options)
     optimizer = optimizer_of(torch, model, options)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5) if options.get("scheduler") else None
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=config, lr_scheduler=scheduler)[0]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return deepspeed.initialize(
+        model=model, optimizer=optimizer, config=config, lr_scheduler=scheduler, model_parameters=trained
+    )[0]
 
 
 def freeze(model: Any, options: dict[str, Any]) -> None:
     if options.get("frozen"):
         for name, parameter in model.named_parameters():
-            parameter.requires_grad = "blocks.0.up" not in name and "position" not in name
+            parameter.requires_grad = not any(part in name for part in ("blocks.0.up", "position", "1.bias"))
 
 
 def optimizer_of(torch: Any, model: Any, options: dict[str, Any]) -> Any:
@@ -213,9 +227,13 @@ def optimizer_of(torch: Any, model: Any, options: dict[str, Any]) -> Any:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     shape = {id(p): tuple(getattr(p, "ds_shape", p.shape)) for p in trained}
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in trained if len(shape[id(p)]) > 1], "weight_decay": 0.1},
-        {"params": [p for p in trained if len(shape[id(p)]) <= 1], "weight_decay": 0.0, "lr": 5e-3},
+        {"params": [p for p in trained if len(shape[id(p)]) > 1], "weight_decay": 0.1, "name": "matrices"},
+        {"params": [p for p in trained if len(shape[id(p)]) <= 1], "weight_decay": 0.0, "lr": 5e-3, "name": "vectors"},
     ]
+    if "moe" in options:
+        from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+
+        groups = list(split_params_into_different_moe_groups_for_optimizer(groups))
     if options.get("groups") == "one":
         groups = [{"params": trained}]
     elif options.get("groups") == "each":
@@ -276,18 +294,26 @@ def _group_step(torch: Any) -> Any:
 
 def model_of(torch: Any, options: dict[str, Any]) -> Any:
     nn = torch.nn
-    width, vocabulary, tied, odd = (11, 37, options.get("tied"), options.get("odd"))
+    width, vocabulary, tied, odd, experts = (11, 37, *(options.get(key) for key in ("tied", "odd", "moe")))
 
     class Block(nn.Module):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.norm = nn.LayerNorm(width)
+            if experts:
+                from deepspeed.moe.layer import MoE
+
+                expert = nn.Sequential(nn.Linear(width, 13), nn.GELU(), nn.Linear(13, width))
+                residual = bool(options.get("residual"))
+                self.moe = MoE(width, expert, num_experts=4, ep_size=experts, min_capacity=4, use_residual=residual)
             self.up = nn.Linear(width, 17)
             self.down = nn.Linear(17, width)
             self.register_buffer("scale", torch.full((3,), 0.5))
             self.register_buffer("mask", torch.ones(2), persistent=False)
 
         def forward(self, x: Any) -> Any:
+            if experts:
+                x = x + self.moe(self.norm(x))[0]
             return x + self.down(nn.functional.gelu(self.up(self.norm(x)))) * self.scale[0]
 
     class Model(nn.Module):  # type: ignore[misc]
@@ -317,12 +343,52 @@ def model_of(torch: Any, options: dict[str, Any]) -> Any:
     return Model()
 
 
+def pipeline(torch: Any, options: dict[str, Any]) -> Any:
+    from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+
+    nn = torch.nn
+    width, vocabulary = 11, 37
+
+    class Head(nn.Embedding):  # type: ignore[misc]
+        def forward(self, x: Any) -> Any:
+            return x @ self.weight.t()
+
+    class Residual(nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(width, width)
+            self.register_buffer("factor", torch.full((2,), 0.5))
+
+        def forward(self, x: Any) -> Any:
+            return x + self.linear(x) * self.factor[0]
+
+    def loss(logits: Any, labels: Any) -> Any:
+        return nn.functional.cross_entropy(logits.float().view(-1, vocabulary), labels.view(-1))
+
+    first, last = LayerSpec(nn.Embedding, vocabulary, width), LayerSpec(Head, vocabulary, width)
+    if options.get("tied"):
+        first = TiedLayerSpec("embed", nn.Embedding, vocabulary, width)
+        last = TiedLayerSpec("embed", nn.Embedding, vocabulary, width, forward_fn=lambda m, x: x @ m.weight.t())
+    middle = [LayerSpec(nn.Linear, width, width), LayerSpec(Residual), nn.functional.gelu]
+    middle.append(LayerSpec(nn.LayerNorm, width))
+    return PipelineModule(
+        [first, *middle, LayerSpec(Residual), last], num_stages=options["pipeline"], loss_fn=loss,
+        partition_method="uniform")  # fmt: skip
+
+
 def train(engine: Any, torch: Any, options: dict[str, Any]) -> None:
     generator = torch.Generator().manual_seed(torch.distributed.get_rank())
-    for _ in range(options.get("steps", 3)):
+
+    def batch() -> Any:
         data = torch.randint(0, 37, (1, 6), generator=generator)
-        engine.backward(engine(data[:, :-1], data[:, 1:]))
-        engine.step()
+        return data[:, :-1], data[:, 1:]
+
+    for _ in range(options.get("steps", 3)):
+        if "pipeline" in options:
+            engine.train_batch(iter([batch(), batch()]))
+        else:
+            engine.backward(engine(*batch()))
+            engine.step()
 
 
 # the truth
@@ -347,7 +413,21 @@ def gather(engine: Any, torch: Any, options: dict[str, Any]) -> dict[str, Any]:
         dropped = kept if options.get("save", {}).get("exclude_frozen_parameters") else set()
         state = engine.module.state_dict()
         found |= {f"model.{name}": tensor.detach() for name, tensor in state.items() if name not in dropped}
-    return found
+    if "moe" in options:
+        first = torch.distributed.get_rank() % options["moe"] * (4 // options["moe"])
+        found = {_global(name, first): tensor for name, tensor in found.items()}
+    if "moe" not in options and "pipeline" not in options:
+        return found
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, found)
+    return {name: tensor for part in reversed(everyone) for name, tensor in part.items()}
+
+
+def _global(name: str, first: int) -> str:
+    """The name of a rank's expert under its global number."""
+    head, marker, tail = name.partition("deepspeed_experts.")
+    number, _, rest = tail.partition(".")
+    return f"{head}{marker}{int(number) + first}.{rest}" if marker else name
 
 
 def _even(engine: Any, torch: Any, flats: Any, groups: Any, offsets: Any) -> dict[str, Any]:

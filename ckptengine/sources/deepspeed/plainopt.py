@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ckptengine.layout.dtypes import itemsize
@@ -19,13 +20,40 @@ NAMELESS = "state"
 Entries = list[tuple[str, str, Held]]
 
 
-def plain_optimizer(model: ModelStates, inline: InlineFiles) -> tuple[Entries, list[dict[Any, Any]]]:
+Pool = Sequence[tuple[str, StoredTensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Pools:
+    """The parameters that an optimizer's positions may mean, in the module's order.
+
+    ``listed`` has names by group where the file says them; ``experts`` are those of groups marked as experts'.
+    """
+
+    dense: Pool
+    experts: Pool = ()
+    listed: Sequence[Sequence[str]] = ()
+
+
+def pools_of(model: ModelStates, experts: Pool = ()) -> Pools:
+    """The module's parameters, each once though it may have several names."""
+    seen: set[tuple[object, ...]] = set()
+    dense: list[tuple[str, StoredTensor]] = []
+    for name, tensor in model.module.items():
+        if name not in model.buffers and tensor.identity not in seen:
+            seen.add(tensor.identity)
+            dense.append((name, tensor))
+    return Pools(dense, experts, [list(group) for group in model.shapes or ()])
+
+
+def plain_optimizer(
+    outer: Mapping[Any, Any], pools: Pools, inline: InlineFiles
+) -> tuple[Entries, list[dict[Any, Any]]]:
     """(parameter, state, what is held) and the parameter groups with names.
 
     Positions become names where shapes or values leave only one way to map them; elsewhere a parameter is called
     ``state.<position>``.
     """
-    outer = model.optimizer or {}
     inner = outer.get("optimizer_state_dict", outer)
     if not isinstance(inner, dict) or not isinstance(inner.get("param_groups"), list):
         return [], []
@@ -33,7 +61,7 @@ def plain_optimizer(model: ModelStates, inline: InlineFiles) -> tuple[Entries, l
     by_position: dict[Any, Any] = states if isinstance(states, dict) else {}
     groups = [group for group in inner["param_groups"] if isinstance(group, dict)]
     masters = _masters(outer, groups)
-    names = _names(model, groups, by_position, masters, inline)
+    names = _names(pools, groups, by_position, masters, inline)
     found: list[tuple[str, str, Held]] = []
     for position, tensor in masters.items():
         found.append((names.get(position, f"{NAMELESS}.{position}"), MASTER, Whole(tensor)))
@@ -77,7 +105,7 @@ def _masters(outer: Mapping[Any, Any], groups: Sequence[Mapping[Any, Any]]) -> d
 
 
 def _names(
-    model: ModelStates,
+    pools: Pools,
     groups: Sequence[Mapping[Any, Any]],
     states: Mapping[Any, Any],
     masters: Mapping[int, StoredTensor],
@@ -85,21 +113,20 @@ def _names(
 ) -> dict[int, str]:
     """Position -> name: as the file lists them (which ours do), by the shapes, or by the values of the fp32 copies."""
     positions = [int_list(group.get("params")) or [] for group in groups]
-    listed = [list(group) for group in model.shapes or ()]
-    if listed and [len(names) for names in listed] == [len(group) for group in positions]:
-        return dict(zip(itertools.chain(*positions), itertools.chain(*listed), strict=True))
-    seen: set[tuple[object, ...]] = set()
-    trained: list[tuple[str, StoredTensor]] = []
-    for name, tensor in model.module.items():
-        if name not in model.buffers and tensor.identity not in seen:
-            seen.add(tensor.identity)
-            trained.append((name, tensor))
-    shapes = {at: _shape(states.get(at), masters.get(at)) for group in positions for at in group}
-    return _by_shape(trained, positions, shapes) or _by_value(trained, masters, len(shapes), files)
+    if pools.listed and [len(names) for names in pools.listed] == [len(group) for group in positions]:
+        return dict(zip(itertools.chain(*positions), itertools.chain(*pools.listed), strict=True))
+    names: dict[int, str] = {}
+    for pool, expert in ((pools.dense, False), (pools.experts, True)):
+        pairs = zip(groups, positions, strict=True)
+        mine = [held for group, held in pairs if (group.get("moe") is True and bool(pools.experts)) == expert]
+        shapes = {at: _shape(states.get(at), masters.get(at)) for group in mine for at in group}
+        copies = {at: tensor for at, tensor in masters.items() if at in shapes}
+        names |= _by_shape(pool, mine, shapes) or _by_value(pool, copies, len(shapes), files)
+    return names
 
 
 def _by_shape(
-    trained: Sequence[tuple[str, StoredTensor]],
+    trained: Pool,
     positions: Sequence[Sequence[int]],
     shapes: Mapping[int, tuple[int, ...] | None],
 ) -> dict[int, str]:
@@ -116,9 +143,7 @@ def _by_shape(
     return names
 
 
-def _by_value(
-    trained: Sequence[tuple[str, StoredTensor]], masters: Mapping[int, StoredTensor], count: int, files: Files
-) -> dict[int, str]:
+def _by_value(trained: Pool, masters: Mapping[int, StoredTensor], count: int, files: Files) -> dict[int, str]:
     """The weight that each fp32 copy rounds to; nothing unless that is one weight for each and each time another."""
     known: dict[tuple[str, tuple[int, ...], bytes], list[str]] = {}
     for name, tensor in trained:

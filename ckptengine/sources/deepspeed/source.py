@@ -14,10 +14,11 @@ from typing import Any
 
 from ckptengine.errors import NotFound, UnreadableFormat
 from ckptengine.layout.tensor import LogicalTensor
+from ckptengine.sources.deepspeed.expertopt import whole_optimizer
 from ckptengine.sources.deepspeed.folder import StepFolder, check_ranks, read_folder
 from ckptengine.sources.deepspeed.groups import MASTER, entries
 from ckptengine.sources.deepspeed.header import ModelStates, read_model_states
-from ckptengine.sources.deepspeed.plainopt import plain_optimizer, plain_rest
+from ckptengine.sources.deepspeed.plainopt import plain_rest
 from ckptengine.sources.deepspeed.universal import read_universal
 from ckptengine.sources.deepspeed.weights import (
     Weights,
@@ -196,7 +197,7 @@ class _Reader:
             if mp == 0:
                 self._rest = partitions.rest
         elif model.optimizer is not None:
-            found, groups = plain_optimizer(model, self._inline)
+            found, groups = whole_optimizer(folder, mp, model, self._inline)
             if mp == 0:
                 self._rest = plain_rest(model)
         if collect_groups:

@@ -21,6 +21,7 @@ from ckptengine.errors import (
 )
 from ckptengine.operations.convert_plan import HoldsEncodedValues
 from ckptengine.operations.filling import Fill
+from ckptengine.snapshot import fence
 from ckptengine.sources.native import NativeSource, open_commit
 from ckptengine.sources.port import Files, Source
 from ckptengine.state import random as streams
@@ -202,6 +203,7 @@ def _planned_and_filled(
     strict = turn.request.strict and turn.request.names is None
     _raise_mismatch(turn, problems, unused if strict else ())
     assert filling is not None and fill is not None
+    fence.before_any_update()  # other checkpointers may be capturing the memory that is filled now
     turn.touched = True
     if not isinstance(source, NativeSource) or source.files.local_path("") is None:
         collect_again()  # such reading may take long, and makes garbage of its own

@@ -56,6 +56,12 @@ def unwatch(target: Fenced) -> None:
             _handles.clear()
 
 
+def before_any_update() -> None:
+    """Fence every live checkpointer of the process: what anybody is still capturing may change when this returns."""
+    for target in list(_live):
+        target.before_update(None)
+
+
 def _not_traced(hook: T) -> T:
     """Have torch.compile call the hook as it is, as `torch.compiler.disable` does, without importing the compiler."""
     for mark, value in (("", True), ("_recursive", True), ("_msg", "waits for captures in flight")):

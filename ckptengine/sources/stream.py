@@ -6,6 +6,7 @@ import math
 import mmap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 from ckptengine.layout.box import Box
 from ckptengine.layout.dtypes import itemsize
@@ -14,6 +15,9 @@ from ckptengine.sources.writer import Job
 
 BUFFERS = 2
 """One is filled while the other is written."""
+
+_LARGE_BYTES = 1 << 20
+"""Parts from this size on are read and written without a copy where they lie at a page."""
 
 
 def stream_memory_bytes(job: Job) -> int:
@@ -44,55 +48,69 @@ def stream_boxes(
 ) -> None:
     """Read boxes in order and hand their row-major bytes to ``write``; ``begin(i)`` is called before those of box i.
 
-    The next part is read while the last one is written.
+    The next parts are read while the last ones are written; small ones share a buffer and a turn of the reader.
     """
-    parts = (
-        (number if first else None, name, part)
-        for number, (name, box) in enumerate(boxes)
-        for first, part in _marked(box, itemsize(job.tensor(name).dtype), job.chunk_bytes)
-    )
     free = [mmap.mmap(-1, max(job.chunk_bytes, 1)) for _ in range(BUFFERS)]  # aligned, for reads past the page cache
-    waiting: list[tuple[Future[memoryview], mmap.mmap]] = []
+    waiting: list[tuple[Future[list[memoryview]], list[_Part], mmap.mmap]] = []
     with ThreadPoolExecutor(1, thread_name_prefix="ckptengine-read") as reader:
 
         def drain() -> None:
-            future, buffer = waiting.pop(0)
-            write(future.result())
+            future, batch, buffer = waiting.pop(0)
+            for part, view in zip(batch, future.result(), strict=True):
+                if part.start is not None:
+                    begin(part.start)
+                write(view)
             free.append(buffer)
 
-        starts: list[int | None] = []
-        for start, name, part in parts:
+        for batch in _batches(job, boxes):
             if len(waiting) == BUFFERS:
-                _announce(starts.pop(0), begin)
                 drain()
             buffer = free.pop()
-            starts.append(start)
-            waiting.append((reader.submit(_read, job, name, part, buffer), buffer))
+            waiting.append((reader.submit(_read, job, batch, buffer), batch, buffer))
         while waiting:
-            _announce(starts.pop(0), begin)
             drain()
 
 
-def _marked(box: Box, item_bytes: int, chunk_bytes: int) -> Iterator[tuple[bool, Box]]:
-    """The parts of a box, the first one marked; an empty box is one part."""
-    if not box.size:
-        yield True, box
-        return
-    for number, part in enumerate(cut_rows(box, item_bytes, chunk_bytes)):
-        yield number == 0, part
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What is read at once of a tensor; ``start`` is the number of the box that begins with it."""
+
+    start: int | None
+    name: str
+    box: Box
+    nbytes: int
 
 
-def _announce(start: int | None, begin: Callable[[int], None]) -> None:
-    if start is not None:
-        begin(start)
+def _batches(job: Job, boxes: Iterable[tuple[str, Box]]) -> Iterator[list[_Part]]:
+    """Parts in order, as many together as a buffer holds."""
+    batch: list[_Part] = []
+    held = 0
+    for number, (name, box) in enumerate(boxes):
+        item_bytes = itemsize(job.tensor(name).dtype)
+        parts = cut_rows(box, item_bytes, job.chunk_bytes) if box.size else iter((box,))
+        for turn, part in enumerate(parts):
+            nbytes = part.size * item_bytes
+            if batch and (held + nbytes > job.chunk_bytes or nbytes >= _LARGE_BYTES):  # begins where it is aligned
+                yield batch
+                batch, held = [], 0
+            batch.append(_Part(number if turn == 0 else None, name, part, nbytes))
+            held += nbytes
+    if batch:
+        yield batch
 
 
-def _read(job: Job, name: str, part: Box, buffer: mmap.mmap) -> memoryview:
-    nbytes = part.size * itemsize(job.tensor(name).dtype)
-    view = memoryview(buffer)[:nbytes] if nbytes <= len(buffer) else memoryview(bytearray(nbytes))
-    if nbytes:
-        job.read(name, part, view)
-    return view
+def _read(job: Job, batch: Sequence[_Part], buffer: mmap.mmap) -> list[memoryview]:
+    views: list[memoryview] = []
+    position = 0
+    for part in batch:
+        if part.nbytes <= len(buffer) - position:
+            views.append(memoryview(buffer)[position : position + part.nbytes])
+        else:  # an element that is larger than a buffer
+            views.append(memoryview(bytearray(part.nbytes)))
+        position += part.nbytes
+        if part.nbytes:
+            job.read(part.name, part.box, views[-1])
+    return views
 
 
 def group_by_size(names: Sequence[str], nbytes: Callable[[str], int], most_bytes: int) -> list[list[str]]:

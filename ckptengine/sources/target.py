@@ -44,20 +44,24 @@ class LocalTarget:
     def __init__(self, folder: Path, shown: str | None = None) -> None:
         self.folder = folder
         self._shown = shown or str(folder)
+        self._made: set[str] = set()
 
     @property
     def root(self) -> str:
         return self._shown
 
     def local_path(self, path: str) -> str | None:
-        return str(self.folder / beneath(path))
+        return os.path.join(self.folder, beneath(path))
 
     def create(self, path: str) -> AbstractContextManager[Sink]:
-        return self._create(self.folder / beneath(path))
+        return self._create(os.path.join(self.folder, beneath(path)))
 
     @contextlib.contextmanager
-    def _create(self, full: Path) -> Iterator[Sink]:
-        guarded("create", full.parent, lambda: full.parent.mkdir(parents=True, exist_ok=True))
+    def _create(self, full: str) -> Iterator[Sink]:
+        parent = os.path.dirname(full)
+        if parent not in self._made:  # asking the file system again costs more than a small file
+            guarded("create", parent, lambda: os.makedirs(parent, exist_ok=True))
+            self._made.add(parent)
         sink = LocalSink(full)
         try:
             yield sink
@@ -81,7 +85,7 @@ class LocalTarget:
 class LocalSink:
     """One local file, appended through an aligned buffer; direct once it has grown beyond `DIRECT_BYTES`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: str | Path) -> None:
         self._path = path
         self._fd = guarded("create", path, lambda: os.open(path, _FLAGS, _MODE))
         self._buffer: mmap.mmap | None = None

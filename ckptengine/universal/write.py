@@ -194,10 +194,13 @@ def _write_chunk(
     shape = tuple(max(0, min(c, n - o)) for o, c, n in zip(offsets, cut.inner, tensor.shape, strict=True))
     if 0 in shape:
         return MISSING, MISSING
-    if shape != cut.inner:
-        chunk.view(np.uint8).fill(0)  # the padding at an edge
-    job.read(tensor.name, Box(offsets, shape), chunk[tuple(slice(n) for n in shape)] if shape else chunk)
-    data = encode(chunk.reshape(-1).view(np.uint8).data)
+    octets = chunk.reshape(-1).view(np.uint8)
+    if shape == cut.inner:
+        job.read(tensor.name, Box(offsets, shape), octets.data)
+    else:
+        octets.fill(0)  # the padding at an edge
+        job.read(tensor.name, Box(offsets, shape), chunk[tuple(slice(n) for n in shape)])
+    data = encode(octets.data)
     start = sink.position
     sink.write(data)
     return start, len(data)

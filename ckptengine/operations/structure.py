@@ -9,7 +9,7 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from ckptengine.coordination.port import Coordinator, gather, publish, receive
 from ckptengine.errors import CheckpointError, LayoutError, RanksDisagree
@@ -23,12 +23,12 @@ from ckptengine.layout.placement import Replicate
 from ckptengine.layout.sharding import Layout, Sharding, replicated
 from ckptengine.operations.attempts import Claims
 from ckptengine.plan.write import Planned, Writer, assign_writers, stored_pieces, writer_from_json, writer_to_json
+from ckptengine.state.flatten import no_collection
 from ckptengine.state.leaves import FlatState, TensorLeaf
 from ckptengine.store.envelope import canonical
 
 
-@dataclass(frozen=True, slots=True)
-class GlobalTensor:
+class GlobalTensor(NamedTuple):  # a tuple: there is one per tensor
     """One row of the agreed structure."""
 
     name: str
@@ -90,7 +90,8 @@ def describe(flat: FlatState, members: Sequence[int] | None = None) -> list[Any]
     ``members``: the world's ranks that take part, where they are not all, in the order of their numbers in the group;
     meshes then name ranks of the group.  `LayoutError` for a mesh that reaches beyond it.
     """
-    return [_describe_leaf(leaf, members) for leaf in flat.tensors]
+    with no_collection():
+        return [_describe_leaf(leaf, members) for leaf in flat.tensors]
 
 
 def _describe_leaf(leaf: TensorLeaf, members: Sequence[int] | None) -> list[Any]:
@@ -122,10 +123,10 @@ def merge(descriptions: Sequence[Sequence[Any]]) -> Structure:
     A tensor without a layout of its own is a replica on every rank that has it.  Raises `RanksDisagree` or
     `LayoutError`.
     """
-    found: dict[str, dict[int, list[Any]]] = {}
+    found: dict[str, dict[int, Sequence[Any]]] = {}
     for rank, description in enumerate(descriptions):
-        for name, dtype, shape, layout in description:
-            found.setdefault(name, {})[rank] = [dtype, shape, layout]
+        for row in description:
+            found.setdefault(row[0], {})[rank] = row
     documents: list[Any] = []
     layouts: list[Layout] = []
     interned: dict[bytes, int] = {}
@@ -155,8 +156,11 @@ def merge(descriptions: Sequence[Sequence[Any]]) -> Structure:
 
 
 def _common(name: str, by_rank: Mapping[int, Sequence[Any]]) -> tuple[str, tuple[int, ...]]:
+    if len(by_rank) == 1:
+        ((_, dtype, shape, _),) = by_rank.values()
+        return dtype, tuple(shape)
     seen: dict[tuple[str, tuple[int, ...]], list[int]] = {}
-    for rank, (dtype, shape, _) in by_rank.items():
+    for rank, (_, dtype, shape, _) in by_rank.items():
         seen.setdefault((dtype, tuple(shape)), []).append(rank)
     if len(seen) > 1:
         told = "; ".join(f"{dtype}{list(shape)} on ranks {ranks[:8]}" for (dtype, shape), ranks in seen.items())
@@ -173,9 +177,9 @@ def _replicated(ranks: tuple[int, ...]) -> Sharding:
 
 
 def _common_layout(name: str, by_rank: Mapping[int, Sequence[Any]]) -> Layout:
-    documents = {rank: layout for rank, (_, _, layout) in by_rank.items()}
-    if all(document is None for document in documents.values()):
-        return _replicated(tuple(sorted(documents)))
+    if all(row[3] is None for row in by_rank.values()):
+        return _replicated(tuple(sorted(by_rank)))
+    documents = {rank: row[3] for rank, row in by_rank.items()}
     if any(document is None for document in documents.values()):
         plain = [rank for rank, document in documents.items() if document is None]
         raise RanksDisagree(f"tensor {name!r} is sharded on some ranks and plain on ranks {plain[:8]}")
@@ -271,14 +275,15 @@ class Agreement:
             note["tensors"] if note["tensors"] is not None else known[rank] for rank, note in enumerate(notes)
         ]
         try:
-            self._structure = merge(self._descriptions)
+            with no_collection():  # a few objects per tensor, and they stay
+                self._structure = merge(self._descriptions)
         except CheckpointError as error:
             self._structure, self._refused = None, error
             return {"error": str(error)}
         except Exception as error:  # the other ranks must hear of it, whatever it is
             self._structure = None
             return {"error": f"the descriptions of the ranks cannot be merged: {type(error).__name__}: {error}"}
-        return {"structure": structure_to_json(self._structure), **answer}
+        return {"structure": structure_to_json(self._structure) if self._port.world > 1 else None, **answer}
 
 
 def structure_to_json(structure: Structure) -> dict[str, Any]:

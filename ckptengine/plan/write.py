@@ -8,7 +8,8 @@ format**: `ASSIGNMENT_VERSION` changes with it, and earlier versions stay readab
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,8 +46,7 @@ class SplitOverReplicas:
 Writer = Owner | SplitOverReplicas
 
 
-@dataclass(frozen=True, slots=True)
-class Planned:
+class Planned(NamedTuple):  # a tuple: there is one per tensor
     """What the assignment needs to know of a tensor."""
 
     name: str
@@ -68,19 +68,23 @@ def assign_writers(
     writers: list[Writer] = [Owner(0)] * len(tensors)
     replicated: dict[Layout, list[_Choice]] = {}
     grids: dict[Layout, NDArray[np.int64]] = {}
+    kinds: dict[tuple[int, tuple[int, ...], str], _Kind] = {}
     for i, tensor in enumerate(tensors):
-        item_bytes = itemsize(tensor.dtype)
-        grid, held = _holdings(tensor, grids)
-        if grid.size and not 0 <= int(grid.min()) <= int(grid.max()) < world:
-            raise LayoutError(f"tensor {tensor.name!r} lies on rank {int(grid.max())} of a world of {world} ranks")
-        replicas, largest = len(grid), int(held.max(initial=0)) * item_bytes
-        if replicas == 1:
-            np.add.at(loads, grid, held * item_bytes)
-        elif largest > split_bytes and can_split(tensor.layout):
-            writers[i] = SplitOverReplicas()
-            np.add.at(loads, grid, -(-held * item_bytes // replicas))
+        # By identity: tensors of one layout share it, and hashing a layout costs more than all the rest.
+        key = (id(tensor.layout), tensor.shape, tensor.dtype)
+        kind = kinds.get(key)
+        if kind is None:
+            kind = kinds[key] = _kind(tensor, grids, world, split_bytes)
+            if kind.rule is None:
+                kind.choices = replicated.setdefault(tensor.layout, [])
+        kind.count += 1
+        if kind.rule is None:
+            kind.choices.append(_Choice(kind.grid, kind.load, kind.largest, [i]))
         else:
-            replicated.setdefault(tensor.layout, []).append(_Choice(grid, held * item_bytes, largest, [i]))
+            writers[i] = kind.rule
+    for kind in kinds.values():
+        if kind.rule is not None:
+            np.add.at(loads, kind.grid, kind.load * kind.count)
     packs = [pack for choices in replicated.values() for pack in _packed(choices, pack_bytes)]
     for choice in sorted(packs, key=lambda choice: -choice.largest):
         index = int((loads[choice.grid] + choice.load).max(axis=1, initial=0).argmin())
@@ -88,6 +92,31 @@ def assign_writers(
         for i in choice.members:
             writers[i] = Owner(index)
     return tuple(writers)
+
+
+@dataclass(slots=True)
+class _Kind:
+    """What tensors of one layout, shape and dtype have in common; see `_Choice`.  ``rule`` None: there is a choice."""
+
+    grid: NDArray[np.int64]
+    load: NDArray[np.int64]
+    largest: int
+    rule: Writer | None
+    count: int = 0
+    choices: list[_Choice] = field(default_factory=list)
+
+
+def _kind(tensor: Planned, grids: dict[Layout, NDArray[np.int64]], world: int, split_bytes: int) -> _Kind:
+    grid, held = _holdings(tensor, grids)
+    if grid.size and not 0 <= int(grid.min()) <= int(grid.max()) < world:
+        raise LayoutError(f"tensor {tensor.name!r} lies on rank {int(grid.max())} of a world of {world} ranks")
+    load = held * itemsize(tensor.dtype)
+    largest = int(load.max(initial=0))
+    if len(grid) == 1:
+        return _Kind(grid, load, largest, Owner(0))
+    if largest > split_bytes and can_split(tensor.layout):
+        return _Kind(grid, -(-load // len(grid)), largest, SplitOverReplicas())
+    return _Kind(grid, load, largest, None)
 
 
 @dataclass(slots=True)
@@ -108,10 +137,11 @@ def _packed(choices: Sequence[_Choice], pack_bytes: int) -> list[_Choice]:
     for choice in choices:
         last = packs[-1] if packs else None
         if last is None or last.largest + choice.largest > limit:
-            packs.append(choice)
+            packs.append(_Choice(choice.grid, choice.load.copy(), choice.largest, list(choice.members)))
         else:
-            load, members = last.load + choice.load, last.members + choice.members
-            packs[-1] = _Choice(last.grid, load, last.largest + choice.largest, members)
+            last.load += choice.load
+            last.members += choice.members
+            last.largest += choice.largest
     return packs
 
 

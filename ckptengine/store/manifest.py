@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from ckptengine.errors import LayoutError, UnreadableFormat
 from ckptengine.layout.digest import GRANULE_BYTES, format_digest
@@ -22,8 +22,7 @@ MANIFEST_LIMIT_BYTES = 1 << 30
 _HEX16 = re.compile(r"[0-9a-f]{16}\Z")
 
 
-@dataclass(frozen=True, slots=True)
-class TensorRecord:
+class TensorRecord(NamedTuple):  # a tuple: there is one per tensor
     """One logical tensor: ``layout`` indexes `Manifest.layouts`; ``writer`` says which replica stored which part."""
 
     name: str

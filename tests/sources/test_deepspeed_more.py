@@ -1,0 +1,173 @@
+"""DeepSpeed checkpoints under odd settings: some kept as DeepSpeed wrote them, all made anew where it is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ckptengine.errors import NotFound, UnreadableFormat, UnusableRequest
+from ckptengine.operations.convert import convert
+from ckptengine.sources.detect import open_source
+
+from .make_deepspeed_zoo import CASES
+from .reading import compare, read_bytes, truth_of_json, truth_of_safetensors
+
+torch = pytest.importorskip("torch")
+ARCHIVE = Path(__file__).parent / "data" / "deepspeed_more.tar.xz"
+KEPT = ["stage0_dp2_bf16_each", "zero2_dp4_elastic_sgd", "zero2_dp3_nadam", "bf16opt_dp2_frozen_tied"]
+INSTALLED = importlib.util.find_spec("deepspeed") is not None and importlib.util.find_spec("safetensors") is not None
+WITHOUT_NAMES = {"stage0_dp2_fp32_reversed", "pipeline_pp2_dp1_fp32_stage0"}
+"""Cases whose optimizer knows positions only, of which neither shapes nor values say what they mean."""
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("deepspeed")
+    with tarfile.open(ARCHIVE) as tar:
+        tar.extractall(folder, filter="data")
+    return folder
+
+
+@pytest.mark.parametrize("case", KEPT)
+def test_equal_to_what_lay_in_memory(written: Path, case: str) -> None:
+    compare(open_source(written / case / "checkpoint"), truth_of_json(written / case / "truth.json"))
+
+
+@pytest.mark.skipif(not INSTALLED, reason="deepspeed is not installed")
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("case", sorted(set(CASES) - WITHOUT_NAMES))
+def test_equal_to_what_lay_in_memory_now(tmp_path: Path, case: str) -> None:
+    script = str(Path(__file__).with_name("make_deepspeed_zoo.py"))
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, script, str(tmp_path), case]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    compare(open_source(tmp_path / case / "checkpoint"), truth_of_safetensors(tmp_path / case / "truth.safetensors"))
+
+
+# without ZeRO
+
+
+@pytest.mark.parametrize("case", KEPT)
+def test_written_without_zero_and_read_again(written: Path, tmp_path: Path, case: str) -> None:
+    source = open_source(written / case / "checkpoint")
+    convert(source, tmp_path / "target", to="deepspeed", layout="dp=3,zero=0")
+    made = open_source(tmp_path / "target")
+    files = sorted(path.name for path in (tmp_path / "target" / "global_step3").iterdir())
+    assert files == ["mp_rank_00_model_states.pt"]
+    names = set(made.names())
+    assert names == set(source.names())
+    for name in names:
+        one, other = source.tensor(name), made.tensor(name)
+        assert (one.dtype, one.shape) == (other.dtype, other.shape), name
+        assert read_bytes(source.files, one) == read_bytes(made.files, other), name
+    before: Any = source.values()
+    after: Any = made.values()
+    assert after["optim"]["param_groups"] == before["optim"]["param_groups"]
+    torch.load(tmp_path / "target" / "global_step3" / "mp_rank_00_model_states.pt", weights_only=True)
+
+
+def test_names_of_files_say_the_precision(written: Path, tmp_path: Path) -> None:
+    """DeepSpeed looks for ``bf16_*`` in bfloat16 training, whatever the weights that the source held were."""
+    source = open_source(written / "zero2_dp4_elastic_sgd" / "checkpoint")
+    convert(source, tmp_path / "three", to="deepspeed", layout="dp=2,zero=3")
+    third = open_source(tmp_path / "three")
+    assert third.tensor("model.embed.weight").dtype == "float32"
+    convert(third, tmp_path / "one", to="deepspeed", layout="dp=2,zero=1")
+    assert len(list((tmp_path / "one" / "global_step3").glob("bf16_zero_pp_rank_*_optim_states.pt"))) == 2
+    convert(third, tmp_path / "half", to="deepspeed", layout="zero=1", options={"precision": "fp16"})
+    assert len(list((tmp_path / "half" / "global_step3").glob("zero_pp_rank_*_optim_states.pt"))) == 1
+    with pytest.raises(UnusableRequest, match="precision"):
+        convert(third, tmp_path / "none", to="deepspeed", options={"precision": "int4"})
+
+
+def test_counters_that_differ_within_a_group(tmp_path: Path) -> None:
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    optimizer.state[model.bias]["step"] += 4
+    state = optimizer.state_dict()
+    names = [name for name, _ in model.named_parameters()]
+    groups = [{**group, "params": names} for group in state["param_groups"]]
+    named = {"state": dict(zip(names, state["state"].values(), strict=True)), "param_groups": groups}
+    torch.save({"model": model.state_dict(), "optim": named}, tmp_path / "c.pt")
+    source = open_source(tmp_path / "c.pt")
+    with pytest.raises(UnusableRequest, match=r"bias\.step differs from optim\.weight\.step.*zero=0"):
+        convert(source, tmp_path / "flat", to="deepspeed", layout="zero=2")
+    convert(source, tmp_path / "plain", to="deepspeed", layout="zero=0")
+    made = open_source(tmp_path / "plain")
+    assert read_bytes(made.files, made.tensor("optim.bias.step")) == b"\x00\x00\xa0\x40"  # 5.0
+
+
+# experts without ZeRO
+
+
+def experts_without_zero(folder: Path, ranks: int = 2) -> dict[str, Any]:
+    """Two dense parameters and four experts of one layer on ``ranks`` expert-parallel ranks; exact, by position."""
+    prefix = "moe.deepspeed_moe.experts.deepspeed_experts."
+    dense = {"up": torch.arange(6.0).reshape(2, 3), "gate": torch.arange(4.0)}
+    truth = {f"model.{name}": tensor for name, tensor in dense.items()}
+    truth |= {f"optim.{name}.exp_avg": tensor + 100 for name, tensor in dense.items()}
+    local = 4 // ranks
+    groups = [{"lr": 0.1, "params": [0, 1]}, {"lr": 0.2, "moe": True, "params": [*range(2, 2 + 2 * local)]}]
+    for rank in range(ranks):
+        states = {at: {"exp_avg": tensor + 100} for at, tensor in enumerate(dense.values())}
+        for here in range(local):
+            expert = rank * local + here
+            weights = {f"{prefix}{expert}.w": torch.full((3, 2), expert * 1.0), f"{prefix}{expert}.b": torch.ones(2)}
+            torch.save(weights, folder / f"layer_0_expert_{expert}_mp_rank_00_model_states.pt")
+            for kind, (name, tensor) in enumerate(weights.items()):
+                states[2 + 2 * here + kind] = {"exp_avg": tensor * 10 + expert}
+                truth |= {f"model.{name}": tensor, f"optim.{name}.exp_avg": tensor * 10 + expert}
+        optimizer = {"state": states, "param_groups": groups}
+        torch.save({"optimizer": optimizer}, folder / f"expp_rank_{rank}_mp_rank_00_optim_states.pt")
+        if rank == 0:
+            model = {"module": dense, "optimizer": optimizer, "buffer_names": [], "global_steps": 3}
+            torch.save({**model, "num_experts": [4]}, folder / "mp_rank_00_model_states.pt")
+    return truth
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_optimizers_of_experts(tmp_path: Path, ranks: int) -> None:
+    truth = experts_without_zero(tmp_path, ranks)
+    source = open_source(tmp_path)
+    assert set(source.names()) == set(truth)
+    for name, tensor in truth.items():
+        held = source.tensor(name)
+        assert held.shape == tuple(tensor.shape), name
+        assert read_bytes(source.files, held) == tensor.numpy().tobytes(), name
+    groups: Any = source.values()
+    assert len(groups["optim"]["param_groups"][1]["params"]) == 8
+
+
+def test_a_missing_expert_optimizer_is_named(tmp_path: Path) -> None:
+    experts_without_zero(tmp_path, 4)
+    (tmp_path / "expp_rank_2_mp_rank_00_optim_states.pt").unlink()
+    with pytest.raises(NotFound, match="expp_rank_2_mp_rank_00"):
+        open_source(tmp_path)
+    torch.save({"optimizer": None}, tmp_path / "expp_rank_2_mp_rank_00_optim_states.pt")
+    with pytest.raises(UnreadableFormat, match="expp_rank_2"):
+        open_source(tmp_path)
+
+
+def test_a_universal_checkpoint_holds_masters_of_trained_parameters_only(tmp_path: Path) -> None:
+    """DeepSpeed's converter puts copies of buffers and frozen weights beside the masters."""
+    (tmp_path / "zero").mkdir()
+    for name, value, states in (("w", torch.ones(2, 3), ["exp_avg"]), ("seen", torch.arange(4), [])):
+        (tmp_path / "zero" / name).mkdir()
+        for state in ("fp32", *states):
+            torch.save({"param": value.float(), "cat_dim": 0}, tmp_path / "zero" / name / f"{state}.pt")
+    model = {"module": {"w": torch.ones(2, 3), "seen": torch.arange(4)}, "buffer_names": ["seen"], "global_steps": 1}
+    shapes = [{"w": torch.Size((2, 3))}]
+    torch.save({**model, "param_shapes": shapes}, tmp_path / "mp_rank_00_model_states.pt")
+    torch.save({"param_groups": [{"lr": 1.0, "step": 2, "params": [0]}]}, tmp_path / "zero" / "optimizer_state.pt")
+    names = set(open_source(tmp_path).names())
+    assert names == {"model.w", "model.seen", "optim.w.master", "optim.w.exp_avg", "optim.w.step"}

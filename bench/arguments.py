@@ -77,6 +77,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--simulated", type=numbers, default=None, metavar="R,T", help="metadata: ranks and tensors")
     made.add_argument("--tensors", type=int, default=None, metavar="N", help="many-small: how many")
     made.add_argument("--repetitions", type=int, default=None, metavar="N", help="fresh processes per engine")
+    made.add_argument(
+        "--saves", type=int, default=None, metavar="N", help="measured saves (or restores) per process outside stall"
+    )
     made.add_argument("--device", default="cpu", metavar="D", help="cpu or cuda; skipped where there is no such device")
     made.add_argument(
         "--directory", default=None, metavar="DIR", help="where to write; names the disk that is measured"
@@ -122,6 +125,7 @@ def options_from(arguments: argparse.Namespace) -> Options:
         threads=arguments.threads,
         ranks=arguments.ranks,
         repetitions=arguments.repetitions,
+        saves=arguments.saves,
         tensors=arguments.tensors,
         simulated=arguments.simulated,
         device=arguments.device,

@@ -33,6 +33,7 @@ def _values(kind: str, document: Mapping[str, Any]) -> dict[str, list[float]]:
         return {engine: mine["ratio"] for engine, mine in stall_samples(figures, every).items()}
     for engine, runs in figures.items():
         if kind == "state":
+            found.setdefault("raw pwrite", []).extend(save["limit_s"] for run in runs for save in run["saves"])
             found[engine] = [save["durable_s"] for run in runs for save in run["saves"]]
         elif kind == "tensors":
             found[engine] = [save["call_s"] for run in runs for save in run["saves"]]

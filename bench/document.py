@@ -84,7 +84,7 @@ def configurations(document: Document) -> dict[str, dict[str, Any]]:
 
 
 def describe_machine(document: Document) -> str:
-    """The machine and the run in two lines."""
+    """The machine, the run and its device, a line each."""
     machine = document["machine"]
     system = machine["file_system"]
     return (
@@ -92,5 +92,15 @@ def describe_machine(document: Document) -> str:
         f"{machine['memory_bytes'] / (1 << 30):.0f} GiB, {system['type']} on {system['device']}, "
         f"Linux {machine['kernel']}, Python {machine['python']}\n"
         f"{document['date']}, size {document['options']['size']}, took {document['seconds'] / 60:.1f} minutes, "
-        f"load at start {machine['load_1min']}"
+        f"load at start {machine['load_1min']}\n{describe_devices(document)}"
     )
+
+
+def describe_devices(document: Document) -> str:
+    """What was measured, or not, on CUDA."""
+    if document["options"]["device"] != "cpu":
+        names = {name for sample in document["samples"] for name in sample["result"].get("devices", ())}
+        return f"on {', '.join(sorted(names)) or document['options']['device']}"
+    if document["machine"].get("cuda_devices", 0):
+        return "on CPU; the CUDA devices of this machine are measured by a run of their own (--device cuda)"
+    return "on CPU; stall and restore on CUDA (--device cuda) skipped: no CUDA device"

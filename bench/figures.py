@@ -57,7 +57,7 @@ def stall_samples(runs_of: Runs, every: int) -> dict[str, dict[str, list[float]]
 def stall_cuts(document: Document) -> list[tuple[int, int, Runs]]:
     """Compute threads, interval and runs of every stall table of the document."""
     samples = samples_of(document, "stall")
-    found = []
+    found: list[tuple[int, int, Runs]] = []
     for threads in sorted({sample["job"]["threads"] for sample in samples}):
         runs_of = figures_by_engine(sample for sample in samples if sample["job"]["threads"] == threads)
         intervals = sorted({block["every"] for runs in runs_of.values() for run in runs for block in run["blocks"]})

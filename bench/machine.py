@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ def facts(folder: Path) -> dict[str, Any]:
         "kernel": platform.release(),
         "python": platform.python_version(),
         "file_system": _file_system(folder),
+        "cuda_devices": len([name for name in os.listdir("/dev") if re.fullmatch(r"nvidia\d+", name)]),
         "load_1min": round(os.getloadavg()[0], 2),
     }
     return found

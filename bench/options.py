@@ -49,7 +49,7 @@ PRESETS: dict[Size, SizePreset] = {
     ),
     "small": SizePreset(
         layers=6, width=384, vocabulary=256, context=64, batch=2, steps=5, every=(1, 2, 10), repetitions=2, saves=3,
-        tensors=5_000, simulated=(64, 1_000), disk_bytes=256 << 20, timeout_s=300.0,
+        tensors=2_000, simulated=(64, 1_000), disk_bytes=256 << 20, timeout_s=300.0,
         time_limit_s=1_140.0,
     ),
     "real": SizePreset(
@@ -75,6 +75,7 @@ class Options:
     threads: tuple[int, ...] | None = None
     ranks: tuple[int, int] = (4, 2)
     repetitions: int | None = None
+    saves: int | None = None
     tensors: int | None = None
     simulated: tuple[int, int] | None = None
     device: str = "cpu"
@@ -88,7 +89,12 @@ class Options:
             raise UnusableRequest(f"no such workload: {', '.join(unknown)}; there are {', '.join(WORKLOADS)}")
         if self.size not in SIZES:
             raise UnusableRequest(f"no such size: {self.size}; there are {', '.join(SIZES)}")
-        for name, value in (("steps", self.steps), ("repetitions", self.repetitions), ("tensors", self.tensors)):
+        for name, value in (
+            ("steps", self.steps),
+            ("repetitions", self.repetitions),
+            ("saves", self.saves),
+            ("tensors", self.tensors),
+        ):
             if value is not None and value < 1:
                 raise UnusableRequest(f"--{name} must be at least 1, not {value}")
         if self.time_limit_s is not None and self.time_limit_s <= 0:
@@ -166,7 +172,7 @@ def job(options: Options, workload: str, engine: str, directory: str, **changes:
         "threads": options.thread_counts()[0],
         "steps": options.steps or preset.steps,
         "every": options.every or preset.every,
-        "saves": preset.saves,
+        "saves": options.saves or preset.saves,
         "tensors": options.tensors or preset.tensors,
         "simulated": options.simulated or preset.simulated,
         "disk_bytes": preset.disk_bytes,

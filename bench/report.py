@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from . import agree, curves, floors
-from .document import configurations, describe_machine, samples_of
+from .document import configurations, describe_machine, figures_by_engine, samples_of
 from .figures import ranked
 from .names import BASELINE, LIMIT, OURS
 from .plot import draw
@@ -38,7 +38,8 @@ def rivals_that_are_better(document: Mapping[str, Any]) -> tuple[list[str], list
 
     First those that are beyond the noise, then those that are within it.
     """
-    beyond, within = [], []
+    beyond: list[str] = []
+    within: list[str] = []
     for one in ranked(document):
         ours = summarise(flat(one.processes.get(OURS, ())))
         if ours is None:
@@ -89,10 +90,15 @@ def agreements(found: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     return "## Runs beside each other\n\n" + "".join(lines) if lines else ""
 
 
+def has_stall(document: Mapping[str, Any]) -> bool:
+    """There is something to draw."""
+    return bool(figures_by_engine(samples_of(document, "stall")))
+
+
 def section(name: str, document: Mapping[str, Any]) -> str:
     """One run: the machine, its tables, its picture, and where a rival is better."""
     parts = [f"## {name}\n", "```\n" + describe_machine(document) + "\n```\n"]
-    if samples_of(document, "stall"):
+    if has_stall(document):
         parts.append(f"![stolen time and one save of each engine](pictures/{name}.png)\n")
     parts += [table.markdown() for table in tables(document)]
     judged = floors.table(document)
@@ -146,7 +152,7 @@ def main(argv: Sequence[str]) -> int:
     for name, document in found:
         if "sweep" in document:
             curves.draw(document, pictures / f"{name}.png")
-        elif samples_of(document, "stall"):
+        elif has_stall(document):
             draw(document, pictures / f"{name}.png")
     PAGE.write_text(text)
     return 0

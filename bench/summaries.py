@@ -20,6 +20,8 @@ def tables(document: Document) -> list[Table]:
     for workload in document["options"]["workloads"]:
         samples = samples_of(document, workload)
         made = SUMMARIES[workload](document, samples)
+        if samples and all(sample["result"]["status"] != "ok" for sample in samples):
+            made = [Table(title=f"{workload}: nothing was measured", columns=("engine",), rows=())]
         for table in made:
             notes = [*table.notes, *troubles(samples)]
             found.append(Table(title=table.title, columns=table.columns, rows=table.rows, notes=notes))

@@ -54,3 +54,8 @@ class CkptEngine(Engine):
 
     def close(self) -> None:
         self._checkpointer.close()
+
+    @classmethod
+    def versions(cls) -> dict[str, str]:
+        """Of the package that is imported, installed or not."""
+        return {"ckptengine": str(require("ckptengine").__version__)}

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 ODD = {"layers": 3, "width": 15, "heads": 3, "ffn": 11, "padded": 31, "untied": True}
+TINY = {"layers": 2, "width": 4, "heads": 2, "ffn": 6, "padded": 8, "bf16": True}
 # case -> (ranks, options)
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "dist_tp2_pp2_swiglu": (4, {"tp": 2, "pp": 2, "swiglu": True, "groups": 2, "untied": True}),
@@ -86,6 +87,23 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     ),
     "legacy_sgd_frozen": (1, {"legacy": True, "sgd": True, "bf16": True, "frozen": "word_embeddings|layers.1."}),
     "legacy_qk_norm": (2, {"tp": 2, "legacy": True, "qk_norm": True, "rms": True, "swiglu": True, "groups": 2}),
+    "tiny_buckets": (
+        4,
+        {**TINY, "layers": 4, "pp": 2, "vpp": 2, "distributed": "dp_reshardable", "bucket": 100, "swiglu": True},
+    ),
+    "tiny_moe_buckets": (
+        4,
+        {**TINY, "tp": 2, "ep": 2, "experts": 2, "distributed": "dp_reshardable", "swiglu": True},
+    ),
+    "tiny_legacy_buckets": (
+        2,
+        {**TINY, "legacy": True, "distributed": "fully_reshardable", "bucket": 100, "untied": True},
+    ),
+    "tiny_legacy_grouped": (
+        4,
+        {"width": 4, "heads": 2, "ffn": 6, "padded": 8, "layers": 1, "tp": 2, "ep": 2, "experts": 4, "etp": 2}
+        | {"legacy": True, "swiglu": True, "grouped": True},
+    ),
     "legacy_mla": (2, {"tp": 2, "legacy": True, "mla": True}),
 }
 LAYERS, WIDTH, HEADS, VOCABULARY, PADDED = 4, 8, 4, 29, 32

@@ -110,6 +110,8 @@ class LegacyWriter:
         if claim is None or claim[0].layout is None:
             raise RuleError(f"{name} is to lie on {self._tp} tensor-parallel ranks, and no rule says how it is cut")
         rule = claim[0]
+        if rule.pieces is not None:
+            raise RuleError(f"{rule.where}: {name} holds fused experts, which are not written to legacy folders")
         if isinstance(rule.layout, Replicated):
             return [Box.whole(shape)]
         if not isinstance(rule.layout, Sharded) or rule.layout.widths is not None or rule.layout.dim >= len(shape):

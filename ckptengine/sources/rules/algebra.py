@@ -5,6 +5,7 @@ Pure.  Every function takes and gives `Placed` tensors: a shape and the fragment
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from ckptengine.errors import RuleError
 from ckptengine.layout.box import Box, row_major_strides
 from ckptengine.layout.dtypes import itemsize
+from ckptengine.layout.flat import flat_boxes
 from ckptengine.layout.tensor import Fragment
 
 
@@ -105,6 +107,47 @@ def stack(tensors: Sequence[Placed]) -> Placed:
             strides = None if fragment.strides is None else (0, *fragment.strides)
             found.append(Fragment(box, fragment.file, fragment.offset, strides))
     return Placed(tensors[0].dtype, (len(tensors), *tensors[0].shape), tuple(found))
+
+
+def reshape(tensor: Placed, shape: tuple[int, ...]) -> Placed:
+    """The same elements in the same row-major order under another shape; as many of them."""
+    item_bytes = itemsize(tensor.dtype)
+    found: list[Fragment] = []
+    for fragment in tensor.fragments:
+        for run in runs(fragment, tensor.shape, item_bytes):
+            offset = run.offset
+            for box in flat_boxes(shape, run.start, run.start + run.length):
+                found.append(Fragment(box, fragment.file, offset))
+                offset += box.size * item_bytes
+    return Placed(tensor.dtype, shape, tuple(found))
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """``length`` elements at byte ``offset`` that are elements ``start`` and on of the flattened tensor."""
+
+    start: int
+    length: int
+    offset: int
+
+
+def runs(fragment: Fragment, shape: tuple[int, ...], item_bytes: int) -> list[Run]:
+    """The runs of a fragment that are contiguous both in its file and in the flattened tensor."""
+    box = fragment.box
+    strides = row_major_strides(shape)
+    stored = fragment.strides if fragment.strides is not None else row_major_strides(box.shape)
+    inner = len(shape)  # dimensions from here on are one run
+    length = 1
+    while inner and (stored[inner - 1] == length or box.shape[inner - 1] == 1) and length == strides[inner - 1]:
+        inner -= 1
+        length *= box.shape[inner]
+    found: list[Run] = []
+    for index in itertools.product(*map(range, box.shape[:inner])):
+        at = (*(o + i for o, i in zip(box.offsets, index, strict=False)), *box.offsets[inner:])
+        start = sum(a * s for a, s in zip(at, strides, strict=True))
+        skip = sum(i * s for i, s in zip(index, stored, strict=False))
+        found.append(Run(start, length, fragment.offset + skip * item_bytes))
+    return found
 
 
 def grouped(extent: int, widths: Sequence[int], groups: int) -> list[list[Segment]]:

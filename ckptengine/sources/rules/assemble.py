@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from ckptengine.errors import RuleError
 from ckptengine.layout.tensor import Fragment
-from ckptengine.sources.rules.algebra import Placed, Segment, concatenate, grouped, remap
+from ckptengine.sources.rules.algebra import Placed, Segment, concatenate, grouped, remap, reshape
 from ckptengine.sources.rules.average import AveragedFiles
+from ckptengine.sources.rules.expression import Expression
 from ckptengine.sources.rules.language import Averaged, Replicated, Rule, Rules, Sharded
 from ckptengine.sources.rules.parse import load_rules, presets
 
@@ -29,9 +31,11 @@ class Assembler:
 
     def whole(self, name: str, pieces: Sequence[Placed], *, what: str = "tensor-parallel") -> Placed:
         """The tensor of parameter ``name`` from one piece per rank, in rank order."""
+        claim = self._rules.layout_rule(name) if self._rules is not None else None
+        if claim is not None and claim[0].pieces is not None:
+            pieces = [self._reshaped(name, piece, claim[0], claim[0].pieces) for piece in pieces]
         if len(pieces) == 1:
             return pieces[0]
-        claim = self._rules.layout_rule(name) if self._rules is not None else None
         if claim is None or claim[0].layout is None:
             raise RuleError(self._no_rule(name, pieces, what))
         rule = claim[0]
@@ -60,6 +64,17 @@ class Assembler:
                 "says on which dimension they follow one another; add expert = <dimension>"
             )
         return _joined(name, pieces, claim[0], claim[0].expert)
+
+    def _reshaped(self, name: str, piece: Placed, rule: Rule, shape: Sequence[Expression]) -> Placed:
+        """The piece under the shape that the rule gives its elements."""
+        assert self._rules is not None
+        said = [self._rules.value(extent, self._values, f"{rule.where}, pieces") for extent in shape]
+        known = math.prod(extent for extent in said if extent != -1)
+        size = math.prod(piece.shape)
+        extents = tuple(extent if extent != -1 else size // max(known, 1) for extent in said)
+        if min(extents) < 0 or math.prod(extents) != size:
+            raise RuleError(f"{rule.where}: {name} of shape {list(piece.shape)} does not have the shape {said}")
+        return reshape(piece, extents)
 
     def _sharded(self, name: str, pieces: Sequence[Placed], rule: Rule, sharded: Sharded) -> Placed:
         dim = sharded.dim

@@ -91,7 +91,10 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One ``[[rule]]``: ``layout`` and ``expert`` say what ranks' pieces mean, ``view`` how the whole is shown."""
+    """One ``[[rule]]``: ``layout`` and ``expert`` say what ranks' pieces mean, ``view`` how the whole is shown.
+
+    ``pieces`` is the shape that the elements of each rank's piece really have, in their order; -1 is what is left.
+    """
 
     match: re.Pattern[str]
     where: str
@@ -100,6 +103,7 @@ class Rule:
     layout: Layout | None = None
     expert: int | None = None
     view: View | None = None
+    pieces: tuple[Expression, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ MAX_BYTES = 1 << 20
 MAX_EXTENDS = 8
 _PRESET = re.compile(r"([a-z0-9-]+)(?::(.*))?", re.ASCII)
 _TOP = {"version", "name", "about", "extends", "optional", "let", "rule"}
-_LAYOUT = {"replicated", "averaged", "shard", "parts", "widths", "expert"}
+_LAYOUT = {"replicated", "averaged", "shard", "parts", "widths", "expert", "pieces"}
 _VIEW = {"unstack", "unpadded", "split", "transpose", "rename", "join", "stack", "tied", "drop"}
 _RULE = {"match", "optional", "about"} | _LAYOUT | _VIEW
 
@@ -131,7 +131,12 @@ def _rule(entry: dict[str, Any], where: str, optional: bool) -> Rule:
     expert = _typed(entry, "expert", int, where, None)
     if layout is None and view is None and expert is None:
         raise RuleError(f"{where}: says nothing about {pattern!r}; add shard, replicated, rename, ...")
-    return Rule(match, where, _typed(entry, "optional", bool, where, optional), 0, layout, expert, view)
+    pieces = None
+    if "pieces" in entry:
+        pieces = tuple(_expression(n, f"{where}, pieces") for n in _typed(entry, "pieces", list, where))
+        if not pieces or sum(n == -1 for n in pieces) > 1 or (layout is None and expert is None):
+            raise RuleError(f"{where}: pieces is a shape, with one -1 at most, and needs shard, replicated or expert")
+    return Rule(match, where, _typed(entry, "optional", bool, where, optional), 0, layout, expert, view, pieces)
 
 
 def _layout(entry: dict[str, Any], where: str) -> Layout | None:

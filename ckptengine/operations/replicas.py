@@ -52,7 +52,7 @@ def _contiguous(region: torch.Tensor) -> torch.Tensor:
 
 def check_replicas(structure: Structure, notes: Sequence[Mapping[str, Any]]) -> None:
     """Compare what the ranks hold; `ReplicasDiffer` names the tensors and the ranks that stand apart."""
-    written = [dict(map(tuple, note["crcs"])) for note in notes]
+    written: list[dict[int, int]] = [dict(zip(*note["crcs"], strict=True)) for note in notes]
     held = [dict(map(tuple, note["held"])) for note in notes]
     wrong: list[str] = []
     for ordinal in sorted({tensor for one in held for tensor in one}):

@@ -33,6 +33,7 @@ from ckptengine.operations.structure import Agreement, Structure
 from ckptengine.snapshot.capture import Capture
 from ckptengine.snapshot.port import CaptureEngine
 from ckptengine.snapshot.register import Planner, Registered
+from ckptengine.state.flatten import no_collection
 from ckptengine.state.leaves import FlatState
 from ckptengine.state.merge import merge_aliases, merge_values
 from ckptengine.store import names
@@ -305,7 +306,7 @@ class Saver:
         """Bring all ranks' parts together; rank 0 commits and tells the others."""
         note = {
             "file": [sealed.nbytes, sealed.tail_crc],
-            "crcs": [[tensor, raw] for tensor, raw in sealed.contributions.items()],
+            "crcs": [list(sealed.contributions), list(sealed.contributions.values())],
             "aliases": dict(job.flat.aliases),
             "values": job.flat.values,
             "held": job.held,
@@ -329,11 +330,12 @@ class Saver:
                 raise SaveFailed(f"step {job.step} was not committed: {'; '.join(failures[:4])}")
             if self._port.world > 1:
                 check_replicas(structure, gathered)
-            job.manifest = self._manifest(job, structure, gathered)
-            if not self._proven:
-                require_one_place(self._root, job.manifest)
-                self._proven = True
-            self._root.commit(job.manifest)
+            with no_collection():  # a manifest is a few objects per tensor, all of them needed until it is written
+                job.manifest = self._manifest(job, structure, gathered)
+                if not self._proven:
+                    require_one_place(self._root, job.manifest)
+                    self._proven = True
+                self._root.commit(job.manifest)
         except Exception as error:
             job.unsettled = isinstance(error, (Unsettled, Superseded))
             publish(self._port, key, {"error": str(error), "unsettled": job.unsettled})
@@ -343,9 +345,8 @@ class Saver:
     def _manifest(self, job: SaveJob, structure: Structure, notes: Sequence[Mapping[str, Any]]) -> Manifest:
         raws = np.zeros(len(structure.tensors), np.uint64)
         for one in notes:
-            if one["crcs"]:
-                found = np.array(one["crcs"], np.uint64)
-                raws[found[:, 0].astype(np.int64)] ^= found[:, 1]
+            ordinals, found = one["crcs"]
+            raws[np.array(ordinals, np.int64)] ^= np.array(found, np.uint64)
         crcs = standard_each(raws, np.array([t.nbytes for t in structure.tensors], np.int64)).tolist()
         tensors = [
             TensorRecord(t.name, t.dtype, t.shape, t.layout, t.writer, crc)

@@ -259,10 +259,10 @@ def optimizer_of(torch: Any, model: Any, options: dict[str, Any]) -> Any:
 
 
 def _lion(torch: Any) -> Any:
-    class Lion(torch.optim.Optimizer):  # type: ignore[misc]
+    class Lion(torch.optim.Optimizer):
         """One state, no counter."""
 
-        @torch.no_grad()  # type: ignore[misc]
+        @torch.no_grad()
         def step(self, closure: Any = None) -> None:
             for group in self.param_groups:
                 for p in group["params"]:
@@ -275,10 +275,10 @@ def _lion(torch: Any) -> Any:
 
 
 def _group_step(torch: Any) -> Any:
-    class GroupStep(torch.optim.Optimizer):  # type: ignore[misc]
+    class GroupStep(torch.optim.Optimizer):
         """Counts in the group as fused optimizers do, and keeps two states."""
 
-        @torch.no_grad()  # type: ignore[misc]
+        @torch.no_grad()
         def step(self, closure: Any = None) -> None:
             for group in self.param_groups:
                 group["step"] = group.get("step", 0) + 1
@@ -296,7 +296,7 @@ def model_of(torch: Any, options: dict[str, Any]) -> Any:
     nn = torch.nn
     width, vocabulary, tied, odd, experts = (11, 37, *(options.get(key) for key in ("tied", "odd", "moe")))
 
-    class Block(nn.Module):  # type: ignore[misc]
+    class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.norm = nn.LayerNorm(width)
@@ -316,7 +316,7 @@ def model_of(torch: Any, options: dict[str, Any]) -> Any:
                 x = x + self.moe(self.norm(x))[0]
             return x + self.down(nn.functional.gelu(self.up(self.norm(x)))) * self.scale[0]
 
-    class Model(nn.Module):  # type: ignore[misc]
+    class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.embed = nn.Embedding(vocabulary, width)
@@ -349,11 +349,11 @@ def pipeline(torch: Any, options: dict[str, Any]) -> Any:
     nn = torch.nn
     width, vocabulary = 11, 37
 
-    class Head(nn.Embedding):  # type: ignore[misc]
+    class Head(nn.Embedding):
         def forward(self, x: Any) -> Any:
             return x @ self.weight.t()
 
-    class Residual(nn.Module):  # type: ignore[misc]
+    class Residual(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.linear = nn.Linear(width, width)

@@ -77,6 +77,11 @@ class Training:
     def trained(self) -> list[Trained]:
         return [member for group in self.groups for member in group.members]
 
+    @property
+    def has_settings(self) -> bool:
+        """Whether the groups know their learning rates and so on: elastic checkpoints and mere weights do not."""
+        return any(set(group.options) - {STEP} for group in self.groups)
+
 
 def training_of(job: Job) -> Training:
     """Sort a conversion's tensors; `UnusableRequest` for what DeepSpeed cannot hold."""

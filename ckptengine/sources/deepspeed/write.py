@@ -3,6 +3,7 @@
 The target holds ``latest`` and ``global_step<N>/``.  ``zero`` is the stage (1 if not given; 0 is training without
 ZeRO, for any number of ranks), ``dp`` the number of ranks.  Parameters lie in the order of the optimizer's groups, so
 the job that resumes must build the same groups.  A parameter without a master copy gets its weight as one, exactly.
+Where the source has no settings of the groups, stages 1 and 2 are written as elastic: the job keeps its own.
 
 Options: ``sub_group_size`` (ZeRO-3; default 1,000,000,000, DeepSpeed's own), ``frozen`` (a regular expression of the
 parameters that are not trained; everything else that is not trained is a buffer), ``precision`` (``fp32``, ``bf16``
@@ -17,7 +18,7 @@ from typing import Any
 from ckptengine.errors import UnusableRequest
 from ckptengine.sources.deepspeed.classes import fragment_address, loss_scaler, zero_stage
 from ckptengine.sources.deepspeed.modelfile import ds_version, model_states
-from ckptengine.sources.deepspeed.training import Group, Trained, check_counters, training_of
+from ckptengine.sources.deepspeed.training import STEP, Group, Trained, check_counters, training_of
 from ckptengine.sources.deepspeed.write_plain import precision_of
 from ckptengine.sources.emit import Tensor
 from ckptengine.sources.torchrecords import Run, TorchFile, memory_bytes, read_bytes
@@ -89,9 +90,15 @@ class _Plan:
         self.paths = [*models, *optim]
 
     def check(self) -> None:
-        """Refuse what only the values of counters show."""
+        """Refuse what DeepSpeed could not go on from."""
+        training = self._training
         if self._stage:
-            check_counters(self._job, self._training)
+            check_counters(self._job, training)
+        if self._stage not in (1, 2) and not training.has_settings and any(m.states for m in training.trained):
+            raise UnusableRequest(
+                "the source holds optimizer states but no learning rates and other settings of its groups (it is "
+                f"elastic), which stage {self._stage} takes from the checkpoint; write zero=1 or 2, or deepspeed-universal"
+            )
 
     def file(self, path: str) -> tuple[TorchFile, object]:
         """A file's storages and its value."""
@@ -117,7 +124,8 @@ class _Plan:
             stop = min(start + unit, group.size)
             masters.append(file.flat("float32", stop - start, _even(group.members, start, stop, "")))
             runs = {key: _even(group.members, start, stop, key) for key in group.keys}
-            states[number] = self._states(file, group.members, unit, runs)
+            held = unit if self._training.has_settings else stop - start
+            states[number] = self._states(file, group.members, held, runs)
             paddings.append(unit - (stop - start))
             mappings.append(_mapping(group.members, start, stop))
         return {
@@ -125,7 +133,7 @@ class _Plan:
             "dynamic_loss_scale": self._training.optim.get("dynamic_loss_scale", self._half),
             "overflow": False,
             "clip_grad": self._training.optim.get("clip_grad", 0.0),
-            "base_optimizer_state": {"state": states, "param_groups": self._param_groups([[n] for n in states])},
+            **self._base(states),
             "single_partition_of_fp32_groups": masters,
             "zero_stage": zero_stage(self._stage),
             "group_paddings": paddings,
@@ -134,6 +142,15 @@ class _Plan:
             "ds_version": ds_version(self._training),
             "param_slice_mappings": mappings,
         }
+
+    def _base(self, states: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
+        """The base optimizer: as torch keeps it, or the states alone (elastic) so that the job's own settings stay."""
+        if self._training.has_settings:
+            return {
+                "base_optimizer_state": {"state": states, "param_groups": self._param_groups([[n] for n in states])}
+            }
+        steps = [group.options[STEP] for group in self._training.groups if STEP in group.options]
+        return {"base_optimizer_state": list(states.values()), "base_optimizer_state_step": (steps or [0])[0]}
 
     def _stage3(self, file: TorchFile, rank: int) -> dict[str, Any]:
         masters: list[Tensor] = []

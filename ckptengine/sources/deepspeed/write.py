@@ -97,7 +97,7 @@ class _Plan:
         if self._stage not in (1, 2) and not training.has_settings and any(m.states for m in training.trained):
             raise UnusableRequest(
                 "the source holds optimizer states but no learning rates and other settings of its groups (it is "
-                f"elastic), which stage {self._stage} takes from the checkpoint; write zero=1 or 2, or deepspeed-universal"
+                f"elastic), which stage {self._stage} takes from the checkpoint; write zero=1, or universal"
             )
 
     def file(self, path: str) -> tuple[TorchFile, object]:
@@ -150,7 +150,7 @@ class _Plan:
                 "base_optimizer_state": {"state": states, "param_groups": self._param_groups([[n] for n in states])}
             }
         steps = [group.options[STEP] for group in self._training.groups if STEP in group.options]
-        return {"base_optimizer_state": list(states.values()), "base_optimizer_state_step": (steps or [0])[0]}
+        return {"base_optimizer_state": list(states.values()), "base_optimizer_state_step": next(iter(steps), None)}
 
     def _stage3(self, file: TorchFile, rank: int) -> dict[str, Any]:
         masters: list[Tensor] = []

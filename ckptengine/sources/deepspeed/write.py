@@ -5,6 +5,8 @@ ZeRO, for any number of ranks), ``dp`` the number of ranks.  Parameters lie in t
 the job that resumes must build the same groups.  A parameter without a master copy gets its weight as one, exactly.
 Where the source has no settings of the groups, stages 1 and 2 are written as elastic: the job keeps its own.
 
+With ``ep`` the experts of DeepSpeed's own MoE layers lie on that many expert-parallel ranks (ZeRO-1 and -2).
+
 Options: ``sub_group_size`` (ZeRO-3; default 1,000,000,000, DeepSpeed's own), ``frozen`` (a regular expression of the
 parameters that are not trained; everything else that is not trained is a buffer), ``precision`` (``fp32``, ``bf16``
 or ``fp16``: what the job trains in, where neither 16-bit weights nor the source's DeepSpeed config say it).
@@ -19,6 +21,7 @@ from ckptengine.errors import UnusableRequest
 from ckptengine.sources.deepspeed.classes import fragment_address, loss_scaler, zero_stage
 from ckptengine.sources.deepspeed.modelfile import ds_version, model_states
 from ckptengine.sources.deepspeed.training import STEP, Group, Trained, check_counters, training_of
+from ckptengine.sources.deepspeed.write_experts import Share, experts_of, without_experts
 from ckptengine.sources.deepspeed.write_plain import precision_of
 from ckptengine.sources.emit import Tensor
 from ckptengine.sources.torchrecords import Run, TorchFile, memory_bytes, read_bytes
@@ -61,10 +64,10 @@ class _Plan:
 
     def __init__(self, job: Job) -> None:
         layout = job.layout
-        beyond = [axis for axis in ("tp", "pp", "vpp", "ep", "etp", "cp") if getattr(layout, axis) != 1]
+        beyond = [axis for axis in ("tp", "pp", "vpp", "etp", "cp") if getattr(layout, axis) != 1]
         if beyond:
             raise UnusableRequest(
-                f"ZeRO checkpoints are written for data-parallel ranks only, not with {beyond[0]} > 1; "
+                f"ZeRO checkpoints are written for data- and expert-parallel ranks only, not with {beyond[0]} > 1; "
                 "write deepspeed-universal, which DeepSpeed loads with any of them"
             )
         self._job = job
@@ -73,8 +76,7 @@ class _Plan:
         self._training = training_of(job)
         if not self._training.groups:
             raise UnusableRequest("there is no parameter that an optimizer could train; write safetensors instead")
-        if any(group.options.get("moe") for group in self._training.groups):
-            raise UnusableRequest("expert groups of ZeRO are cut by expert ranks, which this does not write")
+        self._experts = experts_of(self._training, layout.ep, layout.dp, self._stage)
         self.folder = f"global_step{job.step or 0}"
         precision = precision_of(job, self._training)
         self._half = precision == "float16"
@@ -87,7 +89,9 @@ class _Plan:
             models = [f"{self.folder}/mp_rank_00_model_states.pt"]
         self._ranks = {path: rank for paths in (models, optim) for rank, path in enumerate(paths)}
         self._models = set(models)
-        self.paths = [*models, *optim]
+        files = self._experts.files(self._training) if self._experts is not None else {}
+        self._expert_files = {f"{self.folder}/{name}": weights for name, weights in files.items()}
+        self.paths = [*models, *self._expert_files, *optim]
 
     def check(self) -> None:
         """Refuse what DeepSpeed could not go on from."""
@@ -103,13 +107,29 @@ class _Plan:
     def file(self, path: str) -> tuple[TorchFile, object]:
         """A file's storages and its value."""
         file = TorchFile()
+        if path in self._expert_files:
+            return file, {name: file.whole(self._job, held) for name, held in self._expert_files[path].items()}
         rank = self._ranks[path]
         if path in self._models:
-            value = model_states(self._job, self._training, file, self._member_groups(), self._stage, rank, self._dp)
-            return file, value
+            return file, self._model(file, rank)
         state = self._stage3(file, rank) if self._stage == 3 else self._stage12(file, rank)
         rest = {"ds_config": self._training.values.get("ds_config", {}), "ds_version": ds_version(self._training)}
         return file, {"optimizer_state_dict": state, **rest}
+
+    def _model(self, file: TorchFile, rank: int) -> dict[str, Any]:
+        groups, training = self._member_groups(), self._training
+        if self._experts is None:
+            return model_states(self._job, training, file, groups, self._stage, rank, self._dp)
+        dense = without_experts(training)
+        value = model_states(self._job, dense, file, groups, self._stage, rank, self._dp)
+        return {**value, "num_experts": list(self._experts.layers.values())}
+
+    def _shares(self, rank: int) -> list[Share]:
+        """The groups as a rank of ZeRO-1 or -2 sees them."""
+        groups = self._training.groups
+        if self._experts is not None:
+            return self._experts.shares(groups, rank)
+        return [Share(group, rank, self._dp) for group in groups]
 
     # the optimizer files
 
@@ -118,9 +138,11 @@ class _Plan:
         states: dict[int, dict[str, Any]] = {}
         paddings: list[int] = []
         mappings: list[dict[str, Any]] = []
-        for number, group in enumerate(self._training.groups):
-            unit = -(-group.size // (2 * self._dp)) * 2
-            start = min(rank * unit, group.size)
+        shares = self._shares(rank)
+        for number, share in enumerate(shares):
+            group = share.group
+            unit = -(-group.size // (2 * share.count)) * 2
+            start = min(share.position * unit, group.size)
             stop = min(start + unit, group.size)
             masters.append(file.flat("float32", stop - start, _even(group.members, start, stop, "")))
             runs = {key: _even(group.members, start, stop, key) for key in group.keys}
@@ -137,8 +159,8 @@ class _Plan:
             "single_partition_of_fp32_groups": masters,
             "zero_stage": zero_stage(self._stage),
             "group_paddings": paddings,
-            "param_alignment_paddings": [[0] * len(group.members) for group in self._training.groups],
-            "partition_count": [self._dp] * len(masters),
+            "param_alignment_paddings": [[0] * len(share.group.members) for share in shares],
+            "partition_count": [share.count for share in shares],
             "ds_version": ds_version(self._training),
             "param_slice_mappings": mappings,
         }
@@ -186,13 +208,15 @@ class _Plan:
 
     def _param_groups(self, numbers: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
         """The optimizer's groups with the flat parameters that are left of their parameters."""
-        groups = zip(self._training.groups, numbers, strict=True)
-        return [{**group.options, "params": list(flat)} for group, flat in groups]
+        options = [group.options for group in self._training.groups]
+        if self._experts is not None:
+            options = [share.group.options for share in self._shares(0)]
+        return [{**held, "params": list(flat)} for held, flat in zip(options, numbers, strict=True)]
 
     def _member_groups(self) -> list[Sequence[Trained]]:
         groups = self._training.groups
         if self._stage != 3:
-            return [group.members for group in groups]
+            return [share.group.members for share in self._shares(0)]
         return [members for group in groups for members in self._sub_groups(group)]
 
     def _sub_groups(self, group: Group) -> list[Sequence[Trained]]:

@@ -59,7 +59,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     ),
     "dist_bert_tp2_pp2": (4, {"tp": 2, "pp": 2, "model": "bert"}),
     "dist_t5_tp2": (2, {"tp": 2, "model": "t5", "bf16": True}),
-    "dist_frozen": (2, {"bf16": True, "frozen": "word_embeddings|layers.1."}),
+    "dist_frozen": (2, {"bf16": True, "frozen": "word_embeddings"}),
     "legacy_bert_tp2": (2, {"tp": 2, "model": "bert", "legacy": True}),
     "legacy_t5_tp2": (2, {"tp": 2, "model": "t5", "legacy": True, "bf16": True}),
     "legacy_tp2_pp2_vpp2": (4, {"tp": 2, "pp": 2, "vpp": 2, "legacy": True, "bf16": True, "swiglu": True}),
@@ -104,6 +104,14 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
         {"width": 4, "heads": 2, "ffn": 6, "padded": 8, "layers": 1, "tp": 2, "ep": 2, "experts": 4, "etp": 2}
         | {"legacy": True, "swiglu": True, "grouped": True},
     ),
+    "tiny_legacy_moe": (
+        4,
+        {**TINY, "layers": 1, "tp": 2, "ep": 2, "experts": 2, "legacy": True, "swiglu": True}
+        | {"distributed": "fully_reshardable"},
+    ),
+    "tiny_legacy_frozen": (1, {**TINY, "legacy": True, "sgd": True, "frozen": "word_embeddings"}),
+    "old_bucket_space": (4, {"tp": 2, "bf16": True, "swiglu": True, "distributed": "fully_sharded_bucket_space"}),
+    "old_gather_scatter": (2, {"bf16": True, "distributed": "dp_zero_gather_scatter"}),
     "legacy_mla": (2, {"tp": 2, "legacy": True, "mla": True}),
 }
 LAYERS, WIDTH, HEADS, VOCABULARY, PADDED = 4, 8, 4, 29, 32

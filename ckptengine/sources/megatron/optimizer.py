@@ -64,7 +64,10 @@ def optimizer_states(
         mine = [p for p in parameters if len(chained) == 1 or p.is_expert == (number > 0)]
         made = _Optimizer(rank, state, mine, inline)
         held = buffers[number] if number < len(buffers) else None
-        found += made.from_buffers(held) if isinstance(held, dict) else made.from_states()
+        if isinstance(held, dict):
+            found += made.from_buffers(held)
+        elif rank.buffers is None or made.has_states:  # else another expert-parallel rank has this one's buffers
+            found += made.from_states()
         groups += made.named_groups()
     return found, groups
 
@@ -83,7 +86,12 @@ class _Optimizer:
         self._inline = inline
         groups = self._inner.get("param_groups")
         self._groups = [group for group in groups if isinstance(group, dict)] if isinstance(groups, list) else []
-        self._members = [self._of_group(group) for group in self._groups]
+        self._members = [self._members_of(number, group) for number, group in enumerate(self._groups)]
+
+    @property
+    def has_states(self) -> bool:
+        """Whether the states lie here, and not in buffers."""
+        return bool(self._inner.get("state"))
 
     def named_groups(self) -> list[dict[Any, Any]]:
         return [
@@ -157,6 +165,32 @@ class _Optimizer:
                 seen.add(parameter.tensor.identity)
                 found.append(parameter)
         return found
+
+    def _members_of(self, number: int, group: Mapping[str, Any]) -> list[Parameter]:
+        """The parameters of a group.  Where the rule fails (frozen parameters, groups of the user's own), those whose
+        weights are the group's fp32 copies, rounded, if there is just one such choice in the module's order.
+        """
+        members = self._of_group(group)
+        positions, masters = group.get("params"), self._outer.get("fp32_from_fp16_params")
+        copies = masters[number] if isinstance(masters, list) and number < len(masters) else None
+        if not isinstance(positions, list) or not isinstance(copies, list) or len(positions) == len(members):
+            return members
+        trained = self._trained()
+        first = self._earliest(copies, trained)
+        last = self._earliest(copies[::-1], trained[::-1])
+        return first if first is not None and last is not None and first == last[::-1] else members
+
+    def _earliest(self, copies: Sequence[object], parameters: Sequence[Parameter]) -> list[Parameter] | None:
+        rest, found = iter(parameters), []
+        for copy in copies:
+            parameter = next((p for p in rest if isinstance(copy, StoredTensor) and self._is_copy(copy, p)), None)
+            if parameter is None:
+                return None
+            found.append(parameter)
+        return found
+
+    def _is_copy(self, copy: StoredTensor, parameter: Parameter) -> bool:
+        return copy.shape == parameter.tensor.shape and self._agrees([parameter], [0], copy)
 
     def _of_group(self, group: Mapping[Any, Any]) -> list[Parameter]:
         """The parameters of a group, by the rule that Megatron groups them by."""

@@ -14,7 +14,7 @@ from ckptengine.layout.tensor import Fragment, LogicalTensor
 from ckptengine.sources.dcp.metadata import METADATA, Chunk, Item, TensorRecord, read_metadata
 from ckptengine.sources.dcp.source import DcpItems
 from ckptengine.sources.files import InlineFiles
-from ckptengine.sources.megatron.buckets import MASTER, Slot, find_slots, is_bucket, state_fragments
+from ckptengine.sources.megatron.buckets import MASTER, REMEDY, Slot, find_slots, is_bucket, state_fragments
 from ckptengine.sources.megatron.flattened import is_flattened, unflatten
 from ckptengine.sources.megatron.masters import SAMPLE, rounds_to
 from ckptengine.sources.megatron.naming import canonical_names, wrapper_prefix
@@ -28,6 +28,7 @@ MANIFEST = "metadata.json"
 COMMON = "common.pt"
 MAX_MANIFEST_BYTES = 1 << 20
 _GROUPS = re.compile(r"(?:chained_\d+\.)?optimizer\.distributed\.dp_group_idx_\d+\.optimizer(?:/.*)?")
+_GATHERED = re.compile(r"(?:chained_\d+\.)?optimizer\.distributed\.dp_group_idx_\d+\.param_state(?:/.*)?")
 _BACKENDS = ("torch_dist",)
 
 
@@ -61,7 +62,7 @@ class TorchDistSource:
         self._pieces: dict[tuple[str, tuple[int, ...]], Fragment] = {}
         self._slots: dict[str, list[Slot]] = {}
         self._bucketed: dict[str, tuple[str, str]] = {}
-        if any(map(is_bucket, self._records)) and not _leaves_out(opening):
+        if not _leaves_out(opening):
             self._read_buckets()
         self._steps = self._step_names() if self._step is not None else {}
 
@@ -124,6 +125,13 @@ class TorchDistSource:
     # the distributed optimizer's buckets
 
     def _read_buckets(self) -> None:
+        if any(map(_GATHERED.fullmatch, self._objects)):
+            raise UnreadableFormat(
+                f"{self.files.root} keeps the distributed optimizer's states as one object per model-parallel rank "
+                f"(dp_zero_gather_scatter), which is not read; {REMEDY}"
+            )
+        if not any(map(is_bucket, self._records)):
+            return
         arguments = plain(self._common.get("args"))
         try:
             slots = find_slots(self._records, arguments if isinstance(arguments, dict) else {}, self._agrees)

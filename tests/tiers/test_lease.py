@@ -17,7 +17,7 @@ from .contract import loop
 
 __all__ = ["loop"]
 
-QUICK = LeaseTimes(renew_s=0.05, expiry_s=0.5, poll_s=0.05)
+QUICK = LeaseTimes(renew_s=0.05, expiry_s=1.0, poll_s=0.05)
 SLOW = LeaseTimes(renew_s=3600, expiry_s=0.3, poll_s=0.05)
 
 
@@ -29,7 +29,7 @@ def tier(tmp_path: Path, loop: IoLoop) -> BlockingTier:
 def test_a_free_root_is_taken_at_once(tier: BlockingTier) -> None:
     started_s = time.monotonic()
     lease = Lease(tier, QUICK)
-    assert time.monotonic() - started_s < 0.3
+    assert time.monotonic() - started_s < QUICK.expiry_s
     assert len(tier.entries("lease/")) == 1
     lease.release()
     lease.release()
@@ -54,7 +54,7 @@ def test_a_dead_holder_is_taken_over_in_the_stated_time(tier: BlockingTier) -> N
     dead = Lease(tier, SLOW)  # it never renews: as good as dead
     started_s = time.monotonic()
     heir = Lease(tier, QUICK)
-    assert QUICK.expiry_s <= time.monotonic() - started_s < QUICK.expiry_s + 1
+    assert QUICK.expiry_s <= time.monotonic() - started_s < QUICK.expiry_s + 10
     assert dead.lost, "by its own clock, without being told"
     assert not heir.lost
     assert len(tier.entries("lease/")) == 1
@@ -105,7 +105,7 @@ def test_trouble_with_renewing_is_not_the_end_at_once(tmp_path: Path, loop: IoLo
     place.down = True
     time.sleep(0.2)
     assert not lease.lost
-    time.sleep(0.6)
+    time.sleep(QUICK.expiry_s)
     assert lease.lost
     place.down = False
     deadline_s = time.monotonic() + 5

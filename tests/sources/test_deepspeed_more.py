@@ -162,6 +162,33 @@ def test_optimizers_of_experts(tmp_path: Path, ranks: int) -> None:
     assert len(groups["optim"]["param_groups"][1]["params"]) == 8
 
 
+@pytest.mark.parametrize("layout", ["zero=1", "dp=4,ep=2,zero=2", "dp=6,ep=2,zero=1", "dp=4,ep=4,zero=1"])
+def test_experts_written_for_other_ranks(tmp_path: Path, layout: str) -> None:
+    (tmp_path / "source").mkdir()
+    truth = experts_without_zero(tmp_path / "source")
+    convert(open_source(tmp_path / "source"), tmp_path / "target", to="deepspeed", layout=layout)
+    made = open_source(tmp_path / "target")
+    masters = {f"optim.{name.removeprefix('model.')}.master": t for name, t in truth.items() if "model." in name}
+    assert set(made.names()) == {*truth, *masters}
+    for name, tensor in {**truth, **masters}.items():
+        assert read_bytes(made.files, made.tensor(name)) == tensor.numpy().tobytes(), name
+    folder = tmp_path / "target" / "global_step3"
+    assert len(list(folder.glob("layer_0_expert_?_mp_rank_00_model_states.pt"))) == 4
+    module = torch.load(folder / "mp_rank_00_model_states.pt", weights_only=True)
+    assert (set(module["module"]), module["num_experts"]) == ({"up", "gate"}, [4])
+
+
+def test_experts_that_cannot_be_written(tmp_path: Path, written: Path) -> None:
+    experts_without_zero(tmp_path)
+    source = open_source(tmp_path)
+    for layout, match in (("dp=3,ep=3,zero=1", "4 experts"), ("dp=3,ep=2,zero=1", "dp=3"), ("zero=3", "stage 3")):
+        with pytest.raises(UnusableRequest, match=match):
+            convert(source, tmp_path / "target", to="deepspeed", layout=layout)
+    with pytest.raises(UnusableRequest, match="there are none"):
+        dense = open_source(written / "zero2_dp3_nadam" / "checkpoint")
+        convert(dense, tmp_path / "target", to="deepspeed", layout="dp=2,ep=2")
+
+
 def test_a_missing_expert_optimizer_is_named(tmp_path: Path) -> None:
     experts_without_zero(tmp_path, 4)
     (tmp_path / "expp_rank_2_mp_rank_00_optim_states.pt").unlink()

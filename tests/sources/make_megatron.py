@@ -411,8 +411,21 @@ def sharded_states(chunks: Any, optimizer: Any, options: dict[str, Any], loading
         state[key] = chunk.module.sharded_state_dict()
     model_states = {key: value for key, value in state.items() if key.startswith("model")}
     kwargs = {"metadata": metadata, "is_loading": loading}
+    if options.get("distributed") == "fully_sharded_bucket_space":
+        for one in getattr(optimizer, "chained_optimizers", [optimizer]):
+            without_step(one)
     state["optimizer"] = optimizer.sharded_state_dict(model_states if len(chunks) > 1 else state["model"], **kwargs)
     return state
+
+
+def without_step(optimizer: Any) -> None:
+    """With torch's Adam, whose step is a state like others, Megatron before 0.15 cannot write its buckets."""
+    plain = type(optimizer)._get_main_param_and_optimizer_states
+
+    def states(parameter: Any) -> dict[str, Any]:
+        return {key: value for key, value in plain(optimizer, parameter).items() if key != "step"}
+
+    optimizer._get_main_param_and_optimizer_states = states
 
 
 def whole_states(torch: Any, optimizer: Any, states: dict[str, Any]) -> dict[str, Any]:

@@ -55,6 +55,7 @@ class LegacySource:
         self.metrics: Mapping[str, float] = {}
         self._ranks = {rank: _read(base, folder) for rank, folder in _numbered(base).items()}
         first = self._ranks[0, 0, 0]
+        self._expert_tp = _size(first.arguments, "expert_tensor")
         iteration = first.rest.get("iteration")
         self.step = iteration if type(iteration) is int else opening.step
         self._pieces: dict[str, _Pieces] = {}
@@ -119,10 +120,10 @@ class LegacySource:
     def _add(self, name: str, parameter: str, rank: tuple[int, int], held: Held) -> None:
         pieces = self._pieces.setdefault(name, _Pieces(parameter))
         ep, tp = rank
+        if _EXPERTS in parameter and self._expert_tp is not None:
+            tp %= self._expert_tp  # experts may be cut over fewer ranks than the rest
         if _EXPERTS not in parameter or _EXPERT.fullmatch(parameter):
-            ep = min((other for other, _ in pieces.held), default=ep)  # the same on all expert-parallel ranks
-            if rank[0] != ep:
-                return
+            ep = 0  # the same on all expert-parallel ranks, or on one of them only
         pieces.held.setdefault((ep, tp), held)
 
     def _layer_offsets(self) -> dict[tuple[int, int, int], int]:
@@ -133,7 +134,8 @@ class LegacySource:
         stages = 1 + max(pp for _, pp, _ in self._ranks)
         offsets: dict[tuple[int, int, int], int] = {}
         for ep in sorted({ep for _, _, ep in self._ranks}):
-            chunks = {pp: self._ranks[0, pp, ep].chunks for pp in range(stages)}
+            tp = min(tp for tp, _, other in self._ranks if other == ep)
+            chunks = {pp: self._ranks[tp, pp, ep].chunks for pp in range(stages)}
             if len({len(held) for held in chunks.values()}) > 1:
                 raise UnreadableFormat(f"{self.files.root}: pipeline ranks have different numbers of virtual stages")
             offset = 0
@@ -160,17 +162,16 @@ def _numbered(files: Files) -> dict[Rank, str]:
     if len(widths) > 1:
         raise UnreadableFormat(f"{files.root} mixes folders of runs with different parallelism")
     (width,) = widths
-    pipeline = width != 2 or _has_pipeline(files, found[min(found)])
+    arguments = _read(files, found[min(found)].rstrip("/")).arguments
+    pipeline = width != 2 or _has_pipeline(arguments)
     ranks: dict[Rank, str] = {}
     for numbers, folder in found.items():
         tp, second, third = (*numbers, 0, 0)[:3]
         ranks[(tp, second, third) if pipeline else (tp, 0, second)] = folder
-    wanted = [
-        (tp, pp, ep)
-        for tp in range(1 + max(tp for tp, _, _ in ranks))
-        for pp in range(1 + max(pp for _, pp, _ in ranks))
-        for ep in range(1 + max(ep for _, _, ep in ranks))
-    ]
+    tps, pps, eps = (1 + max(rank[axis] for rank in ranks) for axis in range(3))
+    expert_tp = _size(arguments, "expert_tensor") or tps
+    pairs = {(rank % tps, rank // expert_tp % eps) for rank in range(tps * eps * expert_tp)}
+    wanted = [(tp, pp, ep) for tp in range(tps) for pp in range(pps) for ep in range(eps) if (tp, ep) in pairs]
     missing = [rank for rank in wanted if rank not in ranks]
     if missing:
         tp, pp, ep = missing[0]
@@ -181,10 +182,14 @@ def _numbered(files: Files) -> dict[Rank, str]:
     return {rank: ranks[rank].rstrip("/") for rank in wanted}
 
 
-def _has_pipeline(files: Files, folder: str) -> bool:
-    arguments = _read(files, folder.rstrip("/")).arguments
-    stages, experts = (arguments.get(f"{axis}_model_parallel_size") for axis in ("pipeline", "expert"))
-    return not (stages in (None, 1) and isinstance(experts, int) and experts > 1)
+def _has_pipeline(arguments: Mapping[Any, Any]) -> bool:
+    return (_size(arguments, "pipeline_model") or 1) > 1 or (_size(arguments, "expert_model") or 1) == 1
+
+
+def _size(arguments: Mapping[Any, Any], axis: str) -> int | None:
+    """The degree of a parallel axis as the arguments have it."""
+    size = arguments.get(f"{axis}_parallel_size")
+    return size if type(size) is int and size > 0 else None
 
 
 def _read(files: Files, folder: str) -> RankFile:

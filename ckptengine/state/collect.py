@@ -14,11 +14,12 @@ from torch.optim import Optimizer
 
 from ckptengine.errors import CheckpointError, UnsupportedValue
 from ckptengine.state import modules, names, objects, optimizers
-from ckptengine.state.encoding import Encoder, Json, where
+from ckptengine.state.encoding import Encoder, Json, items_of, where
 from ckptengine.state.leaves import Role
 from ckptengine.state.optimizers import ParameterEntry
 from ckptengine.state.scalars import array_dtype
 from ckptengine.state.sharded import PerRank, Sharded
+from ckptengine.state.tensor_dicts import TensorDict, is_tensor_dict
 from ckptengine.state.tensors import Described, describe, global_rank
 
 TensorLike = torch.Tensor | Sharded
@@ -52,6 +53,7 @@ class Walk:
     per_rank: dict[str, Json] = field(default_factory=dict)
     keep: list[object] = field(default_factory=list)
     in_containers: dict[str, TensorLike] = field(default_factory=dict)
+    tensor_dicts: dict[str, TensorDict] = field(default_factory=dict)
     on_meta: list[str] = field(default_factory=list)
 
 
@@ -62,6 +64,7 @@ class Collector:
         self._meta_ok = meta_ok
         self.walk = Walk()
         self.encoder = Encoder(self._leaf)
+        self.encoder.mapping = self._entries
         self._rank: int | None = None
         self._in_object = 0
         self._parameter: Described | None = None
@@ -78,10 +81,24 @@ class Collector:
             for optimizer, name, node in self._pending:  # after all modules, whose names they use
                 self._optimizer(optimizer, name, node)
         finally:
-            self.encoder.leaf = None  # it refers to us: a walk of very many tensors must not be cyclic garbage
+            # They refer to us: a walk of very many tensors must not be cyclic garbage.
+            self.encoder.leaf = self.encoder.mapping = None
         self._own_by_storage()
         walk.types = self.encoder.types
         return walk
+
+    def _entries(self, value: dict[Any, Any], name: str) -> Json:
+        """Encode the entries of a mapping, and remember it where a later walk can confirm it as a whole."""
+        items = items_of(self.encoder, value, name)
+        if self._confirmable() and is_tensor_dict(value):
+            self.walk.tensor_dicts[name] = TensorDict(value, items)
+            for _ in value:  # each of them was the last to be noted
+                self.walk.in_containers.popitem()
+        return items
+
+    def _confirmable(self) -> bool:
+        """Whether tensors here are those of the state itself: not an object's, one rank's, or an optimizer's."""
+        return not self._in_object and self._rank is None and self._parameter is None
 
     def _leaf(self, value: object, name: str) -> Any:
         if isinstance(value, _TENSORS):

@@ -42,6 +42,12 @@ class LeafHook(Protocol):
     def __call__(self, value: object, name: str) -> Any: ...
 
 
+class MappingHook(Protocol):
+    """Encodes the entries of a mapping in place of `items_of`."""
+
+    def __call__(self, value: dict[Any, Any], name: str) -> Json: ...
+
+
 Encode = Callable[["Encoder", Any, str], Json]
 ENCODERS: dict[type, Encode] = {}
 """How values of exactly this type are written; `ckptengine.state.scalars` adds the types of numpy and torch."""
@@ -52,6 +58,7 @@ class Encoder:
 
     def __init__(self, leaf: LeafHook | None = None) -> None:
         self.leaf = leaf
+        self.mapping: MappingHook | None = None
         self.types: dict[str, type] = {}
         self._open: set[int] = set()
 
@@ -221,6 +228,10 @@ def _keys_are_simple(value: dict[Any, Any]) -> bool:
 
 
 def _items(encoder: Encoder, value: dict[Any, Any], name: str) -> Json:
+    return items_of(encoder, value, name) if encoder.mapping is None else encoder.mapping(value, name)
+
+
+def items_of(encoder: Encoder, value: dict[Any, Any], name: str) -> Json:
     """The shared form of mappings: a plain object where sorting its keys changes nothing, else a list of pairs."""
     encoder.enter(value, name)
     try:

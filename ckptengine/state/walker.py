@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from ckptengine.state import modules, names, random
 from ckptengine.state.collect import Collector, TensorLike, Walk
-from ckptengine.state.encoding import Json
+from ckptengine.state.encoding import Json, items_of
 from ckptengine.state.flatten import collect, freeze, leaf_of, no_collection
 from ckptengine.state.leaves import FlatState
 from ckptengine.state.optimizers import OptimizerView
@@ -114,6 +114,7 @@ class _Remembered:
         self.dynamic = {leaf.name: i for i, leaf in enumerate(flat.tensors) if walk.found[leaf.name].live is None}
         self.modules = {name: _module_probes(view) for name, view in walk.modules.items() if view.saves_plainly}
         self.optimizers = {name: _optimizer_probes(view) for name, view in walk.optimizers.items()}
+        self.count = len(walk.in_containers) + sum(map(len, walk.tensor_dicts.values()))
         self.contained = {
             name: (live, local_of(live), local_of(live).data_ptr(), local_of(live).shape)
             for name, live in walk.in_containers.items()
@@ -167,7 +168,7 @@ class _Recollector(Collector):
     def run(self, state: object) -> Walk:
         walk = super().run(state)
         last = self._last
-        if self._confirmed != len(last.contained) or self._visited != len(last.modules) + len(last.optimizers):
+        if self._confirmed != last.count or self._visited != len(last.modules) + len(last.optimizers):
             raise _Changed
         if walk.found.keys() != last.dynamic.keys() or walk.per_rank.keys() != last.walk.per_rank.keys():
             raise _Changed
@@ -176,6 +177,15 @@ class _Recollector(Collector):
             if (found.described.dtype, found.described.global_shape) != (known.dtype, known.global_shape):
                 raise _Changed
         return walk
+
+    def _entries(self, value: dict[Any, Any], name: str) -> Json:
+        known = self._last.walk.tensor_dicts.get(name) if self._confirmable() else None
+        if known is None:
+            return items_of(self.encoder, value, name)
+        if not known.is_same(value):
+            raise _Changed
+        self._confirmed += len(known)
+        return known.items
 
     def _leaf(self, value: object, name: str) -> Any:
         known = self._last.contained.get(name)

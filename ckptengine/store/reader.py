@@ -34,7 +34,7 @@ class Reader:
         self._files, self._prefix = files, prefix
         self._ranks = {self.path(rank): rank for rank in range(manifest.world)}
         self._tails: dict[int, rankfile.Tail] = {}
-        self._by_offset: dict[int, npt.NDArray[np.int64]] = {}
+        self._by_offset: dict[int, tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = {}
         self._keys: dict[int, list[int]] = {}
         self._granules: dict[tuple[int, int], npt.NDArray[np.uint64]] = {}
         self._lock = threading.Lock()
@@ -115,16 +115,20 @@ class Reader:
         index = self.tail(rank).index
         keys, wanted = _keys(index), _keys_of(tensors, pieces)
         rows = np.minimum(np.searchsorted(keys, wanted), max(len(keys) - 1, 0)).astype(np.int64)
-        good = (keys[rows] == wanted) & (index["nbytes"][rows] == nbytes) if len(keys) else np.zeros(len(rows), np.bool_)
+        good = np.zeros(len(rows), np.bool_)
+        if len(keys):
+            good = (keys[rows] == wanted) & (index["nbytes"][rows] == nbytes)
         for place in np.flatnonzero(~good).tolist():
             self.located(rank, int(tensors[place]), int(pieces[place]), int(nbytes[place]))
         return rows
 
     def row_at(self, path: str, offset: int) -> Any:
         """The index record of the extent that begins at ``offset`` of a rank file, None where there is none."""
-        index = self.tail(self._ranks[path]).index
-        found = np.flatnonzero(index["offset"] == offset)
-        return index[int(found[0])] if len(found) else None
+        rank = self._ranks[path]
+        tail = self.tail(rank)
+        order, starts = self._order(rank, tail)
+        place = int(np.searchsorted(starts, offset))
+        return tail.index[order[place]] if place < len(starts) and starts[place] == offset else None
 
     # ---- verified bytes
 
@@ -134,8 +138,7 @@ class Reader:
         if rank is None:
             raise NotFound(f"{path} is no rank file of step {self.manifest.step}")
         tail = self.tail(rank)
-        order = self._order(rank, tail)
-        starts = tail.index["offset"][order].astype(np.int64)
+        order, starts = self._order(rank, tail)
         view = view.cast("B")
         done = 0
         while done < len(view):
@@ -161,10 +164,12 @@ class Reader:
         if any(view):
             raise DigestMismatch(f"{path}: the padding at byte {offset} is not zero; the file is damaged")
 
-    def _order(self, rank: int, tail: rankfile.Tail) -> npt.NDArray[np.int64]:
+    def _order(self, rank: int, tail: rankfile.Tail) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """The rows of the index by offset, and those offsets."""
         with self._lock:
             if rank not in self._by_offset:
-                self._by_offset[rank] = np.argsort(tail.index["offset"], kind="stable").astype(np.int64)
+                order = np.argsort(tail.index["offset"], kind="stable").astype(np.int64)
+                self._by_offset[rank] = order, tail.index["offset"][order].astype(np.int64)
             return self._by_offset[rank]
 
     def _read_extent(self, rank: int, row: int, start: int, view: memoryview) -> None:

@@ -1,0 +1,50 @@
+"""Dicts of tensors and nothing else, confirmed as columns: with very many small tensors they are the whole walk."""
+
+from __future__ import annotations
+
+from operator import is_
+from typing import Any
+
+import torch
+
+from ckptengine.state.encoding import Json
+
+FEW = 8
+"""Dicts with fewer entries are walked entry by entry."""
+_PLAIN = {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}
+
+
+def is_tensor_dict(value: dict[Any, Any]) -> bool:
+    """Whether a dict holds plain tensors only, and enough of them."""
+    return len(value) >= FEW and set(map(type, value.values())) <= _PLAIN
+
+
+class TensorDict:
+    """A dict of plain tensors as a walk found it, and the encoding of its entries."""
+
+    __slots__ = ("_addresses", "_keys", "_shapes", "_tensors", "items")
+
+    def __init__(self, value: dict[Any, Any], items: Json) -> None:
+        self.items = items
+        self._keys = list(value)
+        self._tensors: list[torch.Tensor] = list(value.values())
+        self._addresses = [tensor.data_ptr() for tensor in self._tensors]
+        shared: dict[torch.Size, torch.Size] = {}
+        self._shapes = [shared.setdefault(tensor.shape, tensor.shape) for tensor in self._tensors]
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def is_same(self, value: dict[Any, Any]) -> bool:
+        """Whether ``value`` has the same tensors, at the same addresses, under the same keys in the same order."""
+        return (
+            len(value) == len(self._keys)
+            and all(map(is_, value.values(), self._tensors))
+            and (all(map(is_, value, self._keys)) or self._has_keys(list(value)))
+            and [tensor.data_ptr() for tensor in self._tensors] == self._addresses
+            and [tensor.shape for tensor in self._tensors] == self._shapes
+        )
+
+    def _has_keys(self, keys: list[Any]) -> bool:
+        """Equal keys of equal types: 1, 1.0 and True are one key of a dict and three names."""
+        return keys == self._keys and list(map(type, keys)) == list(map(type, self._keys))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save, torch_save_to_dcp
@@ -18,9 +18,9 @@ Convert = Callable[[Path, Path], None]
 """From the source to a target that does not exist yet."""
 
 
-def _own(target_format: str) -> Convert:
+def _own(target_format: str, layout: str | None = None, options: Mapping[str, object] | None = None) -> Convert:
     def convert(source: Path, target: Path) -> None:
-        require("ckptengine").convert(str(source), str(target), to=target_format)
+        require("ckptengine").convert(str(source), str(target), to=target_format, layout=layout, options=options)
 
     return convert
 
@@ -76,17 +76,22 @@ def copy_directly(source: Path, target: Path) -> None:
 CONVERSIONS: dict[str, dict[str, Convert]] = {
     "dcp -> torch": {"pwrite": copy_directly, "ckptengine": _own("torch"), "dcp-save": _dcp_to_torch},
     "torch -> dcp": {"pwrite": copy_directly, "ckptengine": _own("dcp"), "dcp-save": _torch_to_dcp},
-    "dcp -> safetensors": {"pwrite": copy_directly, "ckptengine": _own("safetensors")},
-    "dcp -> zarr": {"pwrite": copy_directly, "ckptengine": _own("zarr")},
+    "dcp -> safetensors": {"ckptengine": _own("safetensors")},
+    "dcp -> zarr": {"ckptengine": _own("zarr")},
+    "dcp -> native": {"ckptengine": _own("native")},
     "deepspeed -> universal": {
         "pwrite": copy_directly,
         "ckptengine": _own("deepspeed-universal"),
         "deepspeed-fast": _deepspeed_script("checkpoint.ds_to_universal", _universal),
     },
-    "deepspeed -> safetensors": {"pwrite": copy_directly, "ckptengine": _own("safetensors")},
     "deepspeed -> fp32 weights": {
-        "pwrite": copy_directly,
+        "ckptengine": _own("safetensors", options={"weights_only": True}),
         "deepspeed-fast": _deepspeed_script("utils.zero_to_fp32", _fp32),
     },
+    "deepspeed -> safetensors": {"ckptengine": _own("safetensors")},
+    "deepspeed -> zarr": {"ckptengine": _own("zarr")},
+    "deepspeed -> dcp": {"ckptengine": _own("dcp")},
+    "deepspeed -> native": {"ckptengine": _own("native")},
+    "deepspeed -> deepspeed": {"ckptengine": _own("deepspeed", "dp=2,zero=1")},
 }
 """Source and target format: the converter of each engine that has one."""

@@ -17,6 +17,7 @@ from ..state import gpt_state
 
 RANKS = 2
 TAG = "global_step1"
+TRUTH = "deepspeed-truth.pt"
 
 
 def write(job: Job) -> dict[str, Any]:
@@ -40,5 +41,25 @@ def write(job: Job) -> dict[str, Any]:
     engine.backward(loss)
     engine.step()
     engine.save_checkpoint(str(Path(job.directory) / "deepspeed"), tag=TAG)
+    found = _truth(state.model)
+    if dist.get_rank() == 0:
+        torch.save(found, Path(job.directory) / TRUTH)
     dist.barrier()
     return {"state_bytes": state.size_bytes}
+
+
+def _truth(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Weights and moments as DeepSpeed itself gathers them from the live engine; a collective call."""
+    utils = require("deepspeed.utils", "deepspeed")
+    found: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        found[f"{name}:weight"] = utils.safe_get_full_fp32_param(parameter).detach().clone()
+        for kind in ("exp_avg", "exp_avg_sq"):
+            found[f"{name}:{kind}"] = utils.safe_get_full_optimizer_state(parameter, kind).detach().clone()
+    return found
+
+
+def truth(root: Path) -> dict[str, torch.Tensor]:
+    """What the checkpoint under ``root`` holds, told by DeepSpeed when it wrote it."""
+    loaded: dict[str, torch.Tensor] = torch.load(root / TRUTH, weights_only=True)
+    return loaded

@@ -20,8 +20,9 @@ from ckptengine.layout.cover import prove_cover
 from ckptengine.layout.tensor import LogicalTensor
 from ckptengine.operations.read import SCRATCH_BYTES, BoxReader, default_workers
 from ckptengine.sources.direct import BUFFER_BYTES, DirectReads
+from ckptengine.sources.files import is_url
 from ckptengine.sources.port import Source, Verifying
-from ckptengine.sources.writer import Job, Layout, Unit, Writer
+from ckptengine.sources.writer import Job, Layout, Unit, Writer, WritesFile
 from ckptengine.version import version
 
 CHUNK_BYTES = 16 << 20
@@ -134,6 +135,10 @@ def make_plan(
     bound that cannot be kept, and what the writer raises for what its format cannot hold.
     """
     writer = writer_of(to)
+    target_name = os.path.basename(target.rstrip("/"))
+    single = writer.file(target_name) if isinstance(writer, WritesFile) else None
+    if single is not None and is_url(target) and not target.startswith("file://"):
+        raise UnusableRequest(f"{target_name} names a file, and remote targets are folders; leave its suffix out")
     names = list(source.names())
     tensors = _Tensors(source)
     aliases = source.aliases()
@@ -157,6 +162,7 @@ def make_plan(
         options=dict(options or {}),
         provenance=_provenance(source, rules),
         rules=rules,
+        target_name=target_name,
     )
     units = writer.units(job)
     plan = Plan(

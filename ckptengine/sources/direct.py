@@ -20,6 +20,8 @@ BUFFER_BYTES = 4 << 20
 
 _ALIGNMENT = 4096
 
+AHEAD_SHARE = 4
+"""Read-ahead is at most this part of the bytes that were wanted in a row."""
 
 NEAR_BYTES = 64 << 10
 """A read that begins this close behind the last one of its thread is taken for the next of many."""
@@ -27,13 +29,14 @@ NEAR_BYTES = 64 << 10
 
 @dataclass(slots=True)
 class _Thread:
-    """What one thread holds: a buffer, and which bytes of which file are in it."""
+    """What one thread holds: a buffer, which bytes of which file are in it, and how many were wanted in a row."""
 
     buffer: memoryview
     path: str = ""
     start: int = 0
     length: int = 0
     last_end: int = 0
+    streak_bytes: int = 0
 
     def holds(self, path: str, offset: int, nbytes: int) -> bool:
         return path == self.path and self.start <= offset and offset + nbytes <= self.start + self.length
@@ -64,15 +67,19 @@ class DirectReads:
             at = offset - mine.start
             view[:] = mine.buffer[at : at + len(view)]
             mine.last_end = offset + len(view)
+            mine.streak_bytes += len(view)
             return
-        ahead = len(view) < LEAST_BYTES and mine.follows(path, offset)
+        mine.streak_bytes = len(view) + (mine.streak_bytes if mine.follows(path, offset) else 0)
+        # As with the kernel's read-ahead: what may be read in vain is a fraction of what was wanted in a row so far.
+        ahead_bytes = min(BUFFER_BYTES, mine.streak_bytes // AHEAD_SHARE) if len(view) < LEAST_BYTES else 0
+        ahead = ahead_bytes > len(view)
         local = self._files.local_path(path) if ahead or len(view) >= LEAST_BYTES else None
-        if local is None or not self._read(local, path, offset, view, mine, ahead=ahead):
+        if local is None or not self._read(local, path, offset, view, mine, ahead_bytes if ahead else 0):
             self._files.read_into(path, offset, view)
             mine.path, mine.length = path, 0
         mine.last_end = offset + len(view)
 
-    def _read(self, local: str, path: str, offset: int, view: memoryview, mine: _Thread, *, ahead: bool) -> bool:
+    def _read(self, local: str, path: str, offset: int, view: memoryview, mine: _Thread, ahead_bytes: int) -> bool:
         """False where direct I/O is refused; the ordinary way then also tells what is wrong with the file."""
         try:
             fd = os.open(local, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT | os.O_NOFOLLOW)
@@ -80,11 +87,11 @@ class DirectReads:
             self._refused = True
             return False
         try:
-            done = 0 if ahead else _in_place(fd, offset, view)
+            done = 0 if ahead_bytes else _in_place(fd, offset, view)
             while done < len(view):
                 at = offset + done
                 start = at // _ALIGNMENT * _ALIGNMENT
-                wanted = BUFFER_BYTES if ahead else min(BUFFER_BYTES, _up(at - start + len(view) - done))
+                wanted = min(BUFFER_BYTES, _up(at - start + max(ahead_bytes, len(view) - done)))
                 mine.path, mine.start, mine.length = path, start, 0
                 mine.length = os.preadv(fd, [mine.buffer[:wanted]], start)
                 take = min(start + mine.length - at, len(view) - done)

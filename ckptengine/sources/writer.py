@@ -125,6 +125,7 @@ class Job:
     ``tensor(name)`` gives a header whose shape and dtype are the target's; ``read(name, box, out)`` fills a writable
     contiguous buffer or an array of the box's shape.  Both may be called from several threads.  ``values`` are plain
     values; ``encoded_values`` their typed encoding where the source holds that, which loses nothing, else None.
+    ``target_name`` is the last part of the target's path, for formats in which it says file or folder.
     """
 
     names: Sequence[str]
@@ -142,6 +143,7 @@ class Job:
     provenance: Mapping[str, object] = field(default_factory=dict)
     rules: object = None
     digests: Mapping[str, str] = field(default_factory=dict)
+    target_name: str = ""
 
 
 class Writer(Protocol):

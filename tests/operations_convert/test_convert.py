@@ -487,3 +487,28 @@ def test_a_source_that_changed_is_not_gone_on_with(tmp_path: Path) -> None:
     os.utime(first, ns=(1, 1))
     with pytest.raises(AlreadyExists, match="unfinished conversion of something else"):
         convert(source, tmp_path / "out", to="zarr")
+
+
+def test_a_safetensors_target_named_like_a_file_is_one_file(tmp_path: Path) -> None:
+    source, arrays = checkpoint(tmp_path / "src")
+    plan = convert(source, tmp_path / "out.safetensors", to="safetensors", verify=True)
+    assert (tmp_path / "out.safetensors").is_file()
+    assert (plan.state, plan.files, plan.verified) == ("committed", 1, len(arrays))
+    assert_holds(tmp_path / "out.safetensors", arrays)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.safetensors", "src"]
+
+
+def test_a_single_safetensors_file_leaves_nothing_out_unasked(tmp_path: Path) -> None:
+    source, arrays = checkpoint(tmp_path / "src")
+    moment = replace(source.tensor("model.layers.0.weight"), name="optim.layers.0.weight.exp_avg")
+    more = FolderSource(tmp_path / "src", [*map(source.tensor, source.names()), moment])
+    target = tmp_path / "out.safetensors"
+    with pytest.raises(UnusableRequest, match=r"1 other tensors .*optim\.layers\.0.*weights_only=true"):
+        convert(more, target, to="safetensors")
+    with pytest.raises(UnusableRequest, match="shard_bytes"):
+        convert(source, target, to="safetensors", options={"shard_bytes": 1000})
+    with pytest.raises(UnusableRequest, match="remote targets are folders"):
+        convert(source, "memory://x/out.safetensors", to="safetensors", dry_run=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["src"]
+    convert(more, target, to="safetensors", options={"weights_only": True})
+    assert_holds(target, arrays)

@@ -4,6 +4,8 @@ What lies under ``model.`` is written under its own name, as transformers loads 
 counters) goes beside it into ``state*.safetensors`` under canonical names, and values, step and ties into
 ``ckptengine.json``; other tools ignore these.
 
+A target whose name ends in ``.safetensors`` is one file, which holds weights and nothing else.
+
 Options: ``shard_bytes`` (default 5,000,000,000: the most data in one file), ``weights_only`` (default False: leave out
 everything that is not under ``model.``).
 """
@@ -40,8 +42,14 @@ class SafetensorsWriter:
 
     format = "safetensors"
 
+    def file(self, target_name: str) -> str | None:
+        """A target named like a safetensors file is that file."""
+        return f"model{SUFFIX}" if target_name.endswith(SUFFIX) else None
+
     def units(self, job: Job) -> Sequence[Unit]:
         """One unit per file."""
+        if self.file(job.target_name) is not None:
+            _check_fits_one_file(job)
         unfit = [name for name in _wanted(job) if job.tensor(name).dtype not in _NAMES]
         if unfit:
             raise UnusableRequest(
@@ -63,6 +71,8 @@ class SafetensorsWriter:
 
     def finish(self, job: Job, results: Mapping[str, Document], target: Target) -> None:
         """The index, the model's configuration where the source has one, and what only we read."""
+        if self.file(job.target_name) is not None:
+            return  # a file has nothing beside it
         shards = {path: names for path, names in _shards(job).items() if path.startswith("model")}
         if len(shards) > 1:
             total = sum(job.tensor(name).nbytes for names in shards.values() for name in names)
@@ -98,12 +108,28 @@ def _wanted(job: Job) -> list[str]:
     return [name for name in job.names if name not in job.aliases and (name.startswith(_WEIGHTS) or not only)]
 
 
+def _check_fits_one_file(job: Job) -> None:
+    """`UnusableRequest` where a single file would leave something out, or hold nothing."""
+    other = [name for name in _wanted(job) if not name.startswith(_WEIGHTS)]
+    if other:
+        raise UnusableRequest(
+            f"{job.target_name} is one file of weights, and the source holds {len(other)} other tensors (first "
+            f"{other[0]!r}); leave them out with --option weights_only=true, or name a folder"
+        )
+    if "shard_bytes" in job.options:
+        raise UnusableRequest(f"{job.target_name} is one file; leave shard_bytes out, or name a folder")
+    if not _wanted(job):
+        raise UnusableRequest(f"the source holds no weights to write into {job.target_name}; name a folder")
+
+
 def _shards(job: Job) -> dict[str, list[str]]:
     """The names in each file."""
     most = job.options.get("shard_bytes", SHARD_BYTES)
     if type(most) is not int or most <= 0:
         raise UnusableRequest(f"option shard_bytes must be a positive number of bytes, not {most!r}")
     wanted = _wanted(job)
+    if job.target_name.endswith(SUFFIX):
+        return {f"model{SUFFIX}": wanted}
     found: dict[str, list[str]] = {}
     for stem, names in (
         ("model", [name for name in wanted if name.startswith(_WEIGHTS)]),

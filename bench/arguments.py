@@ -63,7 +63,13 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--state-bytes", type=size_bytes, default=None, metavar="N", help="size of the state: 512M, 1.5G")
     made.add_argument("--steps", type=int, default=None, metavar="N", help="steps per measured block")
-    made.add_argument("--every", type=numbers, default=None, metavar="K,...", help="save every K-th step (1,2,10)")
+    made.add_argument(
+        "--every",
+        type=numbers,
+        default=None,
+        metavar="K,...",
+        help="a block of steps for each, with a save every K-th step (1,2,10); repeat K for more samples (2,2,2)",
+    )
     made.add_argument(
         "--threads",
         type=numbers,

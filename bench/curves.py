@@ -10,7 +10,7 @@ from .document import describe_machine, figures_by_engine, samples_of
 from .figures import stall_samples
 from .plot import pyplot
 from .statistics import Summary, summarise
-from .table import Table, number, size, spread
+from .table import Table, size, spread
 
 Curve = dict[str, dict[int, Summary]]
 """By engine: the figure at each point."""
@@ -59,7 +59,7 @@ def table(sweep: Mapping[str, Any]) -> Table:
     """One row per engine, one column per point."""
     horizontal, vertical = AXES[sweep["sweep"]]
     values = [point["value"] for point in sweep["points"]]
-    head = [size(value) if sweep["sweep"] == "state" else number(value) for value in values]
+    head = [size(value) if sweep["sweep"] == "state" else f"{value:,}" for value in values]
     rows = [[engine, *(spread(points.get(value)) for value in values)] for engine, points in curve(sweep).items()]
     return Table(title=f"{vertical} over {horizontal}", columns=["engine", *head], rows=rows)
 

@@ -10,7 +10,7 @@ from typing import Any
 from ckptengine.errors import UnusableRequest
 
 from .document import Document, describe_machine, figures_by_engine, samples_of
-from .figures import stall_samples
+from .figures import stall_cuts, stall_samples
 from .statistics import summarise
 
 COLOURS = {"plain": "#c9d6df", "slow": "#f2b66d", "blocked": "#c0392b", "flight": "#7fb3d5", "durable": "#1e8449"}
@@ -32,30 +32,32 @@ def draw(document: Document, path: Path) -> None:
     A run without `stall` is drawn as bars of what it has (time to durable, memory, restore).
     """
     plt = pyplot()
-    figures = figures_by_engine(samples_of(document, "stall"))
-    if not figures:
+    cuts = [cut for cut in stall_cuts(document) if cut[2]]
+    if not cuts:
         _draw_other(plt, document, path)
         return
-    intervals = sorted({block["every"] for runs in figures.values() for run in runs for block in run["blocks"]})
-    rows = len(figures)
-    figure, axes = plt.subplots(1, len(intervals) + 1, figsize=(5 * len(intervals) + 9, 1.6 + 0.42 * rows),
-                                gridspec_kw={"width_ratios": [1.0] * len(intervals) + [1.8]})  # fmt: skip
-    last = stall_samples(figures, intervals[-1])
-    order = sorted(figures, key=lambda name: (found := summarise(last[name]["stolen_s"])) is None or found.median)
-    order.sort(key=lambda name: found.median if (found := summarise(last[name]["stolen_s"])) else 1e9, reverse=True)
-    for axis, every in zip(axes, intervals, strict=False):
-        _bars(axis, stall_samples(figures, every), order, every)
+    _, last_every, figures = cuts[-1]
+    last = stall_samples(figures, last_every)
+    medians = {name: found.median for name in figures if (found := summarise(last[name]["stolen_s"])) is not None}
+    order = sorted(figures, key=lambda name: medians.get(name, float("inf")), reverse=True)
+    figure, axes = plt.subplots(1, len(cuts) + 1, figsize=(4.5 * len(cuts) + 9, 1.6 + 0.42 * len(figures)),
+                                gridspec_kw={"width_ratios": [1.0] * len(cuts) + [1.8]})  # fmt: skip
+    for axis, (threads, every, runs_of) in zip(axes, cuts, strict=False):
+        samples = stall_samples(runs_of, every)
+        _bars(axis, samples, order, f"every {every} step(s), {threads} thread(s)")
         if axis is not axes[0]:
             axis.set_yticklabels([])
-    _timeline(axes[-1], {name: figures[name] for name in order}, intervals[-1])
+    _timeline(axes[-1], {name: figures[name] for name in order}, last_every)
     figure.suptitle(describe_machine(document), fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
-def _bars(axis: Any, samples: dict[str, dict[str, list[float]]], order: list[str], every: int) -> None:
+def _bars(axis: Any, samples: dict[str, dict[str, list[float]]], order: list[str], where: str) -> None:
     for row, engine in enumerate(order):
+        if engine not in samples:
+            continue
         blocked, slower = summarise(samples[engine]["blocked_s"]), summarise(samples[engine]["slower_s"])
         stolen = summarise(samples[engine]["stolen_s"])
         if blocked is None or slower is None or stolen is None:
@@ -64,7 +66,7 @@ def _bars(axis: Any, samples: dict[str, dict[str, list[float]]], order: list[str
         axis.barh(row, max(0.0, slower.median) * 1e3, left=blocked.median * 1e3, color=COLOURS["slow"])
         axis.plot([stolen.low * 1e3, stolen.high * 1e3], [row, row], color="black", linewidth=0.8)
     axis.set_yticks(range(len(order)), order, fontsize=8)
-    axis.set_title(f"stolen per save, every {every} step(s)", fontsize=9)
+    axis.set_title(f"stolen per save, {where}", fontsize=9)
     axis.set_xlabel("ms: blocked (red), slower steps (orange), all saves (line)", fontsize=7)
     axis.tick_params(axis="x", labelsize=7)
     axis.set_ylim(-0.7, len(order) - 0.3)

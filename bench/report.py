@@ -29,8 +29,9 @@ PAGE = DOCS / "benchmarks.md"
 
 
 def documents(folder: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Every result, newest first, by file name."""
-    return [(path.stem, json.loads(path.read_text())) for path in sorted(folder.glob("*.json"), reverse=True)]
+    """Every result of this harness, newest first, by file name."""
+    found = [(path.stem, json.loads(path.read_text())) for path in sorted(folder.glob("*.json"), reverse=True)]
+    return [(name, one) for name, one in found if isinstance(one, dict) and ("sweep" in one or "samples" in one)]
 
 
 def rivals_that_are_better(document: Mapping[str, Any]) -> tuple[list[str], list[str]]:

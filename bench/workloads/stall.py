@@ -28,6 +28,11 @@ def block_steps(job: Job, every: int) -> int:
     return max(job.steps, every + 2)
 
 
+def plain_steps(job: Job) -> int:
+    """Steps of a plain block; there is one before every block with saves, and one at the end."""
+    return min(job.steps // 2 + 1, 4)
+
+
 def measure(job: Job) -> dict[str, Any]:
     """Run the job; raw figures in seconds and bytes."""
     state = gpt_state(job.size, job.state_bytes, job.device, job.seed)
@@ -45,12 +50,12 @@ def measure(job: Job) -> dict[str, Any]:
         number = 1_000
         for every in job.every:
             state.reset()
-            plain += trainer.run(job.steps // 2 + 1, None, 1, 0, job.timeout_s).steps
+            plain += trainer.run(plain_steps(job), None, 1, 0, job.timeout_s).steps
             block = measured_block(trainer, engine, job, every, number, expected)
             number += 1_000
             blocks.append(block)
         state.reset()
-        plain += trainer.run(job.steps // 2 + 1, None, 1, 0, job.timeout_s).steps
+        plain += trainer.run(plain_steps(job), None, 1, 0, job.timeout_s).steps
     finally:
         engine.close()
     plain_s = [step.end_s - step.start_s for step in plain]

@@ -12,6 +12,7 @@ import torch
 from bench import worker
 from bench.driver import engines_for, plan, rotated, run_one
 from bench.engine import Engine, Wait, finished
+from bench.figures import stall_processes
 from bench.names import ENGINES
 from bench.options import WORKLOADS, Job, Options, job
 from bench.rivals.torch_save import TorchSave
@@ -40,6 +41,15 @@ def test_stall_reports_every_save_and_finds_its_bytes_equal(tmp_path: Path, engi
     assert samples
     assert end_to_end(figures["plain_step_s"], block) > 0
     assert list(tmp_path.iterdir()) == [], "a checked checkpoint must be deleted"
+
+
+def test_an_interval_that_is_repeated_gives_more_samples_of_the_same_steps(tmp_path: Path) -> None:
+    figures = stall.measure(dataclasses.replace(tiny(tmp_path, "stall", "torch-save"), every=(2, 2, 2)))
+    assert [block["every"] for block in figures["blocks"]] == [2, 2, 2]
+    assert {check for block in figures["blocks"] for check in block["checks"]} == {"ok"}
+    (one,) = stall_processes({"x": [{**figures, "blocks": figures["blocks"][:1]}]}, 2)["x"]["blocked_s"]
+    (all_of_them,) = stall_processes({"x": [figures]}, 2)["x"]["blocked_s"]
+    assert len(all_of_them) > len(one) > 0
 
 
 class ForgetsOneTensor(TorchSave):

@@ -25,8 +25,8 @@ class Nearest:
         self._used: NativeSource | None = None
 
     def __call__(self, ref: CommitRef) -> list[Callable[[], Source]]:
-        """First the nearest tier that has all of it, by itself, which reads fastest; then every piece from the nearest
-        tier that has that piece intact."""
+        """First the nearest tier that has any of it, by itself where it has all, which reads fastest; then every piece
+        from the nearest tier that has that piece intact.  A node's own tier has what its ranks wrote."""
         return [lambda: self._whole(ref), lambda: self._mixed(ref)]
 
     def _whole(self, ref: CommitRef) -> Source:
@@ -35,6 +35,8 @@ class Nearest:
                 source = open_tiered([tier], ref)
                 source.reader.check_sizes()
             except CheckpointError:
+                if _has_some(tier, ref):
+                    break  # what is here is not to be fetched from further off
                 continue
             self._used = NativeSource(tier, source.manifest, f"{names.step_dir(ref.step)}/")
             return self._used
@@ -72,3 +74,12 @@ class Nearest:
     def close(self) -> None:
         for tier in self._tiers:
             tier.close()
+
+
+def _has_some(tier: Files, ref: CommitRef) -> bool:
+    """Whether any rank's file of the commit lies on a tier."""
+    try:
+        found = [names.RANK_PATTERN.match(name) for name in tier.entries(names.step_dir(ref.step))]
+    except CheckpointError:
+        return False
+    return any(match is not None and (int(match[2]), int(match[3])) == (ref.attempt, ref.save) for match in found)

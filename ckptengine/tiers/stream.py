@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -10,6 +11,8 @@ from fsspec.spec import AbstractBufferedFile
 
 from ckptengine.errors import AlreadyExists, StorageFailed, UnusableRequest
 from ckptengine.tiers.port import Bytes, Entry, Receipt
+
+log = logging.getLogger("ckptengine")
 
 
 class StreamPlace(Protocol):
@@ -90,7 +93,11 @@ class StreamUpload:
         file, self._file = self._file, None
         self._failed = True
         if file is not None and not self._published:
-            await asyncio.to_thread(_discard, file)
+            try:
+                await self._tier.guard("give up", self._name, lambda _: asyncio.to_thread(_discard, file))
+            except StorageFailed as failure:
+                # Nobody sees what was never finished, and services drop it in time.
+                log.warning("an unfinished upload may be left: %s", failure)
             if self._partial != self._path:
                 await self._tier.guard("remove", self._name, lambda _: self._tier.call("rm_file", self._partial))
 
@@ -102,7 +109,9 @@ class _Broken(Exception):
 def _discard(file: Any) -> None:
     """Let go of a stream without publishing what it took."""
     if isinstance(file, AbstractBufferedFile):
-        file.discard()
-        file.closed = True  # its destructor would publish otherwise
+        try:
+            file.discard()
+        finally:
+            file.closed = True  # its destructor would publish otherwise
     else:
         file.close()

@@ -98,6 +98,31 @@ def gateway(directory: Path) -> Iterator[str]:
 
 
 @contextlib.contextmanager
+def google(directory: Path) -> Iterator[dict[str, object]]:
+    """A Google Cloud Storage emulator with a bucket ``ckpt``; the storage options that reach it."""
+    # Else gcsfs asks the real service, over gRPC, what kind of bucket it is.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    pytest.importorskip("gcsfs", reason="gcsfs is not installed")
+    port = free_port()
+    command = [tool("gcp-storage-emulator"), "-d", str(directory), "start", "--host=127.0.0.1", f"--port={port}"]
+    with process([*command, "--in-memory", "--default-bucket=ckpt"], directory / "gcs.log", lambda: answers(port)):
+        yield {"endpoint_url": f"http://127.0.0.1:{port}", "token": "anon", "project": "test"}
+
+
+@contextlib.contextmanager
+def azure(directory: Path) -> Iterator[dict[str, object]]:
+    """An Azure Blob Storage emulator; the storage options that reach it, with its published key."""
+    pytest.importorskip("adlfs", reason="adlfs is not installed")
+    port = free_port()
+    command = [tool("azurite-blob"), "--silent", "--skipApiVersionCheck", "--location", str(directory)]
+    key = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+    text = f"DefaultEndpointsProtocol=http;AccountName=devstoreaccount1;AccountKey={key};"
+    text += f"BlobEndpoint=http://127.0.0.1:{port}/devstoreaccount1;"
+    with process([*command, "--blobPort", str(port)], directory / "azurite.log", lambda: answers(port)):
+        yield {"connection_string": text}
+
+
+@contextlib.contextmanager
 def fuse(directory: Path) -> Iterator[Path]:
     """A FUSE network file system; where it is mounted."""
     if not os.path.exists("/dev/fuse") or os.getuid() != 0:

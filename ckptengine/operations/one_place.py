@@ -29,8 +29,8 @@ def require_one_place(root: Root, manifest: Manifest) -> None:
     if missing:
         raise SaveFailed(
             f"{root.path}: step {manifest.step} is not committed, because the files of ranks {missing[:_SHOWN]} are "
-            "not there: the root is not one directory for all ranks. Give every rank the same root on a file system that "
-            "all hosts share, or a URL, and node-local disks as tiers in front of it"
+            "not there: the root is not one directory for all ranks. Give every rank the same root on a file system "
+            "that all hosts share, or a URL, and node-local disks as tiers in front of it"
         )
 
 

@@ -231,7 +231,8 @@ class Saver:
         started_s = time.perf_counter()
         work = job.writer.start(self._engine, extents)
         job.handle.track(work.progress)
-        job.capture = Capture(work, lazy, job.registered.versions, paranoid=self._settings.paranoid)
+        known = job.registered
+        job.capture = Capture(work, lazy, known.versions, known.witnesses, paranoid=self._settings.paranoid)
         if self._port.world > 1:  # while the engine streams, and before the fence can let go
             job.held = held_digests(job.registered, structure, rank)
         job.ready.set()

@@ -12,6 +12,7 @@ from torch.optim.optimizer import Optimizer
 
 from ckptengine.errors import CheckpointError, Stalled, TornCapture
 from ckptengine.snapshot.port import WriteJob
+from ckptengine.snapshot.witness import Witnesses, belied
 from ckptengine.state.leaves import TensorLeaf
 
 Places = npt.NDArray[np.int64]
@@ -42,13 +43,22 @@ class Capture:
     """Registered extents of live tensors, and when each may change again.
 
     The truth of the mutation guard is the epoch: an optimizer that touches a storage which has not been released tears
-    the capture.  Version counters, addresses and sampled bytes are extra tripwires.
+    the capture.  Version counters, addresses, witnesses and sampled bytes are extra tripwires.
     """
 
-    def __init__(self, job: WriteJob, lazy: LazySet, versions: Mapping[str, int], *, paranoid: bool = False) -> None:
+    def __init__(
+        self,
+        job: WriteJob,
+        lazy: LazySet,
+        versions: Mapping[str, int],
+        witnesses: Witnesses,
+        *,
+        paranoid: bool = False,
+    ) -> None:
         self._job = job
         self._lazy = lazy
         self._versions = versions
+        self._witnesses = witnesses
         self._paranoid = paranoid
         self._lock = threading.Lock()
         self._waiting = np.ones(len(lazy.extents), np.bool_)
@@ -131,6 +141,8 @@ class Capture:
                 for leaf, address in ((lazy.leaves[p], lazy.addresses[p]) for p in places.tolist())
                 if leaf.tensor._version != self._versions[leaf.name] or leaf.tensor.data_ptr() != address
             ]
+            if not torn:  # and so everything lies where it did
+                torn = belied(self._witnesses, [lazy.leaves[p].name for p in places.tolist()])
             if not torn and self._error is None:
                 by_extent = dict(zip(lazy.extents[places].tolist(), places.tolist(), strict=True))
                 samples = None if self._paranoid else GUARD_SAMPLES

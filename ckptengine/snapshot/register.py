@@ -14,6 +14,7 @@ from ckptengine.layout.box import Box
 from ckptengine.layout.piece import Piece
 from ckptengine.snapshot.capture import LazySet
 from ckptengine.snapshot.port import Extents
+from ckptengine.snapshot.witness import Witnesses, places_of, take
 from ckptengine.state.leaves import TensorLeaf
 
 
@@ -50,11 +51,15 @@ class EagerPool:
 
 @dataclass(slots=True)
 class Registered:
-    """What `save` leaves behind when it returns: the leaves, and copies of those that may not wait."""
+    """What `save` leaves behind when it returns: the leaves, and copies of those that may not wait.
+
+    Of those that may, by name: the version counters, and witnesses of the large ones.
+    """
 
     leaves: Sequence[TensorLeaf]
     copies: dict[str, torch.Tensor]
     versions: dict[str, int]
+    witnesses: Witnesses = field(repr=False)
     pool: EagerPool = field(repr=False)
 
     def release(self) -> None:
@@ -74,6 +79,7 @@ class Registrar:
         self._eager: list[TensorLeaf] = []
         self._names: list[str] = []
         self._tensors: list[torch.Tensor] = []
+        self._witnessed: list[tuple[str, int]] = []
 
     def register(self, leaves: Sequence[TensorLeaf]) -> Registered:
         """Copy what may change before the fence, note the versions of the rest.  No device is synchronised."""
@@ -83,10 +89,11 @@ class Registrar:
             self._tensors = [leaf.tensor for leaf in waiting]
             known = set(self._names)
             self._eager = [leaf for leaf in leaves if leaf.name not in known]
+            self._witnessed = places_of(waiting)
             self._leaves = leaves
         copies = {leaf.name: self._pool.copy(leaf) for leaf in self._eager}
         versions = dict(zip(self._names, [tensor._version for tensor in self._tensors], strict=True))
-        return Registered(leaves, copies, versions, self._pool)
+        return Registered(leaves, copies, versions, take(self._witnessed), self._pool)
 
 
 def _may_wait(leaf: TensorLeaf) -> bool:

@@ -7,8 +7,9 @@ which that can have been; the caller tells by sizes and contents which one it wa
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ckptengine.layout.box import Box
 from ckptengine.sources.dcp.metadata import TensorRecord
@@ -49,6 +50,17 @@ class _Module:
     before: tuple[str, ...]
     layers: tuple[tuple[tuple[str, int | None], ...], ...]
     after: tuple[str, ...]
+    _boxes: dict[tuple[str, int], dict[tuple[int, ...], list[Box]]] = field(default_factory=dict)
+
+    def boxes(self, weights: Mapping[str, TensorRecord], key: str, axes: int) -> dict[tuple[int, ...], list[Box]]:
+        """The boxes of a weight in order, by their offsets on the first ``axes`` dimensions (layers, experts)."""
+        if (key, axes) not in self._boxes:
+            found: dict[tuple[int, ...], list[Box]] = defaultdict(list)
+            for chunk in sorted(weights[key].chunks, key=lambda chunk: chunk.offsets):
+                if 0 not in chunk.shape:
+                    found[chunk.offsets[:axes]].append(Box(chunk.offsets, chunk.shape))
+            self._boxes[key, axes] = found
+        return self._boxes[key, axes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +118,10 @@ class Stages:
             yield from (self._part(key, layer, tp, expert) for key, layer in entries)
 
     def _part(self, key: str, layer: int | None, tp: int, expert: int | None = None) -> Parameter:
-        record = self.weights[key]
-        wanted = [at for at in (layer, expert) if at is not None]
-        boxes = [Box(chunk.offsets, chunk.shape) for chunk in record.chunks if 0 not in chunk.shape]
-        boxes = sorted((box for box in boxes if list(box.offsets[: len(wanted)]) == wanted), key=lambda b: b.offsets)
+        at = tuple(number for number in (layer, expert) if number is not None)
+        boxes = self.module.boxes(self.weights, key, len(at))[at]
         mine = boxes if len(boxes) % self.tp else boxes[tp :: self.tp]
-        return Parameter(key, record.dtype, tuple(mine), tp > 0 and len(boxes) == 1)
+        return Parameter(key, self.weights[key].dtype, tuple(mine), tp > 0 and len(boxes) == 1)
 
 
 def stages(

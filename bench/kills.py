@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
 import importlib
 import io
 import json
@@ -32,6 +33,8 @@ import torch
 import ckptengine as ce
 from ckptengine.cli import main as command
 from ckptengine.tiers.memory import SHARED_MEMORY
+
+from .machine import facts
 
 for _module in ("api", "checkpointer", "cli.prune"):
     importlib.import_module(f"ckptengine.{_module}")  # so that forked jobs have nothing to load
@@ -193,13 +196,19 @@ def run(kills: int, size: int, longest_s: float, seed: int, folder: Path) -> dic
     finally:
         shutil.rmtree(memory, ignore_errors=True)
     return {
-        "kills": kills,
-        "seed": seed,
-        "size_bytes": 8 * size,
+        "schema": 1,
+        "levels": "kills",
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": facts(folder),
         "seconds": round(time.monotonic() - began_s, 1),
-        "newest_durable": newest,
-        "counts": dict(sorted(counts.items())),
-        "problems": problems,
+        "figures": {
+            "kills": kills,
+            "seed": seed,
+            "size_bytes": 8 * size,
+            "newest_durable": newest,
+            "counts": dict(sorted(counts.items())),
+            "problems": problems,
+        },
     }
 
 
@@ -217,7 +226,7 @@ def main() -> int:
     if options.json:
         Path(options.json).write_text(text + "\n")
     sys.stdout.write(text + "\n")
-    return 1 if document["problems"] else 0
+    return 1 if document["figures"]["problems"] else 0
 
 
 if __name__ == "__main__":

@@ -14,4 +14,4 @@ def test_random_kills() -> None:
     command = [sys.executable, "-m", "bench.kills", "--kills", "3", "--elements", "20000", "--longest", "1.5"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=100)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert json.loads(done.stdout)["kills"] == 3
+    assert json.loads(done.stdout)["figures"]["kills"] == 3

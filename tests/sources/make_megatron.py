@@ -259,6 +259,8 @@ def configuration(torch: Any, options: dict[str, Any]) -> Any:
     if options.get("mla"):
         more = {"q_lora_rank": 6, "kv_lora_rank": 4, "qk_head_dim": 4, "qk_pos_emb_head_dim": 2, "v_head_dim": 4}
         more |= {"multi_latent_attention": True, "rope_type": "rope"}
+    if options.get("per_layer"):
+        more |= {"hetereogenous_dist_checkpoint": True}
     if options.get("shared"):
         more |= {"moe_shared_expert_intermediate_size": options["shared"]}
     return (MLATransformerConfig if options.get("mla") else TransformerConfig)(
@@ -291,7 +293,6 @@ def configuration(torch: Any, options: dict[str, Any]) -> Any:
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
-        hetereogenous_dist_checkpoint=options.get("per_layer", False),
         **more,
     )
 
@@ -411,7 +412,7 @@ def sharded_states(chunks: Any, optimizer: Any, options: dict[str, Any], loading
         state[key] = chunk.module.sharded_state_dict()
     model_states = {key: value for key, value in state.items() if key.startswith("model")}
     kwargs = {"metadata": metadata, "is_loading": loading}
-    if options.get("distributed") == "fully_sharded_bucket_space":
+    if options.get("distributed") in ("fully_sharded_bucket_space", "dp_reshardable"):
         for one in getattr(optimizer, "chained_optimizers", [optimizer]):
             without_step(one)
     state["optimizer"] = optimizer.sharded_state_dict(model_states if len(chunks) > 1 else state["model"], **kwargs)
@@ -419,7 +420,7 @@ def sharded_states(chunks: Any, optimizer: Any, options: dict[str, Any], loading
 
 
 def without_step(optimizer: Any) -> None:
-    """With torch's Adam, whose step is a state like others, Megatron before 0.15 cannot write its buckets."""
+    """With torch's Adam, whose step is a state like others, Megatron before 0.16 cannot write its buckets."""
     plain = type(optimizer)._get_main_param_and_optimizer_states
 
     def states(parameter: Any) -> dict[str, Any]:

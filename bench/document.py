@@ -62,15 +62,14 @@ def figures_by_engine(samples: Iterable[Mapping[str, Any]]) -> dict[str, list[di
 
 
 def troubles(samples: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Engines that were skipped or failed, with the reason; each once."""
-    found: dict[str, None] = {}
+    """Engines that were skipped or failed, by the reason; each once."""
+    found: dict[str, dict[str, None]] = defaultdict(dict)
     for sample in samples:
         result = sample["result"]
         if result["status"] != "ok":
-            found[f"{sample['job']['engine'] or sample['job']['workload']}: {result['status']}: {result['reason']}"] = (
-                None
-            )
-    return list(found)
+            name = sample["job"]["engine"] or sample["job"]["workload"]
+            found[f"{result['status']}: {result['reason']}"][name] = None
+    return [f"{', '.join(names)}: {reason}" for reason, names in found.items()]
 
 
 def configurations(document: Document) -> dict[str, dict[str, Any]]:

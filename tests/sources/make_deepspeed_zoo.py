@@ -91,7 +91,6 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "moe_ep4_dp4_zero2": (4, {"stage": 2, "moe": 4, "dtype": "fp16"}),
     "moe_ep2_dp4_residual": (4, {"stage": 2, "moe": 2, "residual": True, "frozen": True}),
     "pipeline_pp2_dp2_bf16opt_tied": (4, {"stage": 1, "pipeline": 2, "tied": True, "accumulate": "fp32"}),
-    "pipeline_pp3_dp1_zero1": (3, {"stage": 1, "pipeline": 3, "dtype": "fp16"}),
     "pipeline_pp2_dp2_bf16_stage0": (4, {"stage": 0, "pipeline": 2}),
     "pipeline_pp2_dp2_fp32_frozen": (4, {"stage": 1, "pipeline": 2, "dtype": "fp32", "frozen": True, "tied": True}),
     "pipeline_pp2_dp1_fp32_stage0": (2, {"stage": 0, "pipeline": 2, "dtype": "fp32"}),

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from ckptengine.errors import NotFound, UnreadableFormat, UnusableRequest
+from ckptengine.errors import NotFound, RuleError, UnreadableFormat, UnusableRequest
 from ckptengine.operations.convert import convert
 from ckptengine.sources.detect import open_source
 
@@ -196,6 +196,68 @@ def test_a_missing_expert_optimizer_is_named(tmp_path: Path) -> None:
         open_source(tmp_path)
     torch.save({"optimizer": None}, tmp_path / "expp_rank_2_mp_rank_00_optim_states.pt")
     with pytest.raises(UnreadableFormat, match="expp_rank_2"):
+        open_source(tmp_path)
+
+
+# tensor-parallel pieces that the checkpoint itself explains
+
+
+def tensor_parallel(folder: Path, **info: Any) -> dict[str, Any]:
+    """Two ranks with a column-, a row-parallel, a fused and a replicated weight; returns the whole ones."""
+    whole = {
+        "up": torch.arange(12.0).reshape(6, 2),
+        "down": torch.arange(15.0).reshape(3, 5),
+        "fused": torch.arange(16.0).reshape(8, 2),
+        "norm": torch.arange(3.0),
+    }
+    up, down, fused = whole["up"], whole["down"], whole["fused"]
+    first, second = torch.cat([fused[:2], fused[4:5], fused[6:7]]), torch.cat([fused[2:4], fused[5:6], fused[7:]])
+    ranks = [
+        {"up": up[:4], "down": down[:, :3], "fused": first, "norm": whole["norm"]},
+        {"up": up[4:], "down": down[:, 3:], "fused": second, "norm": whole["norm"]},
+    ]
+    shards = {number: {"shard_shape": list(rank["up"].shape), "pieces": [{}]} for number, rank in enumerate(ranks)}
+    recorded = {
+        "tp_replicated_parameter_patterns": ["^norm$"],
+        "parameter_with_row_parallelism_patterns": [r"^down$"],
+        "parameter_with_sub_params": [{"patterns": ["^fused$"], "shape": [(4, 2, 2), -1], "partition_dim": 0}],
+        "affine_map": {"version": 1, "params": {"^up$": {"logical_shape": [6, 2], "ranks": shards}}},
+        **info,
+    }
+    for number, rank in enumerate(ranks):
+        state = {"module": {name: tensor.clone() for name, tensor in rank.items()}, "buffer_names": []}
+        state |= {"checkpoint_parallel_dimensions": {"pp_degree": 1, "tp_degree": 2}, "global_steps": 3}
+        torch.save({**state, "universal_checkpoint_info": recorded}, folder / f"mp_rank_{number:02d}_model_states.pt")
+    return whole
+
+
+def test_recorded_tensor_parallelism(tmp_path: Path) -> None:
+    whole = tensor_parallel(tmp_path)
+    source = open_source(tmp_path)
+    for name, tensor in whole.items():
+        held = source.tensor(f"model.{name}")
+        assert held.shape == tuple(tensor.shape), name
+        assert read_bytes(source.files, held) == tensor.numpy().tobytes(), name
+
+
+@pytest.mark.parametrize(
+    ("info", "name"),
+    [
+        ({"affine_map": {"params": {}}}, "up"),
+        ({"affine_map": {"params": {"^up$": {"logical_shape": [7, 2], "ranks": {0: {"shard_shape": [4, 2]}}}}}}, "up"),
+        ({"autotp_unsupported_parameter_patterns": {"^down$": "no"}}, "down"),
+        ({"parameter_with_sub_params": [{"patterns": ["^fused$"], "shape": [-1, -1], "partition_dim": 0}]}, "fused"),
+    ],
+)
+def test_what_is_not_recorded_is_refused(tmp_path: Path, info: dict[str, Any], name: str) -> None:
+    tensor_parallel(tmp_path, **info)
+    with pytest.raises(RuleError, match=f"{name} lies on 2 tensor-parallel ranks"):
+        open_source(tmp_path)
+
+
+def test_recorded_patterns_that_are_none(tmp_path: Path) -> None:
+    tensor_parallel(tmp_path, tp_replicated_parameter_patterns=["("])
+    with pytest.raises(UnreadableFormat, match="universal_checkpoint_info"):
         open_source(tmp_path)
 
 

@@ -19,6 +19,7 @@ from ckptengine.sources.deepspeed.folder import StepFolder, check_ranks, read_fo
 from ckptengine.sources.deepspeed.groups import MASTER, entries
 from ckptengine.sources.deepspeed.header import ModelStates, read_model_states
 from ckptengine.sources.deepspeed.plainopt import plain_rest
+from ckptengine.sources.deepspeed.recorded import recorded_rules
 from ckptengine.sources.deepspeed.universal import read_universal
 from ckptengine.sources.deepspeed.weights import (
     Weights,
@@ -34,6 +35,7 @@ from ckptengine.sources.plain import plain
 from ckptengine.sources.port import Files, Format, Opening, Source
 from ckptengine.sources.rules.assemble import Assembler
 from ckptengine.sources.rules.average import AveragedFiles
+from ckptengine.sources.rules.language import Rules
 from ckptengine.sources.rules.parse import load_rules
 from ckptengine.sources.stored import StoredTensor
 
@@ -76,8 +78,11 @@ class DeepSpeedSource:
         self._values = reader.values()
         self._aliases = {f"model.{alias}": f"model.{name}" for alias, name in parts[0].aliases.items()}
         self._held = _by_name(parts)
-        rules = load_rules(opening.rules) if opening.rules is not None else None
         names = list(dict.fromkeys(parameter for parameter, _ in self._held.values()))
+        if opening.rules is not None:
+            rules: Rules | None = load_rules(opening.rules)
+        else:
+            rules = recorded_rules(reader.rest, names, base.root) if len(parts) > 1 else None
         self._assembler = Assembler(rules, names, self._values, self._averages)
         if len(parts) > 1:
             for name in self._held:
@@ -138,6 +143,11 @@ class _Reader:
                         sizes |= {name: math.prod(shape) for name, shape in group.items()}
                 part.add_weights(pipeline_weights(self._folder, tp, sizes))
         return parts
+
+    @property
+    def rest(self) -> Mapping[Any, Any]:
+        """What else the first model file holds."""
+        return self._models[0][0].rest
 
     def values(self) -> object:
         """Plain values: the model file's, the optimizer's under ``optim``."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from ckptengine.errors import NotFound, UnusableRequest
 from ckptengine.layout.box import Box
 from ckptengine.layout.piece import Piece
 from ckptengine.operations.convert_digests import digest_of
-from ckptengine.operations.filling import array_of
+from ckptengine.operations.filling import array_of, fill_targets
 from ckptengine.operations.opening import open_any
 from ckptengine.operations.read import BoxReader
 from ckptengine.operations.restore import RestoreRequest, restore_from, restore_newest
@@ -26,6 +26,9 @@ from ckptengine.sources.files import is_url, open_files
 from ckptengine.sources.native import NativeSource
 from ckptengine.sources.port import Source
 from ckptengine.state.dtypes import torch_dtype
+from ckptengine.state.fill import Target
+from ckptengine.state.flatten import no_collection
+from ckptengine.state.tensors import whole
 from ckptengine.store.history import History
 from ckptengine.store.root import Root
 
@@ -149,17 +152,29 @@ class Checkpoint:
         """
         lead = f"{prefix.rstrip('.')}." if prefix else ""
         aliases = self._source.aliases()
-        read: dict[str, torch.Tensor] = {}
-        found: dict[str, torch.Tensor] = {}
-        for name in self.names():
-            if name.startswith(lead):
-                owner = aliases.get(name, name)
-                if owner not in read:
-                    read[owner] = self.read(owner).to(device)
-                found[name[len(lead) :]] = read[owner]
-        if not found:
+        names = [name for name in self.names() if name.startswith(lead)]
+        if not names:
             raise NotFound(f"no tensor below {prefix!r}")
-        return found
+        owners = dict.fromkeys(aliases.get(name, name) for name in names)
+        with no_collection():
+            read = self._read_small(owners, device)
+        for owner in owners:
+            if owner not in read:
+                read[owner] = self.read(owner).to(device)
+        return {name[len(lead) :]: read[aliases.get(name, name)] for name in names}
+
+    def _read_small(self, names: Iterable[str], device: torch.device | str) -> dict[str, torch.Tensor]:
+        """Those of our own tensors that are small, read together."""
+        if not isinstance(self._source, NativeSource):
+            return {}
+        targets: list[Target] = []
+        for name in names:
+            tensor = self._source.tensor(name)
+            if tensor.size <= _UNPROVEN_ELEMENTS:
+                out = torch.empty(tensor.shape, dtype=torch_dtype(tensor.dtype), device=device)
+                targets.append(Target(name, out, whole(tensor.shape)))
+        fill_targets(self._source, targets)
+        return {target.name: target.tensor for target in targets}
 
     def values(self) -> Any:
         """Everything that is not a tensor, nested as it was."""

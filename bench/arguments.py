@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -143,6 +144,8 @@ def options_from(arguments: argparse.Namespace) -> Options:
 def main(argv: Sequence[str]) -> int:
     """Run, show, write.  0 done, 1 an engine of ours saved wrong bytes or failed, 2 the request is unusable."""
     arguments = parser().parse_args(argv)
+    # Ended from outside, a run still ends its jobs and removes what they wrote: at `real` that is gigabytes.
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         options = options_from(arguments)
         document = runs.run(options, None if arguments.json is None else Path(arguments.json))
@@ -151,4 +154,6 @@ def main(argv: Sequence[str]) -> int:
     except (CheckpointError, OSError) as error:
         print(f"ckptengine bench: {error}", file=sys.stderr)
         return 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 1 if runs.own_failures(document) else 0

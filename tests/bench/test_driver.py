@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +90,25 @@ def test_a_run_that_is_cut_off_goes_on_where_it_stopped(tmp_path: Path, monkeypa
     assert len(document["samples"]) == 6
     assert document["seconds"] >= 0.7, "the seconds of both starts"
     assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
+
+
+def test_a_run_that_is_terminated_leaves_its_journal_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def one(todo: Any, folder: Path, nursery: Any) -> Sample:
+        folder.mkdir()
+        (folder / "checkpoint").write_text("gigabytes")
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+        raise AssertionError("it went on")
+
+    monkeypatch.setattr(driver, "run_one", one)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        main(["--tiny", "--workload", "durable", "--json", str(tmp_path / "r.json"), "--directory", str(tmp_path)])
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert [path.name for path in tmp_path.iterdir()] == ["r.json.journal"]
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_no_job_starts_after_the_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from ckptengine.cli import parser
 from ckptengine.cli.meter import Meter
 from ckptengine.cli.text import parse_size, size_text
 from ckptengine.errors import UnusableRequest
-from ckptengine.operations.convert import Shard, convert
+from ckptengine.operations.convert import Shard, TargetDiffers, convert
 from ckptengine.operations.convert_plan import FORMATS, Plan
 from ckptengine.sources.writer import Layout
 
@@ -33,8 +34,18 @@ def main(argv: Sequence[str]) -> int:
     arguments.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="an option of the format")
     arguments.add_argument("--json", action="store_true", help="print one JSON document")
     options = arguments.parse_args(argv)
+    try:
+        plan = _convert(options)
+    except TargetDiffers as found:  # --verify found what it looks for
+        sys.stderr.write(f"ckptengine convert: {found}\n")
+        return 1
+    sys.stdout.write(json.dumps(plan.to_json()) + "\n" if options.json else _text(plan))
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> Plan:
     with Meter("converting") as meter:
-        plan = convert(
+        return convert(
             options.source,
             options.target,
             to=options.to,
@@ -49,8 +60,6 @@ def main(argv: Sequence[str]) -> int:
             options=dict(map(_option, options.option)),
             progress=meter.progress,
         )
-    sys.stdout.write(json.dumps(plan.to_json()) + "\n" if options.json else _text(plan))
-    return 0
 
 
 def _option(text: str) -> tuple[str, Any]:

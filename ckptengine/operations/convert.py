@@ -27,6 +27,10 @@ from ckptengine.sources.writer import Layout, Unit
 Path = str | os.PathLike[str]
 
 
+class TargetDiffers(DigestMismatch):
+    """What ``verify`` read back from a committed target is not what was converted."""
+
+
 @dataclass(frozen=True, slots=True)
 class Shard:
     """Part ``index`` of ``count`` of a conversion that several processes share."""
@@ -73,8 +77,9 @@ def convert(
     commits.  ``dask`` is the address of a scheduler whose workers see both source and target.
 
     Raises `AlreadyExists` where the target exists, `DigestMismatch` where the source's bytes are not those that its
-    digests were made of, `StorageFailed` where the storage refuses, and everything that opening the source raises.
-    The target exists if and only if this returns a plan whose state is ``"committed"``.
+    digests were made of (its subclass `TargetDiffers` where ``verify`` finds that of the target), `StorageFailed`
+    where the storage refuses, and everything that opening the source raises.
+    The target exists if and only if this returns a plan whose state is ``"committed"``, or raises `TargetDiffers`.
     """
     shown = os.fspath(target)
     opened = open_any(source, step, rules) if isinstance(source, str | os.PathLike) else source
@@ -146,7 +151,7 @@ def _verify(planned: Planned, target: str, digests: Mapping[str, str], rules: Pa
         if digest_of(tensor, read, job.chunk_bytes) != wanted:
             wrong.append(name)
     if wrong:
-        raise DigestMismatch(
+        raise TargetDiffers(
             f"{target}: {len(wrong)} tensors read back differ from what was converted ({', '.join(wrong[:5])}); "
             "delete it, check the storage, and convert again"
         )

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ckptengine.cli import main as command
 from ckptengine.errors import (
     AlreadyExists,
     DigestMismatch,
@@ -465,7 +466,9 @@ def test_tensors_that_are_read_twice_are_compared_too(tmp_path: Path, monkeypatc
         convert(source, tmp_path / "out2", to="zarr")
 
 
-def test_verification_finds_what_the_target_does_not_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verification_finds_what_the_target_does_not_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     class Wrong(zarr_write.ZarrWriter):
         def finish(self, job: Job, results: Any, target: Target) -> None:
             super().finish(job, results, target)
@@ -474,9 +477,16 @@ def test_verification_finds_what_the_target_does_not_hold(tmp_path: Path, monkey
             path.write_bytes(data[:7] + bytes([data[7] ^ 1]) + data[8:])
 
     source, _ = checkpoint(tmp_path / "in")
+    convert(source, tmp_path / "stored", to="safetensors")
     monkeypatch.setattr(convert_plan, "writer_of", lambda name: Wrong())
     with pytest.raises(DigestMismatch, match=r"1 tensors read back differ.*model\.layers\.2\.weight"):
         convert(source, tmp_path / "out", to="zarr", verify=True)
+    asked = ["convert", str(tmp_path / "stored"), str(tmp_path / "again"), "--to", "zarr", "--verify"]
+    assert command(asked) == 1
+    told = capsys.readouterr()
+    assert "model.layers.2.weight" in told.err
+    assert not told.out
+    assert command(asked) == 2, "it is there now"
 
 
 def test_a_source_that_changed_is_not_gone_on_with(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ class Matcher:
 
     def _tensor(self, live: torch.Tensor | Sharded, data: Json | Absent, name: str) -> Build:
         context = self.context
-        if self._stays(live, data, name) or not context.selection.covers(name):
+        if self._stays(live, data, name) or isinstance(data, Absent) or not context.selection.covers(name):
             return _keep(live)
         if isinstance(live, Sharded):
             context.problems.append(f"{name}: a sharded tensor live, a plain value in the checkpoint")

@@ -109,6 +109,10 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
         {**TINY, "layers": 1, "tp": 2, "ep": 2, "experts": 2, "legacy": True, "swiglu": True}
         | {"distributed": "fully_reshardable"},
     ),
+    "tiny_legacy_etp1": (
+        4,
+        {**TINY, "layers": 1, "tp": 2, "ep": 2, "experts": 2, "legacy": True, "swiglu": True, "etp": 1},
+    ),
     "tiny_legacy_frozen": (1, {**TINY, "legacy": True, "sgd": True, "frozen": "word_embeddings"}),
     "old_bucket_space": (4, {"tp": 2, "bf16": True, "swiglu": True, "distributed": "fully_sharded_bucket_space"}),
     "old_gather_scatter": (2, {"bf16": True, "distributed": "dp_zero_gather_scatter"}),

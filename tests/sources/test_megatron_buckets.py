@@ -28,7 +28,7 @@ from .test_megatron import agrees
 
 ARCHIVE = Path(__file__).parent / "data" / "megatron_buckets.tar.xz"
 DIST = ["dist_buckets_pp2_dp2_vpp2", "tiny_moe_buckets"]
-LEGACY = ["tiny_legacy_buckets", "tiny_legacy_moe", "tiny_legacy_frozen"]
+LEGACY = ["tiny_legacy_buckets", "tiny_legacy_moe", "tiny_legacy_etp1", "tiny_legacy_frozen"]
 
 
 @pytest.fixture(scope="session")

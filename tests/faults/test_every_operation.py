@@ -14,7 +14,7 @@ from ckptengine.errors import CheckpointError, SaveFailed
 from .ops import Fault, FaultyOps, Kind
 from .states import blank, debris, differences, engine_threads, load_exactly, open_descriptors, set_state, state_of
 
-WITHIN_S = 5.0
+WITHIN_S = 30.0
 
 
 def count_operations(root: Path, *, first: bool) -> int:

@@ -70,6 +70,28 @@ def test_weights_come_before_moments(tmp_path: Path, memory: str) -> None:
     assert ce.steps(root) == [1, last]
 
 
+def test_all_ranks_bring_their_weights_first(tmp_path: Path, memory: str) -> None:
+    root = tmp_path / "root"
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    job = subprocess.Popen(
+        [sys.executable, *launcher, str(JOB), *map(str, [root, memory, tmp_path / "disk", 45_000, 5])],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    until(job, lambda line: line == "durable 1")
+    job.send_signal(signal.SIGTERM)
+    _, errors = finish(job, 2 * WITHIN_S)
+    (where,) = root.glob("weights-only-step-*")
+    (last,) = ce.steps(where)
+    assert errors.count(f"of step {last} the weights are safe") == 2, errors[-3000:]
+    assert ce.steps(root) == [1]
+    state = make()
+    assert ce.load(state, where, strict=False) == last
+    assert torch.equal(state["model"].weight, weights_of(last))
+
+
 class Hurried(Pace):
     def expected_s(self, size_bytes: int) -> float:
         return 1e9

@@ -1,4 +1,5 @@
-"""A job with a model and an optimizer, to be signalled: ``python weights_job.py ROOT MEMORY DISK CAP SIGTERM_S``.
+"""A job with a model and an optimizer, to be signalled: ``python weights_job.py ROOT MEMORY DISK CAP SIGTERM_S``;
+alone or under torchrun.
 
 Every weight and every moment follows from the step.  Lines on standard output: ``durable N``, ``trained N``.
 """
@@ -51,6 +52,8 @@ def main() -> None:
     root, memory, disk, cap, sigterm_s = sys.argv[1:]
     torch.set_num_threads(1)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+    if "WORLD_SIZE" in os.environ:
+        torch.distributed.init_process_group("gloo")
     state = make()
     tiers = [ce.Tier(memory), ce.Tier(disk, max_bytes_per_s=float(cap))]
     with ce.Checkpointer(
@@ -61,6 +64,8 @@ def main() -> None:
             time.sleep(0.02)
             checkpointer.fence()
             set_all(state, step)
+            if torch.distributed.is_initialized():
+                torch.distributed.barrier()
             if step == 1:
                 handle = checkpointer.save(step)
                 handle.add_done_callback(lambda h: os.write(1, f"{h.stage} {h.step}\n".encode()))

@@ -175,9 +175,7 @@ def _unit(
     return unit
 
 
-def _expert_ranks(
-    names: Shapes, options: Mapping[Any, Any], ranks: int, count: int
-) -> list[tuple[list[int], Shapes]]:
+def _expert_ranks(names: Shapes, options: Mapping[Any, Any], ranks: int, count: int) -> list[tuple[list[int], Shapes]]:
     """Which ranks share a group, and under what names.
 
     An expert group is shared by every ``ep_size``-th rank only, and the ranks in between hold other experts under the

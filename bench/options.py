@@ -49,7 +49,7 @@ PRESETS: dict[Size, SizePreset] = {
     ),
     "small": SizePreset(
         layers=6, width=384, vocabulary=256, context=64, batch=2, steps=5, every=(1, 2, 10), repetitions=2, saves=3,
-        tensors=2_000, simulated=(64, 1_000), disk_bytes=256 << 20, timeout_s=300.0,
+        tensors=2_000, simulated=(64, 1_000), disk_bytes=256 << 20, timeout_s=150.0,
         time_limit_s=1_140.0,
     ),
     "real": SizePreset(

@@ -85,8 +85,9 @@ def save(job: Job) -> dict[str, Any]:
     engine = engine_class(job.engine)(Path(job.directory), state)
     dist.barrier()
     start = time.perf_counter()
-    engine.save(STEP)()
-    engine.drain()
+    wait = engine.save(STEP)
+    engine.drain()  # first: some engines finish their saves here, on this thread
+    wait()
     dist.barrier()
     seconds = time.perf_counter() - start
     engine.close()

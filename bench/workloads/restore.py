@@ -32,8 +32,9 @@ def measure(job: Job) -> dict[str, Any]:
     engine = engine_class(job.engine)(root, state)
     expected = state.digests() if engine.checked else {}
     try:
-        engine.save(STEP)()
-        engine.drain()
+        wait = engine.save(STEP)
+        engine.drain()  # first: some engines finish their saves here, on this thread
+        wait()
         make_durable(engine.path(STEP))
         size_bytes, files = count(engine.path(STEP))
         restores = []

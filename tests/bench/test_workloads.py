@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from bench.figures import stall_processes
 from bench.names import ENGINES
 from bench.options import WORKLOADS, Job, Options, job
 from bench.rivals.torch_save import TorchSave
+from bench.state import LiveState
 from bench.workloads import disk, durable, many_small, metadata, restore, stall
 from bench.workloads.stall_figures import end_to_end, stolen
 from ckptengine.errors import UnusableRequest
@@ -120,6 +123,33 @@ def test_many_small(tmp_path: Path) -> None:
     assert figures["tensors"] == 200
     assert figures["saves"][0]["check"] == "ok"
     assert figures["restore_s"] > 0
+
+
+class FinishesWhenDrained(TorchSave):
+    """Its save is finished only when the training thread says so."""
+
+    def __init__(self, root: Path, state: LiveState) -> None:
+        super().__init__(root, state)
+        self._finished = threading.Event()
+
+    def save(self, step: int) -> Wait:
+        super().save(step)
+
+        def wait() -> None:
+            assert self._finished.wait(10), "waited for before it was drained"
+
+        return wait
+
+    def drain(self) -> None:
+        self._finished.set()
+
+
+@pytest.mark.parametrize("workload", [restore, many_small, durable])
+def test_engines_that_finish_on_the_training_thread_are_drained_before_they_are_waited_for(
+    tmp_path: Path, workload: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workload, "engine_class", lambda name: FinishesWhenDrained)
+    assert workload.measure(tiny(tmp_path, "restore", "torch-save"))["state_bytes"] > 0
 
 
 def test_disk(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from ckptengine.operations.handle import SaveHandle
 from ckptengine.operations.metrics import metrics_of
 from ckptengine.operations.opening import open_any
 from ckptengine.operations.overlap import Overlap, OverlapPolicy, check_policy
-from ckptengine.operations.places import Places, Writing
+from ckptengine.operations.places import Places, Writing, check_places
 from ckptengine.operations.restore import RestoreRequest, WorldPolicy, restore_from
 from ckptengine.operations.rhythm import Rhythm
 from ckptengine.operations.save import SaveJob, Saver, SaveSettings
@@ -110,6 +110,8 @@ class Checkpointer:
         linear: bool = True,
     ) -> None:
         check_policy(overlap)
+        check_places(tiers, interval, keep)
+        wanted = EngineSettings(arena_bytes=arena_bytes, max_bytes_per_s=max_bytes_per_s, low_priority=low_priority)
         self._pid, self._closed = os.getpid(), False
         self._broken: RestoreIncomplete | None = None
         self._state, self._start_from, self._random = state, start_from, random
@@ -126,7 +128,6 @@ class Checkpointer:
         self._rhythm = Rhythm(self._places.interval, self._port, rank_timeout_s)
         self._troubles = Troubles(policy)
         self._tally = self._places.tally()
-        wanted = EngineSettings(arena_bytes=arena_bytes, max_bytes_per_s=max_bytes_per_s, low_priority=low_priority)
         engine = engine_for(wanted, file_ops)
         settings = SaveSettings(rank_timeout_s=rank_timeout_s, stall_budget_s=stall_budget_s, paranoid=paranoid)
         self._saver = Saver(self._places.landing, self._port, engine, settings, self._places.claims)

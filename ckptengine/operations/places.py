@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptengine.coordination.port import Coordinator, agree
-from ckptengine.errors import CheckpointError, RootInUse, SaveFailed
+from ckptengine.errors import CheckpointError, RootInUse, SaveFailed, UnusableRequest
 from ckptengine.operations.attempts import Claims
 from ckptengine.operations.levels import Levels
 from ckptengine.operations.nearest import Nearest
@@ -38,6 +38,21 @@ class Writing:
     linear: bool = True
     mode: int | None = None
     file_ops: FileOps | None = None
+
+
+def check_places(tiers: object, interval: object, keep: object) -> None:
+    """Refuse what is no policy before anything is opened, so that no lock is left behind."""
+    if isinstance(tiers, (str, bytes)) or not isinstance(tiers, Sequence):
+        raise UnusableRequest(f"tiers={tiers!r} is not a list of ckptengine.Tier(...)")
+    wrong = next((tier for tier in tiers if not isinstance(tier, Tier)), None)
+    if wrong is not None:
+        raise UnusableRequest(f"tiers holds {wrong!r}, which is not a ckptengine.Tier(...)")
+    if interval is not None and not hasattr(interval, "due"):
+        raise UnusableRequest(
+            f"interval={interval!r} is no interval: ckptengine.Every(...), ckptengine.AutoInterval(...)"
+        )
+    if keep is not None and not isinstance(keep, Keep):
+        raise UnusableRequest(f"keep={keep!r} is not ckptengine.Keep(...)")
 
 
 class Places:

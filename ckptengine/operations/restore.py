@@ -219,15 +219,19 @@ def _planned_and_filled(
 
 def _prepare(turn: _Round, source: Source) -> Filling:
     request, world = turn.request, turn.port.world
-    return prepare(
-        request.state,
-        saved_state(source, turn.port, request.on_world_change),
-        names=request.names,
-        strict=request.strict,
-        random=request.random,
-        alone=world == 1,
-        on_missing_rank="keep" if request.on_world_change == "derive" else "problem",
-    )
+    saved = saved_state(source, turn.port, request.on_world_change)
+    try:
+        return prepare(
+            request.state,
+            saved,
+            names=request.names,
+            strict=request.strict,
+            random=request.random,
+            alone=world == 1,
+            on_missing_rank="keep" if request.on_world_change == "derive" else "problem",
+        )
+    except NotFound as nothing:  # what was asked for is not in it: no copy is better, and none is bad
+        raise StateMismatch(str(nothing), (str(nothing),)) from nothing
 
 
 def _finish(turn: _Round, filling: Filling) -> None:

@@ -104,7 +104,13 @@ def check_custom(optimizer: Optimizer, name: str) -> None:
         return
     try:
         state = optimizer.state_dict()
-    except Exception:  # some refuse it on principle; their state is in optimizer.state all the same
+    except Exception as refused:  # some refuse it on principle; their state is in optimizer.state all the same
+        inner = [key for key, held in vars(optimizer).items() if _is_apart(held, optimizer)]
+        if inner:  # but not a wrapper's, which is in what it wraps: ZeroRedundancyOptimizer, before it consolidates
+            raise UnsupportedValue(
+                f"{where(name)}: {type(optimizer).__qualname__} keeps its state in .{inner[0]}; put that optimizer "
+                f"into the state instead, on every rank (its own state_dict() refused: {refused})"
+            ) from refused
         return
     extra = sorted(str(key) for key in set(state) - {"state", "param_groups"})
     order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -122,6 +128,11 @@ def check_custom(optimizer: Optimizer, name: str) -> None:
             f"{where(name)}: state_dict() of {type(optimizer).__qualname__} has {what}, which cannot be kept by "
             f"parameter name; put the inner optimizer into the state, and what is left beside it"
         )
+
+
+def _is_apart(held: object, optimizer: Optimizer) -> bool:
+    """Whether an attribute of ``optimizer`` is another one with a state of its own."""
+    return isinstance(held, Optimizer) and held is not optimizer and held.state is not optimizer.state
 
 
 def describe_state(value: torch.Tensor, name: str, parameter: Described, *, meta_ok: bool = False) -> Described:

@@ -325,3 +325,24 @@ def test_state_beside_the_optimizers_own_is_never_lost_in_silence(kind, told):
     net = model()
     with pytest.raises(UnsupportedValue, match=f"'optim': state_dict.*{told}"):
         flatten({"model": net, "optim": kind(net.parameters())}, random=False)
+
+
+class Refusing(torch.optim.Optimizer):
+    """Keeps its state in another optimizer and has no `state_dict` at this moment, as ZeroRedundancyOptimizer does."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        super().__init__(parameters, {})
+        self.optim = torch.optim.AdamW(parameters)
+
+    def state_dict(self) -> dict[str, object]:
+        raise RuntimeError("consolidate first")
+
+
+def test_a_wrapper_whose_state_is_in_what_it_wraps_is_refused() -> None:
+    net = model()
+    wrapper = Refusing(list(net.parameters()))
+    train(net, wrapper.optim)
+    with pytest.raises(UnsupportedValue, match=r"'optim'.*Refusing keeps its state in \.optim.*consolidate first"):
+        flatten({"model": net, "optim": wrapper}, random=False)
+    names = [leaf.name for leaf in flatten({"model": net, "optim": wrapper.optim}, random=False).tensors]
+    assert "optim.0.weight.exp_avg" in names

@@ -38,6 +38,10 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
         4,
         {"pp": 2, "vpp": 2, "bf16": True, "distributed": "dp_reshardable", "bucket": 300, "swiglu": True},
     ),
+    "dist_parallel_dp_reshardable": (
+        4,
+        {"tp": 2, "bf16": True, "untied": True, "distributed": "dp_reshardable", "parallel": True},
+    ),
     "dist_dp3_dp_reshardable_fp32": (3, {**ODD, "distributed": "dp_reshardable"}),
     "dist_moe_dp_reshardable": (
         4,

@@ -33,8 +33,11 @@ LEAST_CHUNK_BYTES = 256 << 10
 _THREAD_BYTES = SCRATCH_BYTES + BUFFER_BYTES
 """What each thread reads through beside what its unit needs."""
 
-CACHED_TENSORS = 16384
-"""Tensors whose headers are kept; a plan walks over all of them several times."""
+CACHED_PIECES = 1 << 18
+"""Headers are kept until they have this many fragments: a plan walks over all tensors many times."""
+
+CACHED_READERS = 4096
+"""Tensors whose readers are kept; few need one again."""
 
 _WRITERS = {
     "native": "ckptengine.sources.native_writer",
@@ -255,33 +258,41 @@ class _Tensors:
         self._lock = threading.Lock()
         self._direct = DirectReads(source.files)
         self._verifying = isinstance(source, Verifying)
-        self._recent: OrderedDict[str, tuple[LogicalTensor, BoxReader]] = OrderedDict()
+        self._headers: OrderedDict[str, LogicalTensor] = OrderedDict()
+        self._pieces = 0
+        self._readers: OrderedDict[str, BoxReader] = OrderedDict()
 
-    def _opened(self, name: str) -> tuple[LogicalTensor, BoxReader]:
+    def tensor(self, name: str) -> LogicalTensor:
         with self._lock:
-            found = self._recent.get(name)
+            found = self._headers.get(name)
             if found is None:
-                tensor = self._source.tensor(name)
+                found = self._headers[name] = self._source.tensor(name)
+                self._pieces += 1 + len(found.fragments)
+                while self._pieces > CACHED_PIECES and len(self._headers) > 1:
+                    self._pieces -= 1 + len(self._headers.popitem(last=False)[1].fragments)
+            return found
+
+    def _reader(self, name: str, tensor: LogicalTensor) -> BoxReader:
+        with self._lock:
+            reader = self._readers.get(name)
+            if reader is None:
                 # What the whole tensor's digest will be compared with need not be verified range by range too.
                 checked = tensor.digest is None and self._verifying
                 reader = BoxReader(self._source, tensor, read_into=None if checked else self._direct.read_into)
-                found = self._recent[name] = (tensor, reader)
-                while len(self._recent) > CACHED_TENSORS:
-                    self._recent.popitem(last=False)
+                self._readers[name] = reader
+                while len(self._readers) > CACHED_READERS:
+                    self._readers.popitem(last=False)
             else:
-                self._recent.move_to_end(name)
-            return found
-
-    def tensor(self, name: str) -> LogicalTensor:
-        return self._opened(name)[0]
+                self._readers.move_to_end(name)
+            return reader
 
     def read(self, name: str, box: Box, out: Any) -> None:
-        tensor, reader = self._opened(name)
+        tensor = self.tensor(name)
         if isinstance(out, memoryview) and self._plain(tensor, box) and out.nbytes == tensor.nbytes:
             first = tensor.fragments[0]
             self._direct.read_into(first.file, first.offset, out)
             return
-        reader.read(box, out, workers=1)
+        self._reader(name, tensor).read(box, out, workers=1)
 
     def _plain(self, tensor: LogicalTensor, box: Box) -> bool:
         """Whether a box is a whole tensor in one run: of a hundred thousand small ones, planning costs most."""

@@ -40,6 +40,31 @@ def names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
+def _add_run_options(made: argparse.ArgumentParser) -> None:
+    """How long, where, and what to write."""
+    made.add_argument(
+        "--saves", type=int, default=None, metavar="N", help="measured saves (or restores) per process outside stall"
+    )
+    made.add_argument("--device", default="cpu", metavar="D", help="cpu or cuda; skipped where there is no such device")
+    made.add_argument(
+        "--directory", default=None, metavar="DIR", help="where to write; names the disk that is measured"
+    )
+    made.add_argument(
+        "--time-limit",
+        type=float,
+        default=None,
+        metavar="MINUTES",
+        help="start no further job after this long; what was not run is said (repetitions are what goes first)",
+    )
+    made.add_argument(
+        "--json",
+        default=None,
+        metavar="FILE",
+        help="write every raw sample; a run that was cut off left FILE.journal, from which the same command goes on",
+    )
+    made.add_argument("--plot", default=None, metavar="FILE", help="draw the picture (png, svg, pdf)")
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser, every option documented."""
     made = argparse.ArgumentParser(
@@ -84,27 +109,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--simulated", type=numbers, default=None, metavar="R,T", help="metadata: ranks and tensors")
     made.add_argument("--tensors", type=int, default=None, metavar="N", help="many-small: how many")
     made.add_argument("--repetitions", type=int, default=None, metavar="N", help="fresh processes per engine")
-    made.add_argument(
-        "--saves", type=int, default=None, metavar="N", help="measured saves (or restores) per process outside stall"
-    )
-    made.add_argument("--device", default="cpu", metavar="D", help="cpu or cuda; skipped where there is no such device")
-    made.add_argument(
-        "--directory", default=None, metavar="DIR", help="where to write; names the disk that is measured"
-    )
-    made.add_argument(
-        "--time-limit",
-        type=float,
-        default=None,
-        metavar="MINUTES",
-        help="start no further job after this long; what was not run is said (repetitions are what goes first)",
-    )
-    made.add_argument(
-        "--json",
-        default=None,
-        metavar="FILE",
-        help="write every raw sample; a run that was cut off left FILE.journal, from which the same command goes on",
-    )
-    made.add_argument("--plot", default=None, metavar="FILE", help="draw the picture (png, svg, pdf)")
+    _add_run_options(made)
     return made  # fmt: skip
 
 

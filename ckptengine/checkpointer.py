@@ -119,8 +119,7 @@ class Checkpointer:
         policy = failure_policy(on_failure)
         self._walker = Walker(state, random=random)
         self._port = choose(process_group, rank_timeout_s)
-        self._registrar = Registrar()
-        self._saves = self._restores = 0
+        self._registrar, self._saves, self._restores = Registrar(), 0, 0
         writing = Writing(run=run, linear=linear, mode=mode, file_ops=file_ops)
         self._places = Places(
             root, tiers, interval, keep, port=self._port, policy=policy, writing=writing, timeout_s=rank_timeout_s

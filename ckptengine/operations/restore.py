@@ -282,7 +282,8 @@ def saved_state(source: Source, port: Coordinator, on_world_change: WorldPolicy)
         records = source.manifest.tensors
         tensors = {record.name: (record.dtype, record.shape) for record in records}
         mine = _rank_values(source, port, on_world_change)
-        return SavedState(tensors=tensors, aliases=aliases, values=source.encoded_values(), rank_values=mine)
+        digests = {record.name: record.crc for record in records}
+        return SavedState(tensors, aliases, source.encoded_values(), mine, digests)
     tensors = {}
     for name in source.names():
         if name not in aliases:

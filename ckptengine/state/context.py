@@ -31,13 +31,15 @@ class SavedState:
     """What a checkpoint holds, as `FlatState` gives it.
 
     ``tensors`` maps each name to dtype and global shape.  ``values`` is None for a source that records none: then
-    plain values stay as they are.  ``rank_values`` is this rank's own, None where there are none for it.
+    plain values stay as they are.  ``rank_values`` is this rank's own, None where there are none for it.  ``digests``
+    are of the tensors' contents, where the checkpoint records them.
     """
 
     tensors: Mapping[str, tuple[str, tuple[int, ...]]]
     aliases: Mapping[str, str] = field(default_factory=dict)
     values: Json = None
     rank_values: Json = None
+    digests: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,7 @@ class Context:
         self.device: torch.device | None = None
         self.rank_mark = ""
         self.found_any = False
-        self._filled: set[tuple[object, ...]] = set()
+        self._filled: dict[tuple[object, ...], tuple[str, str]] = {}
         self._by_name: dict[str, ParameterEntry] | None = None
         me = weakref.ref(self)  # a context of very many tensors must not be cyclic garbage
 
@@ -136,7 +138,7 @@ class Context:
             self.problems.append(f"{name}: dtype {dtype} in the checkpoint, {described.dtype} live")
             return False
         destination = described.tensor
-        if destination.is_meta or not self._is_first(destination):
+        if destination.is_meta or not self._is_first(destination, name, source):
             return True  # reported once for all, or tied to memory that is being filled
         strides = destination.stride()
         if 0 in strides and any(step == 0 and n > 1 for step, n in zip(strides, destination.shape, strict=True)):
@@ -146,15 +148,22 @@ class Context:
         self.targets.append(Target(source, destination, described.pieces))
         return True
 
-    def _is_first(self, tensor: torch.Tensor) -> bool:
-        """False for memory that another name fills already: tied tensors take the first name's elements."""
+    def _is_first(self, tensor: torch.Tensor, name: str, source: str) -> bool:
+        """False for memory that another name fills already: tied tensors take the first name's elements.
+
+        Where those are not this name's too, that is a problem: some of them would be lost.
+        """
         if not tensor.numel():
             return True
         key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        if key in self._filled:
-            return False
-        self._filled.add(key)
-        return True
+        if key not in self._filled:
+            self._filled[key] = name, source
+            return True
+        first, taken = self._filled[key]
+        digests = self.saved.digests
+        if taken != source and digests.get(taken) != digests.get(source):
+            self.lacking(f"{name}: shares its memory with {first} here, and differs from it in the checkpoint")
+        return False
 
     def _unexpanded(self, live: torch.Tensor) -> torch.Tensor:
         """Memory for an expanded tensor, whose elements share theirs; its first ones go to the live memory."""

@@ -220,7 +220,8 @@ def open_checkpoint(
     path: str | os.PathLike[str], step: int | None = None, *, rules: str | os.PathLike[str] | None = None
 ) -> Checkpoint:
     """Open any checkpoint, ours or foreign, for reading.  Raises `NotFound` or `UnreadableFormat`."""
-    return Checkpoint(open_any(path, step, rules))
+    with no_collection():
+        return Checkpoint(open_any(path, step, rules))
 
 
 def _box_of(name: str, slices: Any, shape: tuple[int, ...]) -> tuple[Box, set[int]]:

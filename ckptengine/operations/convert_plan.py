@@ -138,10 +138,6 @@ def make_plan(
     bound that cannot be kept, and what the writer raises for what its format cannot hold.
     """
     writer = writer_of(to)
-    target_name = os.path.basename(target.rstrip("/"))
-    single = writer.file(target_name) if isinstance(writer, WritesFile) else None
-    if single is not None and is_url(target) and not target.startswith("file://"):
-        raise UnusableRequest(f"{target_name} names a file, and remote targets are folders; leave its suffix out")
     names = list(source.names())
     tensors = _Tensors(source)
     aliases = source.aliases()
@@ -165,7 +161,7 @@ def make_plan(
         options=dict(options or {}),
         provenance=_provenance(source, rules),
         rules=rules,
-        target_name=target_name,
+        target_name=_target_name(writer, target),
     )
     units = writer.units(job)
     plan = Plan(
@@ -185,6 +181,15 @@ def make_plan(
         covered=len(own),
     )
     return Planned(source, writer, job, units, plan, memory_bytes, _fingerprint(source, tensors, job, units, plan))
+
+
+def _target_name(writer: Writer, target: str) -> str:
+    """The last part of the target's path; `UnusableRequest` for a single file on remote storage."""
+    name = os.path.basename(target.rstrip("/"))
+    single = writer.file(name) if isinstance(writer, WritesFile) else None
+    if single is not None and is_url(target) and not target.startswith("file://"):
+        raise UnusableRequest(f"{name} names a file, and remote targets are folders; leave its suffix out")
+    return name
 
 
 def _provenance(source: Source, rules: object) -> dict[str, object]:

@@ -15,7 +15,7 @@ WORKLOADS = ("disk", "stall", "durable", "memory", "restore", "reshard", "conver
 """Every workload, in the order in which a run goes through them."""
 
 DEFAULT_WORKLOADS = tuple(name for name in WORKLOADS if name != "convert")
-"""What a bare `ckptengine bench` measures: `convert` has to let DeepSpeed write its source first, a minute each time."""
+"""What a bare `ckptengine bench` measures: `convert` has to let DeepSpeed write its source first, a minute each."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

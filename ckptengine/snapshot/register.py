@@ -15,6 +15,7 @@ from ckptengine.layout.piece import Piece
 from ckptengine.snapshot.capture import LazySet
 from ckptengine.snapshot.port import Extents
 from ckptengine.snapshot.witness import Witnesses, places_of, take
+from ckptengine.state.flatten import no_collection
 from ckptengine.state.leaves import TensorLeaf
 
 
@@ -84,16 +85,20 @@ class Registrar:
     def register(self, leaves: Sequence[TensorLeaf]) -> Registered:
         """Copy what may change before the fence, note the versions of the rest.  No device is synchronised."""
         if leaves is not self._leaves:
+            self._look(leaves)
+        copies = {leaf.name: self._pool.copy(leaf) for leaf in self._eager}
+        versions = dict(zip(self._names, [tensor._version for tensor in self._tensors], strict=True))
+        return Registered(leaves, copies, versions, take(self._witnessed), self._pool)
+
+    def _look(self, leaves: Sequence[TensorLeaf]) -> None:
+        with no_collection():
             waiting = [leaf for leaf in leaves if _may_wait(leaf)]
             self._names = [leaf.name for leaf in waiting]
             self._tensors = [leaf.tensor for leaf in waiting]
             known = set(self._names)
             self._eager = [leaf for leaf in leaves if leaf.name not in known]
             self._witnessed = places_of(waiting)
-            self._leaves = leaves
-        copies = {leaf.name: self._pool.copy(leaf) for leaf in self._eager}
-        versions = dict(zip(self._names, [tensor._version for tensor in self._tensors], strict=True))
-        return Registered(leaves, copies, versions, take(self._witnessed), self._pool)
+        self._leaves = leaves
 
 
 def _may_wait(leaf: TensorLeaf) -> bool:
@@ -102,10 +107,12 @@ def _may_wait(leaf: TensorLeaf) -> bool:
     Step counters are states of an optimizer like any other: only its step changes them, behind the fence.
     """
     stable = not leaf.eager or (leaf.role == "optimizer" and bool(leaf.owners) and leaf.tensor.device.type == "cpu")
-    runs = leaf.tensor.is_contiguous() and all(piece.is_contiguous for piece in leaf.pieces)
-    if leaf.tensor.device.type != "cpu" and not runs:
-        return False  # the engine copies runs from a device; anything else is made one there first
-    return stable and _readable_in_place(leaf)
+    return stable and _readable_in_place(leaf) and (leaf.tensor.device.type == "cpu" or _is_runs(leaf))
+
+
+def _is_runs(leaf: TensorLeaf) -> bool:
+    """What the engine copies from a device; anything else is made that on the device first."""
+    return leaf.tensor.is_contiguous() and all(piece.is_contiguous for piece in leaf.pieces)
 
 
 def _readable_in_place(leaf: TensorLeaf) -> bool:
@@ -136,7 +143,8 @@ class Planner:
         known = self._of
         same = known is not None and known[0] is of[0] and known[1] is of[1] and known[2] == of[2]
         if not same or self._extents is None:
-            self._extents = self._cut(registered, structure, rank)
+            with no_collection():  # some objects per tensor, and they stay
+                self._extents = self._cut(registered, structure, rank)
             self._of = of
         else:
             for number, name, piece in self._copied:

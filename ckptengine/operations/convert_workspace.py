@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -267,6 +268,6 @@ def _load(path: Path) -> Document | None:
 
 def _store(path: Path, document: Document) -> None:
     """Replace a small file whole."""
-    fresh = path.with_suffix(f".{os.getpid()}.tmp")
+    fresh = path.with_suffix(f".{uuid.uuid4().hex}.tmp")  # other shards, on other machines too, may be at it
     guarded("write", path, lambda: fresh.write_text(json.dumps(document)))
     guarded("rename", path, lambda: os.replace(fresh, path))

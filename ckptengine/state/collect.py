@@ -175,7 +175,9 @@ class Collector:
         except CheckpointError:
             raise
         except Exception as error:
-            raise UnsupportedValue(f"{where(name)}: state_dict() of this module failed: {error!r}") from error
+            first = any(type(part).__name__ == "FullyShardedDataParallel" for part in module.modules())
+            hint = "; FSDP1 is not supported: shard with torch.distributed.fsdp.fully_shard" if first else ""
+            raise UnsupportedValue(f"{where(name)}: state_dict() of this module failed: {error!r}{hint}") from error
         self.walk.modules[name] = view
         prefix = f"{name}." if name else ""
         by_id: dict[int, Described] = {}

@@ -121,7 +121,7 @@ class Encoder:
         raise UnsupportedValue(
             f"{where(name)} is a {kind.__module__}.{kind.__qualname__}, which has no typed encoding (nothing is "
             f"pickled); convert it to plain values, give it state_dict and load_state_dict, or register a codec: "
-            f"ckptengine.state.registry.register({kind.__qualname__}, encode=..., decode=...)"
+            f"ckptengine.register({kind.__qualname__}, encode=..., decode=...)"
         )
 
     def _encode_registered(self, codec: registry.Codec, value: object, name: str) -> Json:

@@ -97,9 +97,7 @@ def _setter(module: nn.Module, value: object) -> Callable[[], object]:
 
 
 def _load(module: nn.Module, state: dict[str, Any], replaced: dict[str, Any]) -> None:
-    loaded = {
-        key: part.tensor if isinstance(part, Sharded) else part for key, part in {**state, **replaced}.items()
-    }
+    loaded = {key: part.tensor if isinstance(part, Sharded) else part for key, part in {**state, **replaced}.items()}
     metadata = getattr(state, "_metadata", None)
     result = _with_metadata(loaded, metadata)
     with torch.no_grad():

@@ -258,5 +258,3 @@ def _remover(holder: dict[Any, Any], key: Any) -> Callable[[], object]:
 
 def _set_later(context: Context, holder: Any, key: Any, build: Build) -> None:
     context.actions["optimizers"].append(_setter(holder, key, build))
-
-

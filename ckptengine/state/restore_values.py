@@ -103,7 +103,7 @@ class Matcher:
         value = context.decode(data)
         for missing in sorted(context.decoder.unknown_types - unknown):
             context.problems.append(
-                f"{name}: holds a {missing}, which is not known here; register it (registry.register) before restoring"
+                f"{name}: holds a {missing}, not known here; call ckptengine.register before restoring"
             )
         return lambda: assign(live, value)
 
@@ -308,5 +308,3 @@ def _is_fixed(part: Any) -> bool:
 def _has_names_below(context: Context, name: str) -> bool:
     prefix = f"{name}."
     return name in context.saved.tensors or any(one.startswith(prefix) for one in context.saved.tensors)
-
-

@@ -296,7 +296,7 @@ class Unknown:
 
 def test_a_type_that_is_not_known_here_is_a_problem():
     saved = save({"p": Unknown(1)})
-    with pytest.raises(StateMismatch, match=r"p: holds a .*:Unknown, which is not known here; register it"):
+    with pytest.raises(StateMismatch, match=r"p: holds a .*:Unknown, not known here; call ckptengine.register"):
         saved.restore({"p": None})
     live = {"p": Unknown(2)}
     before = live["p"]

@@ -16,6 +16,10 @@ from ckptengine.native.host_memory import memory
 from ckptengine.native.library import RANGE, SEGMENT_BYTES, library, octets_of_records
 
 
+BUFFERED_BYTES = 1 << 20
+"""Of one read through the page cache: what has been read is still in the processor's cache when it is digested."""
+
+
 @dataclass(frozen=True, slots=True)
 class DirectSupport:
     """What O_DIRECT wants in a directory: alignment of memory and of file offsets in bytes; ``reason`` why not."""
@@ -82,7 +86,7 @@ def read_ranges(
         buffered=files.buffered,
         ranges=octets_of_records(ranges, RANGE),
         threads=threads,
-        block_bytes=SEGMENT_BYTES,
+        block_bytes=SEGMENT_BYTES if files.direct >= 0 else BUFFERED_BYTES,
         memory_alignment=files.memory_alignment,
         offset_alignment=files.offset_alignment,
         granule_bytes=granule_bytes,

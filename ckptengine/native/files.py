@@ -15,7 +15,6 @@ from ckptengine.layout.digest import Words
 from ckptengine.native.host_memory import memory
 from ckptengine.native.library import RANGE, SEGMENT_BYTES, library, octets_of_records
 
-
 BUFFERED_BYTES = 1 << 20
 """Of one read through the page cache: what has been read is still in the processor's cache when it is digested."""
 

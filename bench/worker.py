@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -22,6 +23,13 @@ def preload() -> None:
         importlib.import_module(name)
 
 
+def without_places(text: str) -> str:
+    """A traceback that does not tell where this machine keeps the package and its environment."""
+    for place in (Path(__file__).resolve().parents[1], Path(sys.prefix)):
+        text = text.replace(f"{place}{os.sep}", "")
+    return text
+
+
 def run(job: Job) -> dict[str, Any]:
     """The job's result: status "ok" with figures, "skipped" or "failed" with the reason."""
     torch.set_num_threads(job.threads)
@@ -35,7 +43,7 @@ def run(job: Job) -> dict[str, Any]:
         return {"status": "skipped", "reason": str(reason)}
     except Exception as error:
         detail = str(error).splitlines()[0] if str(error) else ""
-        trace = traceback.format_exc(limit=-6)
+        trace = without_places(traceback.format_exc(limit=-6))
         return {"status": "failed", "reason": f"{type(error).__name__}: {detail}", "traceback": trace}
     result: dict[str, Any] = {"status": "ok", "figures": figures, "torch": torch.__version__}
     if torch.cuda.is_available():

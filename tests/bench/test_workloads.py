@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import threading
 from pathlib import Path
 from types import ModuleType
@@ -215,3 +216,8 @@ def test_every_workload_is_planned_and_jobs_survive_json() -> None:
 def test_unusable_options_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(UnusableRequest):
         Options(**wrong)  # type: ignore[arg-type]
+
+
+def test_a_traceback_in_a_result_does_not_tell_where_the_machine_keeps_things() -> None:
+    text = f'File "{Path(worker.__file__).resolve()}", line 1'
+    assert worker.without_places(text) == f'File "bench{os.sep}worker.py", line 1'

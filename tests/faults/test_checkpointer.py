@@ -398,6 +398,7 @@ elif what == "raise":
     checkpointer.save(7)
     raise KeyError("loop")
 elif what == "interrupt":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell start with it ignored
     try:
         with checkpointer:
             checkpointer.save(7)

@@ -293,6 +293,7 @@ assert job.wait_written(30)
             "an interrupt while the fence waits",
             """
 native.arm_fault("write", sticky=True, delay_s=1.5)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started with it ignored
 threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
 try:
     job.wait_captured(help=False)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from ckptengine.errors import CheckpointError, UnreadableFormat
-from ckptengine.store import manifest as manifests
 from ckptengine.store import names
 from ckptengine.store.history import CommitRef, History
-from ckptengine.store.listing import StepEntry, StepState
+from ckptengine.store.listing import StepEntry, StepState, entry_of
+from ckptengine.store.manifest import Manifest, decode
 from ckptengine.tiers.files import TierFiles
 from ckptengine.tiers.loop import BlockingTier, IoLoop
 from ckptengine.tiers.spec import open_tier
@@ -47,25 +46,10 @@ def _entries(tier: BlockingTier) -> list[StepEntry]:
 
 def _entry(tier: BlockingTier, sizes: dict[str, int], ref: CommitRef, state: StepState, nbytes: int) -> StepEntry:
     folder = f"{names.step_dir(ref.step)}/"
-    name = folder + names.manifest(ref.attempt, ref.save)
-    try:
-        manifest = manifests.decode(tier.read(name, 0, sizes[name]), f"{tier.label}/{name}")
-        for rank, record in enumerate(manifest.files):
-            size = sizes.get(folder + manifest.file_name(rank))
-            if size != record.nbytes:
-                found = "is missing" if size is None else f"has {size} bytes"
-                raise UnreadableFormat(f"{manifest.file_name(rank)} {found}, {record.nbytes} were committed")
-    except CheckpointError as error:
-        return StepEntry(ref.step, "damaged", nbytes, ref.attempt, ref.save, reason=str(error))
-    return StepEntry(
-        ref.step,
-        state,
-        manifest.nbytes,
-        ref.attempt,
-        ref.save,
-        manifest.world,
-        len(manifest.tensors),
-        manifest.created,
-        dict(manifest.metrics),
-        "belongs to a line of history that was left behind" if state == "abandoned" else "",
-    )
+
+    def read() -> Manifest:
+        name = folder + names.manifest(ref.attempt, ref.save)
+        return decode(tier.read(name, 0, sizes[name]), f"{tier.label}/{name}")
+
+    reason = "belongs to a line of history that was left behind" if state == "abandoned" else ""
+    return entry_of(ref, state, read, lambda name: sizes.get(folder + name), lambda: nbytes, reason)

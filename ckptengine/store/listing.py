@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from ckptengine.errors import CheckpointError, UnreadableFormat
 from ckptengine.store import names
 from ckptengine.store.history import CommitRef
+from ckptengine.store.manifest import Manifest
 from ckptengine.store.root import Root
 
 StepState = Literal["committed", "incomplete", "damaged", "abandoned"]
@@ -64,17 +67,36 @@ def _steps(root: Root) -> list[int]:
 
 
 def _entry(root: Root, ref: CommitRef, state: StepState, reason: str = "") -> StepEntry:
+    def size_of(name: str) -> int | None:
+        path = root.step_path(ref.step) / name
+        return path.stat().st_size if path.exists() else None
+
+    lying = partial(_directory_bytes, root, ref.step)
+    return entry_of(ref, state, partial(root.manifest, ref), size_of, lying, reason)
+
+
+def entry_of(
+    ref: CommitRef,
+    state: StepState,
+    read: Callable[[], Manifest],
+    size_of: Callable[[str], int | None],
+    lying_bytes: Callable[[], int],
+    reason: str,
+) -> StepEntry:
+    """The entry of a commit: damaged where ``read`` finds no manifest, or files are not of the size it records.
+
+    ``size_of`` gives the size of a rank file, None where there is none; ``lying_bytes`` counts what is there.
+    """
     try:
-        manifest = root.manifest(ref)
+        manifest = read()
         for rank, record in enumerate(manifest.files):
-            path = root.step_path(ref.step) / manifest.file_name(rank)
-            size = path.stat().st_size if path.exists() else None
+            name = manifest.file_name(rank)
+            size = size_of(name)
             if size != record.nbytes:
                 found = "is missing" if size is None else f"has {size} bytes"
-                raise UnreadableFormat(f"{path.name} {found}, {record.nbytes} were committed")
+                raise UnreadableFormat(f"{name} {found}, {record.nbytes} were committed")
     except CheckpointError as error:
-        size_bytes = _directory_bytes(root, ref.step)
-        return StepEntry(ref.step, "damaged", size_bytes, ref.attempt, ref.save, reason=str(error))
+        return StepEntry(ref.step, "damaged", lying_bytes(), ref.attempt, ref.save, reason=str(error))
     return StepEntry(
         ref.step,
         state,

@@ -62,14 +62,19 @@ class Executor:
                     if len(waiting) == 2 * _WORKERS:
                         waiting.pop(0).result()
                     total += batch.read_bytes
-                    carry_out = self._fill_whole if isinstance(batch, WholeBatch) else self._carry_out
-                    waiting.append(pool.submit(carry_out, batch))  # type: ignore[arg-type]
+                    waiting.append(pool.submit(self._carry_out, batch))
                 for future in waiting:
                     future.result()
             finally:
                 for future in waiting:
                     future.cancel()
         return total
+
+    def _carry_out(self, batch: Batch | WholeBatch) -> None:
+        if isinstance(batch, WholeBatch):
+            self._fill_whole(batch)
+        else:
+            self._fill_parts(batch)
 
     def _fill_whole(self, batch: WholeBatch) -> None:
         local = self._source.files.local_path(batch.file)
@@ -80,7 +85,7 @@ class Executor:
         else:
             self._read_copies(batch.file, batch.ranges)
 
-    def _carry_out(self, batch: Batch) -> None:
+    def _fill_parts(self, batch: Batch) -> None:
         scratch = self._scratch(batch.scratch_bytes)
         ranges = np.zeros(len(batch.ranges), native.RANGE)
         ranges["file_offset"] = [one.file_offset for one in batch.ranges]

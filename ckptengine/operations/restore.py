@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from ckptengine.coordination.port import Coordinator, agree
@@ -115,7 +116,7 @@ def restore_newest(
     candidates = _agreed_candidates(turn, root, step)
     passed_over: list[tuple[int, str]] = []
     for ref in (CommitRef(*candidate) for candidate in candidates):
-        ways = openers(ref) if openers is not None else [lambda r=ref: open_commit(root, r, files)]  # type: ignore[misc]
+        ways = openers(ref) if openers is not None else [partial(open_commit, root, ref, files)]
         problem = ""
         for way in ways:
             told = _try_commit(turn, way)

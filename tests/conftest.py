@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-FIRST = ("checks", "checkpointer", "faults", "operations", "tiers", "bench", "sources")
+FIRST = ("checks", "faults", "levels", "tiers", "operations_convert", "bench", "sources")
 """Folders with tests that take seconds each, longest first; the others follow in the order of collection."""
 
 settings.register_profile("fast", deadline=None)

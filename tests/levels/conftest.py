@@ -8,9 +8,11 @@ import shutil
 from collections.abc import Iterator
 
 import pytest
-import torch
 
 from ckptengine.tiers.memory import SHARED_MEMORY
+from tests.compute_threads import one_compute_thread
+
+__all__ = ["memory", "one_compute_thread"]
 
 
 @pytest.fixture
@@ -21,11 +23,3 @@ def memory() -> Iterator[str]:
     name = f"test-{secrets.token_hex(6)}"
     yield f"shm://{name}"
     shutil.rmtree(SHARED_MEMORY / f"ckptengine-{os.getuid()}" / name, ignore_errors=True)
-
-
-@pytest.fixture(autouse=True)
-def _one_compute_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

@@ -10,26 +10,14 @@ import pytest
 import ckptengine as ce
 from ckptengine.errors import CheckpointError, CoordinationFailed
 from ckptengine.operations.drain import DrainSettings
-from ckptengine.operations.level import Landed
 from ckptengine.operations.levels import Levels
 from ckptengine.store.history import History
 from ckptengine.store.root import Root
 
-from ..tiers.steps import Step, Threads, write_step
+from ..tiers.steps import Threads, landed_of, write_step
 
 SETTINGS = DrainSettings(part_bytes=1 << 20, rank_timeout_s=20)
 WITHIN_S = 20.0
-
-
-def landed_of(step: Step, rank: int) -> Landed:
-    manifest = step.manifest
-    return Landed(
-        step=step.step,
-        attempt=manifest.attempt,
-        save=manifest.save,
-        record=manifest.files[rank],
-        manifest=manifest.encode() if rank == 0 else None,
-    )
 
 
 def levels_of(tmp_path: Path, retries: int) -> list[Levels]:

@@ -229,24 +229,31 @@ def test_two_at_once_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert_holds(tmp_path / "out", arrays)
 
 
-CHILD = """
+KILL_AFTER = """
 import os, signal, sys
-from pathlib import Path
-from tests.operations_convert.test_convert import checkpoint
 from ckptengine.operations import convert_run
 from ckptengine.operations.convert import convert
 from ckptengine.universal import write
-write.UNIT_TENSORS = 1
-folder, left = Path(sys.argv[1]), int(sys.argv[2])
+
+def kill_after(units):
+    write.UNIT_TENSORS = 1
+    real = convert_run.write_unit
+    def counted(*args):
+        nonlocal units
+        if units == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        units -= 1
+        real(*args)
+    convert_run.write_unit = counted
+"""
+"""Of a script: from `kill_after(n)` on, a conversion is killed before its unit number n, of one tensor each."""
+
+CHILD = f"""{KILL_AFTER}
+from pathlib import Path
+from tests.operations_convert.test_convert import checkpoint
+folder = Path(sys.argv[1])
 source, arrays = checkpoint(folder / "in")
-real = convert_run.write_unit
-def counted(*args):
-    global left
-    if left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    left -= 1
-    real(*args)
-convert_run.write_unit = counted
+kill_after(int(sys.argv[2]))
 convert(source, folder / "out", to="zarr", workers=1)
 """
 

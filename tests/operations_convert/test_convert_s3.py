@@ -14,23 +14,11 @@ import pytest
 from ckptengine.errors import AlreadyExists, UnreadableFormat
 from ckptengine.operations.convert import convert
 from ckptengine.operations.opening import open_any
-from tests.operations_convert.test_convert import assert_holds, checkpoint
+from tests.operations_convert.test_convert import KILL_AFTER, assert_holds, checkpoint
 from tests.tiers.services import make_bucket, moto, s3_options
 
-KILLED = """
-import os, signal, sys
-from ckptengine.operations import convert_run
-from ckptengine.operations.convert import convert
-from ckptengine.universal import write
-write.UNIT_TENSORS = 1
-real, left = convert_run.write_unit, int(sys.argv[3])
-def counted(*args):
-    global left
-    if left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    left -= 1
-    real(*args)
-convert_run.write_unit = counted
+KILLED = f"""{KILL_AFTER}
+kill_after(int(sys.argv[3]))
 convert(sys.argv[1], sys.argv[2], to="zarr", workers=1)
 """
 

@@ -16,6 +16,7 @@ from ckptengine.layout import layout_json
 from ckptengine.layout.digest import GRANULE_BYTES, raw_to_standard
 from ckptengine.layout.sharding import replicated
 from ckptengine.operations.drain import Named
+from ckptengine.operations.level import Landed
 from ckptengine.operations.transfer import DrainFile
 from ckptengine.plan.write import Owner
 from ckptengine.store import names, rankfile
@@ -115,3 +116,16 @@ def open_files() -> int:
 
 def engine_threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("ckptengine")]
+
+
+def landed_of(step: Step, rank: int = 0, *, all_the_way: bool = False) -> Landed:
+    """What rank ``rank`` tells its levels of a step that it wrote where saves land."""
+    manifest = step.manifest
+    return Landed(
+        step=step.step,
+        attempt=manifest.attempt,
+        save=manifest.save,
+        record=manifest.files[rank],
+        manifest=manifest.encode() if rank == 0 else None,
+        all_the_way=all_the_way,
+    )

@@ -12,7 +12,6 @@ import pytest
 from ckptengine.coordination.alone import Alone
 from ckptengine.errors import RootInUse, StorageFailed, Superseded, UnusableRequest
 from ckptengine.operations.drain import DrainSettings
-from ckptengine.operations.level import Landed
 from ckptengine.operations.levels import Levels
 from ckptengine.operations.tiered import TieredReader, open_tiered
 from ckptengine.policy.interval import Every, Soonest
@@ -21,21 +20,9 @@ from ckptengine.store.history import CommitRef, History
 from ckptengine.store.root import Root
 from ckptengine.tiers.spec import Tier
 
-from .steps import Step, Threads, write_step
+from .steps import Threads, landed_of, write_step
 
 SETTINGS = DrainSettings(part_bytes=1 << 20, rank_timeout_s=20)
-
-
-def landed_of(step: Step, rank: int = 0, *, all_the_way: bool = False) -> Landed:
-    manifest = step.manifest
-    return Landed(
-        step=step.step,
-        attempt=manifest.attempt,
-        save=manifest.save,
-        record=manifest.files[rank],
-        manifest=manifest.encode() if rank == 0 else None,
-        all_the_way=all_the_way,
-    )
 
 
 class Job:

@@ -94,10 +94,11 @@ class _Job:
 class Drain:
     """Carries steps from ``source`` to ``target`` on ``loop``, with a thread of its own to keep their order.
 
-    ``port``: the ranks that drain together.  Its keys follow from the two places, the step, and how often it came.
+    ``port``: the ranks that drain together.  Its keys follow from ``hop`` (what the ranks call this drain, each of them
+    alike; default: from the two places), the step, and how often it came.
     ``again(tries)``: asked on rank 0 when a step could not be carried, how long to wait before the next try; None gives
-    it up.  What comes behind waits meanwhile, so that all ranks keep one order.  ``guard``: called right before a
-    manifest is put; it raises where this job may not do so any more.
+    it up.  What comes behind waits meanwhile, so that all ranks keep one order.  ``guard``: called with a manifest right
+    before it is put; it raises where this job may not do so any more, or must not.
     """
 
     def __init__(
@@ -109,7 +110,8 @@ class Drain:
         port: Coordinator | None = None,
         settings: DrainSettings | None = None,
         again: Callable[[int], float | None] | None = None,
-        guard: Callable[[], None] | None = None,
+        guard: Callable[[Named], None] | None = None,
+        hop: str | None = None,
     ) -> None:
         self._source, self._target, self._loop = source, target, loop
         self._again, self._guard = again, guard
@@ -119,7 +121,7 @@ class Drain:
         self._jobs: list[_Job] = []
         self._lock = threading.Lock()
         self._counts: dict[int, int] = {}
-        self._name = f"{zlib.crc32(source.label.encode()):08x}-{zlib.crc32(target.label.encode()):08x}"
+        self._name = hop or f"{zlib.crc32(source.label.encode()):08x}-{zlib.crc32(target.label.encode()):08x}"
         self._closed = False
         self._stopping = threading.Event()
         self._peers = Peers(self._port, self._settings.rank_timeout_s, self._stopping)
@@ -256,7 +258,7 @@ class Drain:
         try:
             if job.manifest is not None:
                 if self._guard is not None:
-                    self._guard()
+                    self._guard(job.manifest)
                 self._loop.run(self._publish(job.manifest, job.companions))
         except CheckpointError as error:
             failure = error

@@ -30,6 +30,7 @@ from ckptengine.operations.landing import landing_for
 from ckptengine.operations.left_behind import left_behind
 from ckptengine.operations.level import Landed, Level, Way
 from ckptengine.operations.levels_held import Held
+from ckptengine.operations.one_place import OnePlace
 from ckptengine.operations.rank_digest import rank_file_digest
 from ckptengine.operations.retain import apply_retention, plan_retention
 from ckptengine.operations.tiered import TieredFiles
@@ -102,7 +103,8 @@ class Levels:
         except BaseException:
             self.close(0.0)
             raise
-        for source, target in zip(self._levels, self._levels[1:], strict=False):
+        self._place = OnePlace(self._levels[-1].flat)
+        for hop, (source, target) in enumerate(zip(self._levels, self._levels[1:], strict=False)):
             cap = target.spec.max_bytes_per_s
             target.drain = Drain(
                 source.tier,
@@ -111,7 +113,8 @@ class Levels:
                 port=port,
                 settings=self._settings if cap is None else replace(self._settings, max_bytes_per_s=cap),
                 again=self._again,
-                guard=partial(self._held.check, target),
+                guard=partial(self._may_commit, target),
+                hop=str(hop),  # not by the places, which ranks may call by different paths
             )
 
     # ---- where
@@ -305,6 +308,12 @@ class Levels:
         self._stranded = True
         self._retain(upto=number)
         way.done.set_exception(error)
+
+    def _may_commit(self, level: Level, manifest: Named) -> None:
+        """Raise where ``manifest`` must not be put on ``level``; a tier of a node's own is not asked to have all."""
+        self._held.check(level)
+        if self._port.world > 1 and level is self._levels[-1]:
+            self._place.require(manifest)
 
     def _again(self, tries: int) -> float | None:
         """Seconds until a failed hop is tried again, as the policy says; None: not at all."""

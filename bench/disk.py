@@ -48,9 +48,11 @@ def open_direct(path: Path, flags: int) -> tuple[int, bool]:
 
 
 def write_file(path: Path, size_bytes: int, buffer: mmap.mmap, *, direct: bool = True) -> float:
-    """Write `size_bytes` into a new file, sync it and its directory; seconds.
+    """Write `size_bytes` into a new file in blocks of `BLOCK_BYTES`, sync it and its directory; seconds.
 
-    `buffer` (aligned) is written over and over again: the limit of the device, not of memory.
+    `buffer` (aligned, of whole blocks or of all bytes) is written from its beginning, over and over again: one of a
+    single block stays in the processor's cache and shows the limit of the device, one as large as the file that of the
+    device fed from memory.
     """
     flags = os.O_CREAT | os.O_TRUNC | os.O_WRONLY
     view = memoryview(buffer)
@@ -60,7 +62,8 @@ def write_file(path: Path, size_bytes: int, buffer: mmap.mmap, *, direct: bool =
         total = round_up(size_bytes)
         done = 0
         while done < total:
-            done += os.pwrite(descriptor, view[: min(len(view), total - done)], done)
+            at = done % len(view)
+            done += os.pwrite(descriptor, view[at : at + min(BLOCK_BYTES, len(view) - at, total - done)], done)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

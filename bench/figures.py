@@ -125,3 +125,8 @@ def _conversions(document: Document) -> Iterable[Ranked]:
             for engine, runs in runs_of.items()
         }
         yield Ranked(what=f"convert, {name}", unit="s", processes=values, resolution=0.005)
+
+
+def limits_from_memory(saves: Iterable[Mapping[str, Any]]) -> list[float]:
+    """Seconds that raw writes of as much memory as the state took; documents of before 2026-11-24 have none."""
+    return [save["limit_from_memory_s"] for save in saves if "limit_from_memory_s" in save]

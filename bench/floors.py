@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from .document import Document, figures_by_engine, samples_of
-from .figures import stall_cuts, stall_samples, step_noise_s
+from .figures import limits_from_memory, stall_cuts, stall_samples, step_noise_s
 from .names import BASELINE, LIMIT, OURS, REFERENCE
 from .table import Table, number, size
 
@@ -162,7 +162,11 @@ def _durable(document: Document) -> Iterator[Floor]:
     if REFERENCE in medians:
         part = medians[OURS] / medians[REFERENCE]
         yield _at_most("durable after, nothing else running", part, 0.5, _x, f" {REFERENCE}")
-    yield _at_least("write rate", limits[OURS] / medians[OURS], "raw direct pwrite, interleaved")
+    yield _at_least("write rate", limits[OURS] / medians[OURS], "raw direct pwrite of one warm block, interleaved")
+    from_memory = _values(document, "durable", lambda run: limits_from_memory(run["saves"]))
+    if OURS in from_memory:
+        of = "raw direct pwrite of as much memory as the state, interleaved"
+        yield _at_least("write rate, from memory", from_memory[OURS] / medians[OURS], of)
 
 
 def _at_least(what: str, part: float, of: str) -> Floor:

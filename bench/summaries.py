@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .document import Document, configurations, figures_by_engine, samples_of, troubles
-from .figures import stall_cuts, stall_processes, step_noise_s
+from .figures import limits_from_memory, stall_cuts, stall_processes, step_noise_s
 from .names import BASELINE, LIMIT, REFERENCE
 from .statistics import Summary, flat, noise_warnings, ratio, summarise
 from .table import Table, percent, size, spread, times, verdict
@@ -113,6 +113,7 @@ def durable(document: Document, samples: Sequence[Mapping[str, Any]]) -> list[Ta
             spread(mine),
             spread(summarise(state_bytes / save["durable_s"] / 1e9 for save in saves)),
             percent(ratio(limit, mine)),
+            percent(ratio(summarise(limits_from_memory(saves)), mine)),
             times(ratio(mine, reference)),
             spread(summarise(run["first_save"]["durable_s"] for run in runs)),
             size(saves[0]["bytes_on_disk"]),
@@ -124,8 +125,8 @@ def durable(document: Document, samples: Sequence[Mapping[str, Any]]) -> list[Ta
     return [
         Table(
             title=f"durable: {size(state_bytes)}, nothing else running",
-            columns=("engine", "call ms", "durable after s", "GB/s", "of raw pwrite", f"/{REFERENCE}", "first save s",
-                     "on disk", "files", "durability", "bits"),
+            columns=("engine", "call ms", "durable after s", "GB/s", "of raw pwrite", "of that from memory",
+                     f"/{REFERENCE}", "first save s", "on disk", "files", "durability", "bits"),
             rows=[rows[engine] for engine in _by_median(summaries)],
         )
     ]  # fmt: skip

@@ -1,7 +1,8 @@
 """`durable`: how long after the call a checkpoint survives a power cut, with nothing else going on.
 
 Between two saves the same number of bytes is written by raw `pwrite`, in the same process, so that each figure has
-its limit beside it.
+its limits beside it: from one warm block, which is all that the device can do, and from as much memory as the state
+takes, which is all that anybody can do who has to write a state.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..check import verify
-from ..disk import BLOCK_BYTES, aligned_buffer, write_file
+from ..disk import BLOCK_BYTES, aligned_buffer, round_up, write_file
 from ..durability import count
 from ..engine import Engine
 from ..loop import Save, Watch, clock
@@ -25,14 +26,19 @@ def measure(job: Job) -> dict[str, Any]:
     state = gpt_like_tensors(job.size, job.state_bytes, job.device)
     root = Path(job.directory)
     engine = engine_class(job.engine)(root, state)
-    buffer = aligned_buffer(BLOCK_BYTES)
+    limits = {
+        "limit_s": aligned_buffer(BLOCK_BYTES),
+        "limit_from_memory_s": aligned_buffer(round_up(state.size_bytes)),
+    }
     try:
         saves = []
         for step in range(1, job.saves + 2):
             change(state, engine)
-            limit_s = write_file(root / "limit.bin", state.size_bytes, buffer)
-            (root / "limit.bin").unlink()
-            saves.append({**one_save(engine, step, job.timeout_s), "limit_s": limit_s})
+            seconds = {}
+            for name, buffer in limits.items():
+                seconds[name] = write_file(root / "limit.bin", state.size_bytes, buffer)
+                (root / "limit.bin").unlink()
+            saves.append({**one_save(engine, step, job.timeout_s), **seconds})
     finally:
         engine.close()
     return {"state_bytes": state.size_bytes, "tensors": len(state.named), "first_save": saves[0], "saves": saves[1:]}

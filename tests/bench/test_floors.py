@@ -102,8 +102,9 @@ def test_a_disk_slower_than_a_step_has_a_floor_of_its_own() -> None:
     assert "torch-save" in found[1].measured
 
 
-def durable_run(seconds: float, limit_s: float) -> dict[str, Any]:
-    return {"saves": [{"call_s": 0.1, "durable_s": seconds, "limit_s": limit_s}] * 3}
+def durable_run(seconds: float, limit_s: float, from_memory_s: float | None = None) -> dict[str, Any]:
+    save = {"call_s": 0.1, "durable_s": seconds, "limit_s": limit_s}
+    return {"saves": [save if from_memory_s is None else {**save, "limit_from_memory_s": from_memory_s}] * 3}
 
 
 def restore_run(cold_s: float, limit_s: float) -> dict[str, Any]:
@@ -120,6 +121,8 @@ def test_rates_are_those_of_the_limit_of_the_same_process() -> None:
     assert [(floor.measured, floor.met) for floor in found] == [
         ("0.400x dcp-async", True), ("80 %", False), ("0.125x, 50.0 B", False), ("90 %", True), ("1.00 s", False)
     ]  # fmt: skip
+    both = floors.floors(document(sample("durable", "ckptengine", durable_run(1.0, 0.8, 0.9))))
+    assert [(floor.measured, floor.met) for floor in both] == [("80 %", False), ("90 %", True)]
     table = floors.table(document(sample("durable", "ckptengine", durable_run(1.0, 0.8))))
     assert table is not None
     assert table.notes == ["0 of 1 met, 1 missed"]

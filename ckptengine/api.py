@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from ckptengine.operations.filling import array_of, fill_targets
 from ckptengine.operations.opening import open_any
 from ckptengine.operations.read import BoxReader
 from ckptengine.operations.restore import RestoreRequest, restore_from, restore_newest
+from ckptengine.operations.step_number import step_number
 from ckptengine.operations.verify import verify
 from ckptengine.sources.detect import split_step
 from ckptengine.sources.files import is_url, open_files
@@ -38,7 +39,7 @@ _UNPROVEN_ELEMENTS = 1 << 20
 """From this size on memory is taken only for what fragments are known to hold."""
 
 
-def save(state: Any, root: str | os.PathLike[str], step: int, **settings: Any) -> int:
+def save(state: Any, root: str | os.PathLike[str], step: SupportsIndex, **settings: Any) -> int:
     """Save ``state`` under ``root`` as ``step`` and return the step once it is durable.
 
     ``settings`` are those of `Checkpointer`.  The process's random streams are left out.  Raises what the save raises.
@@ -50,7 +51,7 @@ def save(state: Any, root: str | os.PathLike[str], step: int, **settings: Any) -
 def load(
     state: Any,
     root: str | os.PathLike[str],
-    step: int | None = None,
+    step: SupportsIndex | None = None,
     *,
     rules: str | os.PathLike[str] | None = None,
     names: Sequence[str] | None = None,
@@ -61,7 +62,7 @@ def load(
     ``root`` is a root, a step directory, any foreign checkpoint, or ``PATH@STEP``.  Random streams are not touched.
     Raises like `Checkpointer.restore`; `NotFound` when there is nothing to load.
     """
-    source = open_any(root, step, rules)
+    source = open_any(root, None if step is None else step_number(step), rules)
     request = RestoreRequest(state=state, names=names, strict=strict, random=False, timeout_s=_TIMEOUT_S)
     port = choose(None, _TIMEOUT_S)
     try:
@@ -217,11 +218,11 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    path: str | os.PathLike[str], step: int | None = None, *, rules: str | os.PathLike[str] | None = None
+    path: str | os.PathLike[str], step: SupportsIndex | None = None, *, rules: str | os.PathLike[str] | None = None
 ) -> Checkpoint:
     """Open any checkpoint, ours or foreign, for reading.  Raises `NotFound` or `UnreadableFormat`."""
     with no_collection():
-        return Checkpoint(open_any(path, step, rules))
+        return Checkpoint(open_any(path, None if step is None else step_number(step), rules))
 
 
 def _box_of(name: str, slices: Any, shape: tuple[int, ...]) -> tuple[Box, set[int]]:

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, SupportsIndex
 
 from torch.distributed import ProcessGroup
 from torch.optim.optimizer import Optimizer
@@ -26,6 +26,7 @@ from ckptengine.operations.places import Places, Writing, check_places
 from ckptengine.operations.restore import RestoreRequest, WorldPolicy, restore_from
 from ckptengine.operations.rhythm import Rhythm
 from ckptengine.operations.save import SaveJob, Saver, SaveSettings
+from ckptengine.operations.step_number import step_number
 from ckptengine.operations.stopping import EXIT_STATUS
 from ckptengine.operations.stopping_order import LastSave
 from ckptengine.operations.tally import Status
@@ -146,26 +147,52 @@ class Checkpointer:
 
     # ---- saving
 
-    def save(self, step: int, *, metrics: Mapping[str, Any] | None = None) -> SaveHandle:
-        """Start one checkpoint of ``step`` now; returns as soon as the capture is registered.
+    def save(self, step: SupportsIndex, *, metrics: Mapping[str, Any] | None = None) -> SaveHandle:
+        """Start one checkpoint of ``step`` (anything that is a whole number) now; returns as soon as the capture is
+        registered.
 
         Raises the error of an earlier save, as ``on_failure`` says, and `UnsupportedValue` for a value in the state
-        that has no encoding; everything that goes wrong later is on the handle.
+        that has no encoding; everything that goes wrong later is on the handle.  Where one rank raises here, the
+        handles of the others fail with its error.
         """
         return self._save(step, metrics, all_the_way=True)
 
-    def _save(self, step: int, metrics: Mapping[str, Any] | None, *, all_the_way: bool) -> SaveHandle:
+    def _save(self, step: SupportsIndex, metrics: Mapping[str, Any] | None, *, all_the_way: bool) -> SaveHandle:
         self._usable()
-        if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 1 << 63:
-            raise UnusableRequest(f"step {step!r} is not a whole number from 0 on, below 2**63")
-        self._troubles.surface(step)
+        refusal: CheckpointError | None = None
+        try:
+            step = step_number(step)
+            self._troubles.surface(step)
+        except CheckpointError as error:
+            if self._port.world == 1:
+                raise
+            refusal = error
         started_s = time.perf_counter()
-        self._saves += 1
-        handle = SaveHandle(step)
-        if not self._overlap.admit(self._saves):
-            handle.advance("skipped")
-            return handle
-        flat = self._walker.flatten()
+        self._saves += 1  # whatever happens: ranks tell saves apart by it
+        admitted = self._overlap.admit(self._saves)
+        try:
+            if refusal is not None:
+                raise refusal
+            step = step_number(step)
+            if not admitted:
+                handle = SaveHandle(step)
+                handle.advance("skipped")
+                return handle
+            job = self._register(step, metrics, all_the_way=all_the_way)
+        except BaseException as error:
+            if admitted:
+                self._saver.refuse(self._saves, error)
+                if isinstance(step, int):
+                    self._rhythm.saved(step)  # as the other ranks have it
+            raise
+        self._saver.submit(job)
+        job.handle.add_ms("blocked_ms", (time.perf_counter() - started_s) * 1e3)
+        job.handle.event("save", started_s, thread="training")
+        return job.handle
+
+    def _register(self, step: int, metrics: Mapping[str, Any] | None, *, all_the_way: bool) -> SaveJob:
+        """What a save of ``step`` needs of the live state, and its handle, watched."""
+        flat, handle = self._walker.flatten(), SaveHandle(step)
         job = SaveJob(
             step=step,
             number=self._saves,
@@ -176,31 +203,30 @@ class Checkpointer:
             all_the_way=all_the_way,
         )
         self._troubles.watch(handle)
-        handle.add_done_callback(self._rhythm.ended)
+        handle.on_done(self._rhythm.ended)
         self._tally.started(handle)
         self._rhythm.saved(step)
-        self._saver.submit(job)
-        handle.add_ms("blocked_ms", (time.perf_counter() - started_s) * 1e3)
-        handle.event("save", started_s, thread="training")
-        return handle
+        return job
 
-    def step(self, step: int, *, metrics: Mapping[str, Any] | None = None) -> SaveHandle | None:
+    def step(self, step: SupportsIndex, *, metrics: Mapping[str, Any] | None = None) -> SaveHandle | None:
         """The training-loop hook: saves when the interval says so, else returns None.
 
         Also where the error of a background save surfaces, according to ``on_failure``.  Metrics are read only when it
         saves.
         """
         self._usable()
-        self._troubles.surface(step)
+        step = step_number(step)
         last = self._last if self._last is not None and self._last.stopping.decided() else None
-        if not (self._rhythm.due(step) or last):
+        due = self._rhythm.due(step)  # asked of every rank at every call, whatever this one has to complain of
+        if last is None and due:
+            return self._save(step, metrics, all_the_way=False)
+        self._troubles.surface(step)
+        if last is None:
             return None
-        if last is not None:
-            self._saver.wait_below(1, last.stopping.left_s())  # so that no overlap policy leaves the last one out
-            last.run(self._state, step, lambda: self._save(step, metrics, all_the_way=True), self._weights)
-            self._close(last.stopping.left_s())
-            raise SystemExit(EXIT_STATUS)
-        return self._save(step, metrics, all_the_way=False)
+        self._saver.wait_below(1, last.stopping.left_s())  # so that no overlap policy leaves the last one out
+        last.run(self._state, step, lambda: self._save(step, metrics, all_the_way=True), self._weights)
+        self._close(last.stopping.left_s())
+        raise SystemExit(EXIT_STATUS)
 
     def fence(self) -> None:
         """Block until everything that the next update overwrites has been captured.
@@ -244,7 +270,7 @@ class Checkpointer:
     # ---- restoring
 
     def restore(
-        self, step: int | None = None, *, names: Sequence[str] | None = None, strict: bool = True
+        self, step: SupportsIndex | None = None, *, names: Sequence[str] | None = None, strict: bool = True
     ) -> int | None:
         """Fill the state in place from the newest step that verifies, or from ``step``, or only ``names`` of it.
 
@@ -260,6 +286,7 @@ class Checkpointer:
             RestoreIncomplete: damage showed while filling and no copy is left; further steps and saves are refused.
         """
         self._usable()
+        step = None if step is None else step_number(step)
         self._saver.wait_below(1)
         self._restores += 1
         request = RestoreRequest(

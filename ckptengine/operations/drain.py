@@ -97,8 +97,8 @@ class Drain:
     ``port``: the ranks that drain together.  Its keys follow from ``hop`` (what the ranks call this drain, each of them
     alike; default: from the two places), the step, and how often it came.
     ``again(tries)``: asked on rank 0 when a step could not be carried, how long to wait before the next try; None gives
-    it up.  What comes behind waits meanwhile, so that all ranks keep one order.  ``guard``: called with a manifest right
-    before it is put; it raises where this job may not do so any more, or must not.
+    it up.  What comes behind waits meanwhile, so that all ranks keep one order.  ``guard``: called with a manifest
+    right before it is put; it raises where this job may not do so any more, or must not.
     """
 
     def __init__(

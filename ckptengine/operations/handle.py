@@ -35,6 +35,7 @@ class SaveHandle:
         self._furthest = 0
         self._ended = False
         self._error: CheckpointError | None = None
+        self._bookkeepers: list[Callable[[SaveHandle], object]] = []
         self._callbacks: list[Callable[[SaveHandle], object]] = []
         self._events: list[dict[str, Any]] = []
         self._progress: Callable[[], Progress] | None = None
@@ -76,12 +77,18 @@ class SaveHandle:
             return self._error
 
     def add_done_callback(self, callback: Callable[[SaveHandle], object]) -> None:
-        """Call ``callback(handle)`` when the save ends, at once if it has.  It runs on a background thread."""
+        """Call ``callback(handle)`` when the save ends; at once, on this thread, if it has.
+
+        As with `concurrent.futures.Future`: callbacks run one after the other in the order in which they were added, on
+        the background thread that ended the save and with no lock held, when those who wait for the save may already
+        have gone on; an exception in one is logged and spoils nothing.  While one runs that thread commits nothing
+        else: what takes long, or waits for other saves, belongs on a thread of its own.
+        """
         with self._changed:
             if not self.done():
                 self._callbacks.append(callback)
                 return
-        callback(self)
+        self._call([callback])
 
     @property
     def progress(self) -> dict[str, float]:
@@ -104,6 +111,14 @@ class SaveHandle:
         return {"traceEvents": [{"pid": self.step, "cat": "save", **event} for event in self._events]}
 
     # ---- for the engine
+
+    def on_done(self, bookkeeper: Callable[[SaveHandle], object]) -> None:
+        """Have ``bookkeeper(handle)`` run before anybody hears that the save has ended; it waits for nothing."""
+        with self._changed:
+            if not self.done():
+                self._bookkeepers.append(bookkeeper)
+                return
+        self._call([bookkeeper])
 
     def track(self, progress: Callable[[], Progress]) -> None:
         self._progress = progress
@@ -129,14 +144,17 @@ class SaveHandle:
             self._stage = stage
             self._furthest = max(self._furthest, _ORDER.get(stage, 0))
             self.counters.setdefault(f"{stage}_s", time.perf_counter() - self._started_s)
-            self._finish()
+            callbacks = self._finish()
+        self._call(callbacks)
 
     def end(self) -> None:
         """It has come as far as it is meant to."""
         with self._changed:
-            if not self.done():
-                self._ended = True
-                self._finish()
+            if self.done():
+                return
+            self._ended = True
+            callbacks = self._finish()
+        self._call(callbacks)
 
     def fail(self, error: CheckpointError) -> None:
         """End with ``error`` unless already ended."""
@@ -144,19 +162,26 @@ class SaveHandle:
             if self.done():
                 return
             self._stage, self._error = "failed", error
-            self._finish()
+            callbacks = self._finish()
+        self._call(callbacks)
 
     def _reached(self, stage: str) -> bool:
         return self._stage != "skipped" and self._furthest >= _ORDER[stage]
 
-    def _finish(self) -> None:
+    def _finish(self) -> list[Callable[[SaveHandle], object]]:
+        """With the lock held: let those who wait go on; what is to be called once the lock is free."""
         self._changed.notify_all()
         if not self.done():
-            return
+            return []
         if self._progress is not None:
             self.counters.update(self.progress)
             self._progress = None
+        bookkeepers, self._bookkeepers = self._bookkeepers, []
+        self._call(bookkeepers)
         callbacks, self._callbacks = self._callbacks, []
+        return callbacks
+
+    def _call(self, callbacks: list[Callable[[SaveHandle], object]]) -> None:
         for callback in callbacks:
             try:
                 callback(self)

@@ -29,7 +29,7 @@ from ckptengine.operations.handle import SaveHandle
 from ckptengine.operations.one_place import require_one_place
 from ckptengine.operations.rank_writer import RankWriter, Sealed
 from ckptengine.operations.replicas import check_replicas, held_digests
-from ckptengine.operations.structure import Agreement, Structure
+from ckptengine.operations.structure import Agreement, Refusal, Structure
 from ckptengine.snapshot.capture import Capture
 from ckptengine.snapshot.port import CaptureEngine
 from ckptengine.snapshot.register import Planner, Registered
@@ -97,8 +97,8 @@ class Saver:
         self._told: str | None = None
         self._proven = port.world == 1 or not root.shared
         self._agreement = Agreement(port, settings.rank_timeout_s, claims)
-        self._to_capture: queue.SimpleQueue[SaveJob | None] = queue.SimpleQueue()
-        self._to_commit: queue.SimpleQueue[SaveJob | None] = queue.SimpleQueue()
+        self._to_capture: queue.SimpleQueue[SaveJob | Refusal | None] = queue.SimpleQueue()
+        self._to_commit: queue.SimpleQueue[SaveJob | Refusal | None] = queue.SimpleQueue()
         self._jobs: list[SaveJob] = []
         self._changed = threading.Condition()
         self._onward: Callable[[SaveJob], None] | None = None
@@ -119,6 +119,11 @@ class Saver:
         with self._changed:
             self._jobs.append(job)
         self._to_capture.put(job)
+
+    def refuse(self, number: int, error: BaseException) -> None:
+        """Save ``number`` could not be registered here: the other ranks must not wait for this one."""
+        if self._port.world > 1:
+            self._to_capture.put(Refusal(number, error))
 
     def fence(self, optimizer: Optimizer | None) -> None:
         """Block until what ``optimizer`` (None: anybody) overwrites is captured by every save in flight."""
@@ -189,13 +194,17 @@ class Saver:
 
     # ---- background
 
-    def _loop(self, jobs: queue.SimpleQueue[SaveJob | None], work: Callable[[SaveJob], None]) -> None:
+    def _loop(self, jobs: queue.SimpleQueue[SaveJob | Refusal | None], work: Callable[[SaveJob], None]) -> None:
         while True:
             job = jobs.get()
             if job is None:
                 if jobs is self._to_capture:
                     self._to_commit.put(None)
                 return
+            if isinstance(job, Refusal):
+                with contextlib.suppress(CoordinationFailed):  # nobody is left to tell
+                    self._agreement.refuse(job)
+                continue
             try:
                 work(job)
             except CheckpointError as error:
@@ -283,8 +292,8 @@ class Saver:
         job.handle.event("commit", started_s)
         if self._onward is None:
             job.handle.advance("committed")
+            self._forget(job)  # before the callbacks of whoever waits for the end
             job.handle.advance("durable")
-            self._forget(job)
             return
         job.record = FileRecord(sealed.nbytes, sealed.tail_crc)
         job.registered.release()
@@ -374,12 +383,12 @@ class Saver:
             job.capture.cancel()
         if job.writer is not None:
             job.writer.abort(keep=job.unsettled)
+        self._forget(job)
         if job.superseded:
             job.handle.advance("skipped")
         else:
             log.error("save of step %d failed: %s", job.step, error)
             job.handle.fail(job.cancelled or error)
-        self._forget(job)
 
     def _forget(self, job: SaveJob) -> None:
         """Let go of everything that the job held of the live state."""

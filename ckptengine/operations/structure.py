@@ -6,12 +6,14 @@ Ranks describe themselves once; later saves only say that nothing changed.
 from __future__ import annotations
 
 import functools
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from ckptengine.coordination.port import Coordinator, gather, publish, receive
+from ckptengine.coordination.relay import error_note, error_of
 from ckptengine.errors import CheckpointError, LayoutError, RanksDisagree
 from ckptengine.layout import layout_json
 from ckptengine.layout.cover import prove_cover
@@ -221,6 +223,14 @@ def _side_by_side(layouts: Mapping[int, Layout]) -> Sharding | None:
     return Sharding(joined, (Replicate(), *alike[0].placements))
 
 
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A save that this rank could not register: its number, and why, for the other ranks."""
+
+    number: int
+    error: BaseException
+
+
 class Agreement:
     """The structure as last agreed.  One per checkpointer; used from one background thread."""
 
@@ -231,7 +241,8 @@ class Agreement:
         self._structure: Structure | None = None
         self._descriptions: list[list[Any]] = []
         self._refused: CheckpointError | None = None
-        self._published: str | None = None
+        self._read: list[str] = []
+        """Keys that nobody needs any more once every rank has answered to a later one."""
 
     def settle(self, number: int, step: int, flat: FlatState) -> Structure:
         """Agree with all ranks on the structure for save ``number`` of ``step``."""
@@ -243,13 +254,13 @@ class Agreement:
         if gathered is not None:
             answer = self._decide(gathered)
             publish(self._port, f"{key}/out", answer)
-            if self._published is not None:  # every rank has read it: each has answered to the one after
-                self._port.delete(self._published)
-            self._published = f"{key}/out"
+            for old in self._read:
+                self._port.delete(old)
+            self._read = [f"{key}/out"]
         else:
             answer = receive(self._port, f"{key}/out", self._timeout_s)
         if "error" in answer:
-            raise self._refused or RanksDisagree(answer["error"])
+            raise self._refused or error_of(answer)
         self.run, self.attempt = answer["run"], answer["attempt"]
         if self._port.rank != 0 and answer["structure"] is not None:
             self._structure = structure_from_json(answer["structure"])
@@ -257,16 +268,31 @@ class Agreement:
         assert self._structure is not None
         return self._structure
 
+    def refuse(self, refusal: Refusal) -> None:
+        """Tell the ranks that wait for this one that the save is not to be; waits for nobody."""
+        self._key = None
+        note, key = error_note(refusal.error, self._port.rank), f"structure/{refusal.number}"
+        if self._port.rank == 0:
+            publish(self._port, f"{key}/out", note)
+            self._read += [f"{key}/out", *(f"{key}/{rank}" for rank in range(1, self._port.world))]
+        else:
+            self._port.put(f"{key}/{self._port.rank}", json.dumps(note).encode())
+
     def _decide(self, notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        refused = [note for note in notes if "error" in note]
+        if refused:
+            told = "; ".join(note["error"] for note in refused[:4])
+            return {"error": f"this save was not registered on every rank: {told}", "code": refused[0]["code"]}
         steps = {note["step"] for note in notes}
         if len(steps) > 1:
             told = ", ".join(f"rank {rank}: {note['step']}" for rank, note in enumerate(notes[:8]))
-            return {"error": f"ranks save different steps ({told}); every rank must make the same calls"}
+            error = f"ranks save different steps ({told}); every rank must make the same calls"
+            return {"error": error, "code": RanksDisagree.code}
         try:
             attempt = self._claims.current(notes[0]["step"]) if self._claims else None
         except CheckpointError as error:
             self._refused = error
-            return {"error": str(error)}
+            return {"error": str(error), "code": error.code}
         answer = {"run": attempt.run if attempt else "", "attempt": attempt.number if attempt else 0}
         if all(note["tensors"] is None for note in notes) and self._structure is not None:
             return {"structure": None, **answer}
@@ -279,10 +305,11 @@ class Agreement:
                 self._structure = merge(self._descriptions)
         except CheckpointError as error:
             self._structure, self._refused = None, error
-            return {"error": str(error)}
+            return {"error": str(error), "code": error.code}
         except Exception as error:  # the other ranks must hear of it, whatever it is
             self._structure = None
-            return {"error": f"the descriptions of the ranks cannot be merged: {type(error).__name__}: {error}"}
+            told = f"the descriptions of the ranks cannot be merged: {type(error).__name__}: {error}"
+            return {"error": told, "code": RanksDisagree.code}
         return {"structure": structure_to_json(self._structure) if self._port.world > 1 else None, **answer}
 
 

@@ -71,7 +71,8 @@ class Tally:
         """A save has begun."""
         with self._guard:
             self._started += 1
-        handle.add_done_callback(self._end)
+        handle.on_done(self._count)
+        handle.add_done_callback(self._tell)
 
     def arrived(self, number: int, step: int) -> None:
         """A step is on tier ``number``."""
@@ -82,7 +83,7 @@ class Tally:
         """Have ``call(handle)`` run on a background thread when a save ends."""
         self._calls.append(call)
 
-    def _end(self, handle: SaveHandle) -> None:
+    def _count(self, handle: SaveHandle) -> None:
         error = handle.exception(0)
         took = handle.counters
         with self._guard:
@@ -93,6 +94,8 @@ class Tally:
                 self._last_error = f"{error.code}: {error}"
             if handle.stage == "durable":
                 self._durable = _Newest(handle.step, time.monotonic())
+
+    def _tell(self, handle: SaveHandle) -> None:
         for call in self._calls:
             try:
                 call(handle)

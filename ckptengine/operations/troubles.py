@@ -27,7 +27,7 @@ class Troubles:
             self._first_step = handle.step
         with self._guard:
             self._under_way.append(handle)
-        handle.add_done_callback(self._ended)
+        handle.on_done(self._ended)
 
     def under_way(self) -> list[SaveHandle]:
         """Handles of saves that have not ended, oldest first."""

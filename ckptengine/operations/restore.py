@@ -24,6 +24,7 @@ from ckptengine.operations.convert_plan import HoldsEncodedValues
 from ckptengine.operations.filling import Fill
 from ckptengine.snapshot import fence
 from ckptengine.sources.native import NativeSource, open_commit
+from ckptengine.sources.optimizers import numbered_groups
 from ckptengine.sources.port import Files, Source
 from ckptengine.state import random as streams
 from ckptengine.state.fill import Differences, Filling, SavedState, prepare
@@ -284,14 +285,17 @@ def saved_state(source: Source, port: Coordinator, on_world_change: WorldPolicy)
         tensors = {record.name: (record.dtype, record.shape) for record in records}
         mine = _rank_values(source, port, on_world_change)
         digests = {record.name: record.crc for record in records}
-        return SavedState(tensors, aliases, source.encoded_values(), mine, digests)
+        native = source.encoded_values()
+        numbers = numbered_groups(tensors, source.values) if native is None else {}
+        return SavedState(tensors, aliases, native, mine, digests, numbers)
     tensors = {}
     for name in source.names():
         if name not in aliases:
             tensor = source.tensor(name)
             tensors[name] = (tensor.dtype, tensor.shape)
     encoded: Any = source.encoded_values() if isinstance(source, HoldsEncodedValues) else None
-    return SavedState(tensors=tensors, aliases=aliases, values=encoded, rank_values=None)
+    numbered = numbered_groups(tensors, source.values) if encoded is None else {}
+    return SavedState(tensors=tensors, aliases=aliases, values=encoded, rank_values=None, numbered=numbered)
 
 
 def _rank_values(source: NativeSource, port: Coordinator, policy: WorldPolicy) -> Any:

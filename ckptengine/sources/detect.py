@@ -11,6 +11,7 @@ from ckptengine.errors import NotFound, UnreadableFormat
 from ckptengine.sources.dcp.source import FORMAT as DCP
 from ckptengine.sources.deepspeed.source import FORMAT as DEEPSPEED
 from ckptengine.sources.files import LocalFiles, is_url, open_files
+from ckptengine.sources.huggingface.source import FORMAT as HUGGINGFACE
 from ckptengine.sources.megatron.source import FORMAT as MEGATRON
 from ckptengine.sources.port import Files, Format, Opening, Source
 from ckptengine.sources.rules.parse import load_rules
@@ -18,11 +19,11 @@ from ckptengine.sources.rules.present import present
 from ckptengine.sources.safetensors.source import FORMAT as SAFETENSORS
 from ckptengine.sources.torchfile.source import FORMAT as TORCH
 
-FORMATS: tuple[Format, ...] = (DEEPSPEED, MEGATRON, DCP, SAFETENSORS, TORCH)
+FORMATS: tuple[Format, ...] = (DEEPSPEED, MEGATRON, HUGGINGFACE, DCP, SAFETENSORS, TORCH)
 """In the order in which they are tried: what also holds files of a plainer format comes first."""
 
 LATEST = {"latest": "", "latest_checkpointed_iteration.txt": "iter_", "latest_universal": ""}
-_STEP_FOLDER = re.compile(r"(?:iter_|checkpoint-|step-|step_|global_step)0*(\d{1,18})/")
+_STEP_FOLDER = re.compile(r"(?:iter_|checkpoint[-_]|step-|step_|global_step)0*(\d{1,18})/")
 _AT = re.compile(r"(.+)@(\d{1,18}|latest)", re.DOTALL)
 _MAX_LATEST_BYTES = 4096
 

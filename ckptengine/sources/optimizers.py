@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 MAX_DEPTH = 20
+_NUMBER = re.compile(r"(?:state\.)?\d+")
+_NUMBERED = re.compile(r"(?:^|\.)\d+\.[^.]+$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,3 +70,17 @@ def split_names(names: Iterable[str], optimizers: Iterable[Optimizer]) -> dict[s
                 made[name] = (optimizer, rest[:cut], rest[cut + 1 :])
             break
     return made
+
+
+def numbered_groups(tensors: Iterable[str], values: Callable[[], object]) -> dict[str, list[list[str]]]:
+    """Parameters by group of each optimizer that has numbers for names, as torch's ``state_dict`` has them.
+
+    ``values`` is called only where names of tensors look so.
+    """
+    if not any(_NUMBERED.search(name) for name in tensors):
+        return {}
+    return {
+        ".".join(optimizer.path): [[str(name) for name in group["params"]] for group in optimizer.groups]
+        for optimizer in optimizers_in(values())
+        if all(_NUMBER.fullmatch(name) for name in optimizer.parameters)
+    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -32,7 +32,8 @@ class SavedState:
 
     ``tensors`` maps each name to dtype and global shape.  ``values`` is None for a source that records none: then
     plain values stay as they are.  ``rank_values`` is this rank's own, None where there are none for it.  ``digests``
-    are of the tensors' contents, where the checkpoint records them.
+    are of the tensors' contents, where the checkpoint records them.  ``numbered`` has the parameters by group of each
+    optimizer whose ``values`` are not offered and whose parameters have numbers instead of names.
     """
 
     tensors: Mapping[str, tuple[str, tuple[int, ...]]]
@@ -40,6 +41,7 @@ class SavedState:
     values: Json = None
     rank_values: Json = None
     digests: Mapping[str, int] = field(default_factory=dict)
+    numbered: Mapping[str, Sequence[Sequence[str]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

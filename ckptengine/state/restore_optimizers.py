@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,6 +33,14 @@ class SavedOptimizer:
     shared: dict[Any, Json]
     native: bool
 
+    def under(self, names: Mapping[str, str]) -> SavedOptimizer:
+        """The same with its parameters under other names."""
+        if not names:
+            return self
+        groups = tuple((tuple(names[key] for key in params), values) for params, values in self.groups)
+        state = {names.get(str(key), str(key)): part for key, part in self.state.items()}
+        return replace(self, groups=groups, state=state)
+
 
 def match_optimizer(context: Context, view: OptimizerView, data: Json | Absent, match: Match) -> None:
     """Plan the restore of one optimizer."""
@@ -40,7 +48,11 @@ def match_optimizer(context: Context, view: OptimizerView, data: Json | Absent, 
     if saved is None:
         context.problems.append(f"{view.name}: an optimizer live, a plain value in the checkpoint")
         return
-    tensors = _tensors_by_parameter(context, view)
+    positions = _by_position(context, view, saved)
+    if positions is None:
+        return
+    saved = saved.under(positions)
+    tensors = _tensors_by_parameter(context, view, positions)
     if not saved.native and not saved.groups and not any(tensors.values()):
         if context.selection.covers(view.name):
             context.lacking(f"{view.name}: the checkpoint has no state for this optimizer")
@@ -70,26 +82,69 @@ def _read(context: Context, name: str, data: Json | Absent) -> SavedOptimizer | 
         parts = (group if native and isinstance(group, dict) else mapping_items(context, group)) or {}
         params = parts.get("params")
         values = mapping_items(context, parts.get("values")) if native else parts
-        named = [one for one in params if isinstance(one, str)] if isinstance(params, list) else []
-        if named != params or values is None:
-            context.problems.append(f"{name}: the checkpoint does not name the parameters of its groups")
+        named = [str(one) for one in params if type(one) in (str, int)] if isinstance(params, list) else None
+        if named is None or len(named) != len(params) or values is None:
+            context.problems.append(f"{name}: the checkpoint does not say which parameters its groups have")
             return SavedOptimizer((), {}, {}, False)
         groups.append((tuple(named), values))
-    state = items.get("state") if native else None
+    state = items.get("state") if native else mapping_items(context, items.get("state"))
     shared = mapping_items(context, items.get("shared", {})) if native else None
     return SavedOptimizer(tuple(groups), state if isinstance(state, dict) else {}, shared or {}, native)
 
 
-def _tensors_by_parameter(context: Context, view: OptimizerView) -> dict[str, dict[str, str]]:
+NAMELESS = "state."
+"""What stands before the position of a parameter that DeepSpeed kept no name of."""
+
+_LIKE_PARAMETER = frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"})
+"""States of the parameter's shape, by which a wrong order of parameters is noticed."""
+
+
+def _by_position(context: Context, view: OptimizerView, saved: SavedOptimizer) -> dict[str, str] | None:
+    """Saved number -> live name, where the checkpoint has nothing but numbers, as torch's ``state_dict`` has them.
+
+    Empty where it has names.  As in torch the order says it all, so that groups must be as many and as large as live
+    ones; None where they are not, which is reported.
+    """
+    groups = [params for params, _ in saved.groups] or context.saved.numbered.get(view.name, ())
+    keys = [key for params in groups for key in params]
+    bare = [key.removeprefix(NAMELESS) for key in keys]
+    if not keys or not all(key.isdecimal() for key in bare) or any(key in view.entries for key in keys):
+        return {}
+    sizes = [len(params) for params in groups]
+    live = [len(group.params) for group in view.groups]
+    if sizes != live or len(set(keys)) != len(keys):
+        context.problems.append(
+            f"{view.name}: the checkpoint numbers the optimizer's parameters, in groups of {sizes}; the live groups "
+            f"have {live}; build the optimizer with the groups that it had, or restore the rest with names=[...]"
+        )
+        return None
+    return dict(zip(keys, (name for group in view.groups for name in group.params), strict=True))
+
+
+def _tensors_by_parameter(
+    context: Context, view: OptimizerView, positions: Mapping[str, str]
+) -> dict[str, dict[str, str]]:
     """For each parameter the stored state tensors: state key (escaped) -> the name to read."""
     prefix = f"{view.name}." if view.name else ""
     found: dict[str, dict[str, str]] = {key: {} for key in view.entries}
     for name in (*context.saved.tensors, *context.saved.aliases):
         if name.startswith(prefix):
             head, tail = _split_last(name[len(prefix) :])
+            head = positions.get(head, head)
             if head in found:
+                if positions and tail in _LIKE_PARAMETER and name in context.saved.tensors:
+                    _check_shape(context, view, head, name)
                 found[head][tail] = name
     return found
+
+
+def _check_shape(context: Context, view: OptimizerView, key: str, name: str) -> None:
+    shape, expected = context.saved.tensors[name][1], view.entries[key].described.global_shape
+    if shape != expected:
+        context.problems.append(
+            f"{below(view.name, key)}: shape {expected} live; {name}, which has its number in the checkpoint, has "
+            f"{shape}: build the optimizer with its parameters in the order in which it had them"
+        )
 
 
 def _split_last(name: str) -> tuple[str, str]:
@@ -193,6 +248,10 @@ class _ParameterState:
             self._attach_later(_key_of(key), self._create(key, source))
 
     def _plain(self, key: Any, part: Json, name: str) -> None:
+        if key == "step" and not self.saved.native and self._is_torchs() and type(part) in (int, float):
+            count = float(part)  # type: ignore[arg-type]
+            self._attach_later(key, lambda: torch.tensor(count))  # torch itself counted in plain numbers once
+            return
         self.context.device = self.entry.described.tensor.device
         try:
             self._attach_later(key, self.match(self.live.get(key), part, name))
@@ -222,13 +281,15 @@ class _ParameterState:
             )
         return lambda: local
 
+    def _is_torchs(self) -> bool:
+        return type(self.view.optimizer).__module__.startswith("torch.optim")
+
     def _create_scalar(self, key: str, source: str, dtype: str) -> Build:
         """A counter: on the CPU unless this group counts on the device; torch's own optimizers count in floats."""
         on_device = bool(self.group.get("capturable") or self.group.get("fused"))
         device = self.entry.described.tensor.device if key != "step" or on_device else torch.device("cpu")
         tensor = self.context.fresh(source, device)
-        torch_own = type(self.view.optimizer).__module__.startswith("torch.optim")
-        if key == "step" and torch_own and not tensor.is_floating_point():
+        if key == "step" and self._is_torchs() and not tensor.is_floating_point():
             return lambda: tensor.to(torch.float32)
         return lambda: tensor
 

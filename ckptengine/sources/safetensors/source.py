@@ -82,13 +82,13 @@ class SafetensorsSource:
         """The model's configuration files, by name without ``.json``; of our own files, the values saved with them."""
         if "values" in self._own:
             return from_json(self._own["values"])
-        found = ((name.removesuffix(".json"), _json(self.files, name)) for name in _VALUES)
+        found = ((name.removesuffix(".json"), json_of(self.files, name)) for name in _VALUES)
         return {name: value for name, value in found if value is not None}
 
 
 def _own_record(files: Files) -> Mapping[str, Any]:
     """What our own writer left beside the tensors; empty where it did not write them."""
-    own: Any = _json(files, OWN_FILE)
+    own: Any = json_of(files, OWN_FILE)
     if own is None:
         return {}
     shown = f"{files.root.rstrip('/')}/{OWN_FILE}"
@@ -105,7 +105,7 @@ def _own_record(files: Files) -> Mapping[str, Any]:
     return dict(own)
 
 
-def _json(files: Files, path: str) -> object:
+def json_of(files: Files, path: str) -> object:
     """A small JSON file beside the tensors; None when it is not there."""
     try:
         return json.loads(files.read(path, 0, min(files.size(path), MAX_VALUES_BYTES)))
@@ -147,7 +147,7 @@ def _offsets(text: str | None, shown: str) -> dict[str, tuple[int, ...]] | None:
     return made
 
 
-def _members(files: Files, entry: str | None, state: Sequence[str] = ()) -> dict[str, Header]:
+def members(files: Files, entry: str | None, state: Sequence[str] = ()) -> dict[str, Header]:
     """The headers of the files that make one checkpoint; `UnreadableFormat` where that cannot be told."""
     if entry is not None:
         return _of_index(files, entry) if entry.endswith(INDEX_SUFFIX) else {entry: read_header(files, entry)}
@@ -201,7 +201,7 @@ def _of_index(files: Files, path: str) -> dict[str, Header]:
     shown = f"{files.root.rstrip('/')}/{path}"
     if files.size(path) > MAX_INDEX_BYTES:
         raise UnreadableFormat(f"{shown} has {files.size(path)} bytes, too many for an index")
-    document = _json(files, path)
+    document = json_of(files, path)
     index = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
         raise Damaged(f"{shown} has no weight_map of names to files")
@@ -224,7 +224,7 @@ def _probe(opening: Opening) -> bool:
 
 def _open(opening: Opening) -> Source:
     own = _own_record(opening.files) if opening.entry is None else {}
-    headers = _members(opening.files, opening.entry, own.get("state", ()))
+    headers = members(opening.files, opening.entry, own.get("state", ()))
     return SafetensorsSource(opening.files, headers, opening.step, own)
 
 

@@ -8,14 +8,18 @@ from typing import Any
 
 from ckptengine.errors import Damaged, NotFound, UnreadableFormat
 from ckptengine.layout.tensor import LogicalTensor
+from ckptengine.sources.files import InlineFiles
+from ckptengine.sources.held import Number, number
 from ckptengine.sources.plain import plain, walk_leaves
 from ckptengine.sources.port import Files, Format, Opening, Source
 from ckptengine.sources.stored import StoredTensor
+from ckptengine.sources.torchfile.lightning import lightning_step, rearranged
 from ckptengine.sources.torchzip import is_torch_file, load_torch, own_record
 from ckptengine.sources.unpickle import Placeholder
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 INDEX = "pytorch_model.bin.index.json"
+INDEX_SUFFIX = ".bin.index.json"
 MAX_INDEX_BYTES = 1 << 28
 MAX_OPTIMIZER_DEPTH = 20
 OWN_RECORD = "ckptengine"
@@ -27,20 +31,39 @@ class TorchSource:
     Names are paths joined with dots; a file whose tensors all lie at its top is a state dict and is presented under
     ``model.``.  An optimizer's ``<key>.state.<parameter>.<state>`` beside ``<key>.param_groups`` is presented as
     ``<key>.<parameter>.<state>``, where the parameter is its name if the optimizer was given names, else its number.
+    A ``step`` that torch kept as a plain number is a 0-d tensor.  Lightning's ``state_dict`` is ``model`` and its
+    ``optimizer_states`` are ``optim``, ``optim_1`` and so on.  ``places`` has the key under which all of a file goes.
     """
 
     format = "torch"
 
-    def __init__(self, files: Files, paths: Sequence[str], step: int | None = None) -> None:
-        self.files = files
+    def __init__(
+        self,
+        files: Files,
+        paths: Sequence[str],
+        step: int | None = None,
+        places: Mapping[str, str] | None = None,
+    ) -> None:
+        inline = files if isinstance(files, InlineFiles) else InlineFiles(files)
+        self.files: Files = inline
         own = _own(files, paths)
-        self.step: int | None = step if own is None else own.get("step", step)
         self.metrics: Mapping[str, float] = {}
         self._roots = [load_torch(files, path) for path in paths]
+        if own is None:
+            step = next((found for root in self._roots if (found := lightning_step(root)) is not None), step)
+            self._roots = [rearranged(root) for root in self._roots]
+        else:
+            step = own.get("step", step)
+        self.step = step
+        if places is not None:
+            self._roots = [{places[path]: root} for path, root in zip(paths, self._roots, strict=True)]
+        self._numbers: dict[str, Number] = {}
         self._tensors: dict[str, StoredTensor | Placeholder] = {}
         self._aliases: dict[str, str] = {}
         first: dict[tuple[object, ...], str] = {}
         for root in self._roots:
+            if own is None:
+                self._numbers |= _counters(root, (), inline)
             for name, tensor in _named(root, own is not None):
                 if name in self._tensors:
                     raise Damaged(f"tensor {name!r} occurs twice in {files.root}")
@@ -50,11 +73,14 @@ class TorchSource:
 
     def names(self) -> Sequence[str]:
         """Canonical names, in the order of the file."""
-        return list(self._tensors)
+        return [*self._tensors, *(name for name in self._numbers if name not in self._tensors)]
 
     def tensor(self, name: str) -> LogicalTensor:
         """The tensor under a canonical name: one fragment, strided where it was saved so."""
         stored = self._tensors.get(name)
+        if stored is None and name in self._numbers:
+            placed = self._numbers[name].placed()
+            return LogicalTensor(name, placed.dtype, placed.shape, placed.fragments)
         if stored is None:
             raise NotFound(f"{self.files.root} has no tensor {name!r}")
         if isinstance(stored, Placeholder):
@@ -73,7 +99,7 @@ class TorchSource:
 
         The groups of an optimizer that was given names list their ``params`` by name.
         """
-        made = [_with_names(plain(root), 0) for root in self._roots]
+        made = [_with_names(plain(root), 0, bare=bool(self._numbers)) for root in self._roots]
         if len(made) == 1:
             return {} if made[0] is None else made[0]
         return {key: value for part in made if isinstance(part, dict) for key, value in part.items()}
@@ -118,6 +144,22 @@ def _named(root: object, own: bool) -> list[tuple[str, StoredTensor | Placeholde
     return list(zip(names, (tensor for _, tensor in named), strict=True))
 
 
+def _counters(root: Any, key: tuple[str, ...], inline: InlineFiles) -> dict[str, Number]:
+    """The counters of optimizers that are plain numbers, by canonical name."""
+    if not isinstance(root, dict) or len(key) > MAX_OPTIMIZER_DEPTH:
+        return {}
+    if not isinstance(root.get("param_groups"), list) or not isinstance(root.get("state"), dict):
+        inner = ((str(part), item) for part, item in root.items() if isinstance(item, dict))
+        return {k: v for part, item in inner for k, v in _counters(item, (*key, part), inline).items()}
+    names = _parameter_names(root, ())
+    found: dict[str, Number] = {}
+    for parameter, state in root["state"].items() if names else ():
+        held = number(state.get("step"), inline) if isinstance(state, dict) else None
+        if held is not None:
+            found[".".join((*key, str(names.get(parameter, parameter)), "step"))] = held
+    return found
+
+
 def _parameter_names(root: Any, key: tuple[Any, ...]) -> Mapping[object, str]:
     """Number -> name of an optimizer's parameters, from its param_groups; empty where there is no optimizer."""
     inner = root
@@ -139,28 +181,48 @@ def _parameter_names(root: Any, key: tuple[Any, ...]) -> Mapping[object, str]:
     return names
 
 
-def _with_names(value: Any, depth: int) -> Any:
-    """Optimizers among the values with the names of their parameters instead of torch's numbers."""
+def _with_names(value: Any, depth: int, *, bare: bool) -> Any:
+    """Optimizers among the values with the names of their parameters instead of torch's numbers.
+
+    ``bare``: without counters, which are shown as tensors.
+    """
     if not isinstance(value, dict) or depth > MAX_OPTIMIZER_DEPTH:
         return value
     groups: Any = value.get("param_groups")
-    named = isinstance(groups, list) and all(
-        isinstance(group, dict) and isinstance(group.get("param_names"), list) for group in groups
-    )
-    if not named:
-        return {key: _with_names(item, depth + 1) for key, item in value.items()}
+    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+        return {key: _with_names(item, depth + 1, bare=bare) for key, item in value.items()}
+    made = dict(value)
     names = _parameter_names(value, ())
+    if isinstance(value.get("state"), dict) and names and bare:
+        made["state"] = _without_counters(value["state"])
+        if value["state"] and not made["state"]:
+            del made["state"]
+    if not all(isinstance(group.get("param_names"), list) for group in groups):
+        return made
     rows = [{key: item for key, item in group.items() if key != "param_names"} for group in groups]
-    rows = [{**row, "params": [names.get(number, number) for number in row.get("params", ())]} for row in rows]
-    made = {**value, "param_groups": rows}
-    if isinstance(value.get("state"), dict):
-        made["state"] = {names.get(number, number): item for number, item in value["state"].items()}
+    made["param_groups"] = [{**row, "params": [names.get(one, one) for one in row.get("params", ())]} for row in rows]
+    if isinstance(made.get("state"), dict):
+        made["state"] = {names.get(one, one): item for one, item in made["state"].items()}
     return made
 
 
-def _members(files: Files, entry: str | None) -> list[str]:
-    if entry == INDEX or (entry is None and files.exists(INDEX)):
-        return _of_index(files)
+def _without_counters(states: dict[Any, Any]) -> dict[Any, Any]:
+    made = {}
+    for parameter, state in states.items():
+        if isinstance(state, dict) and type(state.get("step")) in (int, float):
+            state = {key: item for key, item in state.items() if key != "step"}
+            if not state:
+                continue
+        made[parameter] = state
+    return made
+
+
+def members(files: Files, entry: str | None) -> list[str]:
+    """The files of one checkpoint; `UnreadableFormat` where that cannot be told."""
+    if entry is None and files.exists(INDEX):
+        return _of_index(files, INDEX)
+    if entry is not None and entry.endswith(INDEX_SUFFIX):
+        return _of_index(files, entry)
     if entry is not None:
         return [entry]
     found = _candidates(files)
@@ -171,10 +233,10 @@ def _members(files: Files, entry: str | None) -> list[str]:
     return found
 
 
-def _of_index(files: Files) -> list[str]:
-    shown = f"{files.root.rstrip('/')}/{INDEX}"
+def _of_index(files: Files, path: str) -> list[str]:
+    shown = f"{files.root.rstrip('/')}/{path}"
     try:
-        index = json.loads(files.read(INDEX, 0, min(files.size(INDEX), MAX_INDEX_BYTES)))["weight_map"]
+        index = json.loads(files.read(path, 0, min(files.size(path), MAX_INDEX_BYTES)))["weight_map"]
         members = sorted(set(index.values()))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise Damaged(f"{shown} has no weight_map of names to files") from None
@@ -190,12 +252,12 @@ def _candidates(files: Files) -> list[str]:
 
 def _probe(opening: Opening) -> bool:
     if opening.entry is not None:
-        return opening.entry == INDEX or is_torch_file(opening.files, opening.entry)
+        return opening.entry.endswith(INDEX_SUFFIX) or is_torch_file(opening.files, opening.entry)
     return INDEX in opening.files.entries() or bool(_candidates(opening.files))
 
 
 def _open(opening: Opening) -> Source:
-    return TorchSource(opening.files, _members(opening.files, opening.entry), opening.step)
+    return TorchSource(opening.files, members(opening.files, opening.entry), opening.step)
 
 
 FORMAT = Format("torch", _probe, _open)

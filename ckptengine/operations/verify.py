@@ -69,12 +69,10 @@ def _verify_rank_file(
         cursor += count
         if progress is not None:
             progress(done + cursor, total)
-    for row in range(len(tail.index)):
-        try:
-            reader.granules(rank, row)
-        except CheckpointError as error:
-            problems.append(error)
-            break
+    try:
+        reader.check_granules(rank)
+    except CheckpointError as error:
+        problems.append(error)
     return problems
 
 

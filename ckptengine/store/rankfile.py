@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from ckptengine import native
 from ckptengine.errors import DigestMismatch, ForeignFile, Truncated, UnreadableFormat
-from ckptengine.layout.digest import GRANULE_BYTES, combine_granules, raw_to_standard
+from ckptengine.layout.digest import GRANULE_BYTES, combine_each, combine_granules, raw_to_standard, standard_each
 from ckptengine.store.envelope import canonical
 
 HEADER_BYTES = 4096
@@ -205,3 +205,18 @@ def check_index(tail: Tail, granules: int, where: str) -> None:
 def extent_crc(granules: npt.NDArray[np.uint64], nbytes: int) -> int:
     """The standard CRC of an extent from the raw CRCs of its granules."""
     return raw_to_standard(combine_granules(granules, GRANULE_BYTES, nbytes), nbytes)
+
+
+def extent_crcs(granules: npt.NDArray[np.uint64], tail: Tail) -> npt.NDArray[np.uint64]:
+    """`extent_crc` of every extent of a file, uint64[extents]; ``granules`` are all of its table."""
+    sizes, firsts = tail.index["nbytes"], tail.starts[:-1]
+    raws = np.zeros(len(sizes), np.uint64)
+    small = np.flatnonzero((sizes > 0) & (sizes <= GRANULE_BYTES))
+    raws[small] = granules[firsts[small]]
+    large = np.flatnonzero(sizes > GRANULE_BYTES)
+    large = large[np.argsort(sizes[large], kind="stable")]
+    for rows in np.split(large, np.flatnonzero(np.diff(sizes[large])) + 1) if len(large) else ():
+        nbytes = int(sizes[rows[0]])
+        columns = np.arange(-(-nbytes // GRANULE_BYTES))
+        raws[rows] = combine_each(granules[firsts[rows, None] + columns], GRANULE_BYTES, nbytes)
+    return standard_each(raws, sizes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from bisect import bisect_left
 from typing import Any, Protocol
@@ -137,32 +138,61 @@ class Reader:
         rank = self._ranks.get(path)
         if rank is None:
             raise NotFound(f"{path} is no rank file of step {self.manifest.step}")
-        tail = self.tail(rank)
-        order, starts = self._order(rank, tail)
         view = view.cast("B")
         done = 0
         while done < len(view):
-            at = offset + done
-            place = int(np.searchsorted(starts, at, "right")) - 1
-            row = int(order[place]) if place >= 0 else -1
-            end = int(tail.index["offset"][row]) + int(tail.index["nbytes"][row]) if row >= 0 else 0
-            if at < end:
-                inside = at - int(tail.index["offset"][row])
-                count = min(len(view) - done, end - at)
-                self._read_extent(rank, row, inside, view[done : done + count])
-            else:
-                stop = int(starts[place + 1]) if place + 1 < len(starts) else tail.table
-                count = min(len(view) - done, stop - at)
-                self._read_gap(path, at, view[done : done + count])
-            done += count
+            done += self._read_next(rank, offset + done, view[done:])
+
+    def _read_next(self, rank: int, offset: int, view: memoryview) -> int:
+        """Fill the beginning of ``view``: whole extents, the part of one that lies in it, or what lies between two."""
+        tail = self.tail(rank)
+        order, starts = self._order(rank, tail)
+        place = int(np.searchsorted(starts, offset, "right")) - 1
+        row = int(order[place]) if place >= 0 else -1
+        begin = int(tail.index["offset"][row]) if row >= 0 else 0
+        end = begin + int(tail.index["nbytes"][row]) if row >= 0 else 0
+        if offset >= end:
+            count = min(len(view), (int(starts[place + 1]) if place + 1 < len(starts) else tail.table) - offset)
+            self._read_gap(self.path(rank), offset, view[:count])
+            return count
+        count = self._read_wholes(rank, place, view) if offset == begin else 0
+        if not count:
+            count = min(len(view), end - offset)
+            self._read_extent(rank, row, offset - begin, view[:count])
+        return count
+
+    def _read_wholes(self, rank: int, place: int, view: memoryview) -> int:
+        """One read for all extents that lie whole in ``view``, which begins where the one at ``place`` does.
+
+        How many bytes that were; 0, and nothing is read, where it would be fewer than two extents.
+        """
+        index, path = self.tail(rank).index, self.path(rank)
+        order, starts = self._order(rank, self.tail(rank))
+        base = int(starts[place])
+        stop = int(np.searchsorted(starts, base + len(view)))
+        rows = order[place:stop]
+        ends = starts[place:stop] + index["nbytes"][rows].astype(np.int64) - base
+        count = int(np.searchsorted(ends, len(view), "right"))
+        if count < 2:
+            return 0
+        cuts = list(zip((starts[place : place + count] - base).tolist(), ends[:count].tolist(), strict=True))
+        view = view[: cuts[-1][1]]
+        self._files.read_into(path, base, view)
+        found = np.array([native.crc64(view[low:high]) for low, high in cuts], np.uint64)
+        wrong = np.flatnonzero(found != index["crc"][rows[:count]])
+        if len(wrong):
+            row = int(rows[wrong[0]])
+            raise self.mismatch(rank, row, 0, int(index["nbytes"][row]))
+        for (_, low), (high, _) in itertools.pairwise(cuts):
+            _check_gap(path, base + low, view[low:high])
+        return len(view)
 
     def _read_gap(self, path: str, offset: int, view: memoryview) -> None:
         """Bytes between extents: zeros, which is all that there is to check."""
         if not len(view):
             raise Truncated(f"{path}: byte {offset} lies behind the extents")
         self._files.read_into(path, offset, view)
-        if any(view):
-            raise DigestMismatch(f"{path}: the padding at byte {offset} is not zero; the file is damaged")
+        _check_gap(path, offset, view)
 
     def _order(self, rank: int, tail: rankfile.Tail) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """The rows of the index by offset, and those offsets."""
@@ -214,10 +244,21 @@ class Reader:
         data = self._files.read(self.path(rank), tail.table + 8 * first, 8 * (last - first))
         granules = np.frombuffer(data, "<u8").astype(np.uint64)
         if rankfile.extent_crc(granules, int(tail.index["nbytes"][row])) != int(tail.index["crc"][row]):
-            raise DigestMismatch(f"{self.path(rank)}: the granule table does not match the index; the table is damaged")
+            raise self._table_damaged(rank)
         with self._lock:
             self._granules[key] = granules
         return granules
+
+    def check_granules(self, rank: int) -> None:
+        """Compare a rank file's whole granule table with its index, by one read; `DigestMismatch` when it differs."""
+        tail = self.tail(rank)
+        granules = np.frombuffer(self._files.read(self.path(rank), tail.table, 8 * int(tail.starts[-1])), "<u8")
+        wrong = np.flatnonzero(rankfile.extent_crcs(granules, tail) != tail.index["crc"])
+        if len(wrong):
+            raise self._table_damaged(rank)
+
+    def _table_damaged(self, rank: int) -> DigestMismatch:
+        return DigestMismatch(f"{self.path(rank)}: the granule table does not match the index; the table is damaged")
 
     def mismatch(self, rank: int, row: int, start: int, stop: int) -> DigestMismatch:
         """The error for bytes ``[start, stop)`` of an extent that do not match their digest."""
@@ -228,6 +269,11 @@ class Reader:
             f"{self.path(rank)}: bytes {base + start}..{base + min(stop, int(record['nbytes']))} of tensor {name!r} do "
             "not match their digest; the file is damaged"
         )
+
+
+def _check_gap(path: str, offset: int, view: memoryview) -> None:
+    if any(view):
+        raise DigestMismatch(f"{path}: the padding at byte {offset} is not zero; the file is damaged")
 
 
 def _keys(index: rankfile.Index) -> npt.NDArray[np.uint64]:

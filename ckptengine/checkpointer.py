@@ -137,7 +137,7 @@ class Checkpointer:
         if sigterm_s is not None:
             self._last = LastSave(sigterm_s, self._port, onward, self._tally, os.fspath(root), rank_timeout_s)
         alike = partial(Checkpointer, process_group=process_group, random=False, linear=False)
-        self._weights = partial(alike, mode=mode, rank_timeout_s=rank_timeout_s)
+        self._weights = partial(alike, mode=mode, rank_timeout_s=rank_timeout_s, max_bytes_per_s=max_bytes_per_s)
         fence.watch(self)
         # Nothing here may refer to self: a checkpointer that nobody closed ends when it is collected, or at exit.
         self._finalizer = weakref.finalize(self, _shut, self._saver, self._places, self._port, self._pid)

@@ -6,11 +6,14 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ckptengine.cli import parser
+from ckptengine.cli.meter import Meter
 from ckptengine.cli.text import size_text
-from ckptengine.errors import NotFound
+from ckptengine.errors import NotFound, RootInUse
 from ckptengine.operations.retain import apply_retention, plan_retention
+from ckptengine.operations.weights_left import WeightsLeft, plan_weights, remove_weights
 from ckptengine.policy.keep import Keep
 from ckptengine.sources.files import is_url
 from ckptengine.store import names
@@ -40,26 +43,53 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _prune(root: str, keep: Keep, *, dry_run: bool) -> dict[str, object]:
+def _prune(root: str, keep: Keep, *, dry_run: bool) -> dict[str, Any]:
     alone = not is_url(root)  # then the lock is held, or would be
     loop = IoLoop()
     tier = BlockingTier(open_tier(root, loop, writable=not dry_run), loop)
     try:
         plan = plan_retention(tier, keep, alone=alone)
+        newest = None if plan.anchor is None else plan.anchor.step
+        with Meter("verifying") as meter:
+            weights = plan_weights(tier, root, newest, meter.progress)
         freed = plan.size_bytes if dry_run else apply_retention(tier, plan)
+        told = [_settle(tier, left, dry_run=dry_run) for left in weights]
     finally:
         tier.close()
         loop.close()
     removed = [{"step": one.ref.step, "size_bytes": one.size_bytes, "why": one.why} for one in plan.removals]
-    return {"root": root, "dry_run": dry_run, "kept": list(plan.kept), "removed": removed, "freed_bytes": freed}
+    freed += sum(one["size_bytes"] for one in told if one["removed"])
+    return {
+        "root": root,
+        "dry_run": dry_run,
+        "kept": list(plan.kept),
+        "removed": removed,
+        "weights": told,
+        "freed_bytes": freed,
+    }
 
 
-def _text(document: dict[str, object]) -> str:
+def _settle(tier: BlockingTier, left: WeightsLeft, *, dry_run: bool) -> dict[str, Any]:
+    """Remove weights that a deadline left, where they need not stay; what became of them."""
+    removed, why = not left.stays, left.why
+    if removed and not dry_run:
+        try:
+            remove_weights(tier, left)
+        except RootInUse as live:
+            removed, why = False, str(live)
+    return {"folder": left.folder, "step": left.step, "size_bytes": left.size_bytes, "removed": removed, "why": why}
+
+
+def _text(document: dict[str, Any]) -> str:
     verb = "would delete" if document["dry_run"] else "deleted"
     lines = [
-        f"{verb} step {one['step']} ({size_text(one['size_bytes'])}): {one['why']}"
-        for one in document["removed"]  # type: ignore[attr-defined]
+        f"{verb} step {one['step']} ({size_text(one['size_bytes'])}): {one['why']}" for one in document["removed"]
     ]
-    freed = size_text(float(document["freed_bytes"]))  # type: ignore[arg-type]
-    lines.append(f"{len(lines)} saves, {freed}; kept steps: {document['kept']}")
+    for one in document["weights"]:
+        what = f"{one['folder']} ({size_text(one['size_bytes'])}): {one['why']}"
+        lines.append(f"{verb} {what}" if one["removed"] else f"kept {what}")
+    deleted = len(document["removed"]) + sum(one["removed"] for one in document["weights"])
+    freed = "would be freed" if document["dry_run"] else "freed"
+    kept = ", ".join(map(str, document["kept"])) or "none"
+    lines.append(f"{verb} {deleted} saves, {size_text(document['freed_bytes'])} {freed}; steps that stay: {kept}")
     return "\n".join(lines) + "\n"

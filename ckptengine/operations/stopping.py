@@ -2,11 +2,13 @@
 
 The signal only sets a flag.  The next training-loop hook saves, waits as long as the deadline allows and raises
 `SystemExit`.  Under several ranks rank 0 decides, for the coming call, and the others follow; a rank that alone got the
-signal tells rank 0.  A loop that never comes back to the hook is ended by the signal's former action at the deadline.
+signal tells rank 0.  Whatever does not come to its end by the deadline, the loop, the save or what runs at exit, is
+ended there; the interpreter as it takes itself apart, a few seconds later.
 """
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import signal
@@ -22,6 +24,8 @@ log = logging.getLogger("ckptengine")
 
 EXIT_STATUS = 128 + signal.SIGTERM
 _MOMENT_S = 1.0
+_TEARDOWN_S = 5.0
+"""What the interpreter has to take itself apart in, at least: with torch, on a loaded machine, that takes seconds."""
 
 
 class Stopping:
@@ -43,14 +47,25 @@ class Stopping:
             log.warning("SIGTERM is not watched: the Checkpointer was made outside the main thread")
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._requested.is_set():
+        self._requested.set()
+        self._start_clock()
+
+    def _start_clock(self) -> None:
+        """The deadline holds from here on, whatever the process is at."""
+        if self._timer is not None:
             return
         self._deadline_s = time.monotonic() + self._budget_s
-        self._requested.set()
         # A timer, because the loop may never come back to the hook.
         self._timer = threading.Timer(self._budget_s, self._give_up)
         self._timer.daemon = True
         self._timer.start()
+        atexit.register(self._bound_teardown)
+
+    def _bound_teardown(self) -> None:
+        """At exit: no thread runs while the interpreter takes itself apart, so that the kernel must end it."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.setitimer(signal.ITIMER_REAL, max(_TEARDOWN_S, self._deadline_s - time.monotonic()))
 
     def _give_up(self) -> None:
         if not self._finished:
@@ -77,8 +92,7 @@ class Stopping:
 
     def left_s(self) -> float:
         """Seconds until the deadline, less a moment to end in."""
-        if not self._deadline_s:  # the signal went to another rank
-            self._deadline_s = time.monotonic() + self._budget_s
+        self._start_clock()  # where the signal went to another rank
         return max(0.0, self._deadline_s - time.monotonic() - _MOMENT_S)
 
     def finish(self, handle: SaveHandle) -> None:
@@ -107,6 +121,7 @@ class Stopping:
         """Put the former handler back."""
         if self._timer is not None and not self._finished:
             self._timer.cancel()
+            atexit.unregister(self._bound_teardown)
         if self._installed and signal.getsignal(signal.SIGTERM) == self._on_signal:
             signal.signal(signal.SIGTERM, self._former)  # type: ignore[arg-type]
         self._installed = False

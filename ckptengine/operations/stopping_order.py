@@ -21,6 +21,7 @@ from ckptengine.operations.stopping import Stopping
 from ckptengine.operations.tally import Tally
 from ckptengine.state.flatten import flatten
 from ckptengine.state.leaves import FlatState
+from ckptengine.store import names
 from ckptengine.tiers.loop import BlockingTier, IoLoop
 from ckptengine.tiers.spec import Tier, open_tier
 
@@ -76,7 +77,7 @@ def without_optimizers(state: Any) -> Any:
 
 def weights_root(root: str, step: int) -> str:
     """Where the weights of ``step`` go: a root of its own, so that nothing takes it for a step of ``root``."""
-    return f"{root.rstrip('/')}/weights-only-step-{step:09d}"
+    return f"{root.rstrip('/')}/{names.weights_dir(step)}"
 
 
 class LastSave:

@@ -7,12 +7,18 @@ import re
 STEP_PATTERN = re.compile(r"step-(\d{9,})\Z")
 MANIFEST_PATTERN = re.compile(r"manifest-a(\d{6,})-n(\d{4,})\.json\Z")
 RANK_PATTERN = re.compile(r"rank-(\d{5,})-a(\d{6,})-n(\d{4,})\.bin\Z")
+WEIGHTS_PATTERN = re.compile(r"weights-only-step-(\d{9,})\Z")
 ATTEMPTS = "attempts"
 LOCK = ".lock"
 
 
 def step_dir(step: int) -> str:
     return f"step-{step:09d}"
+
+
+def weights_dir(step: int) -> str:
+    """A root of its own beneath the root: the weights of a step that there was no time to save whole."""
+    return f"weights-only-step-{step:09d}"
 
 
 def rank_file(rank: int, attempt: int, save: int) -> str:

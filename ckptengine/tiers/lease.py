@@ -30,6 +30,11 @@ _TRIES = 3
 _NAME = re.compile(r"lease/(?P<holder>[0-9a-f]{16})-(?P<number>\d{12})\.json")
 
 
+def is_lease(name: str) -> bool:
+    """Whether the object ``name`` is part of a lease."""
+    return _NAME.fullmatch(name) is not None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeaseTimes:
     """``renew_s``: how often the holder renews; ``expiry_s``: how long a lease may stay unchanged before it is dead."""

@@ -29,7 +29,8 @@ WITHIN_S = 30.0
 @pytest.fixture
 def survives(monkeypatch: pytest.MonkeyPatch) -> None:
     """The process that a signal would end at the deadline, whatever it does by then, is that of the tests."""
-    monkeypatch.setattr(Stopping, "_give_up", lambda self: None)
+    for what_ends_it in ("_give_up", "_bound_teardown"):
+        monkeypatch.setattr(Stopping, what_ends_it, lambda self: None)
 
 
 def holds(state: dict[str, Any], step: int, *, moments: bool) -> bool:

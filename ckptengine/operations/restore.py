@@ -191,6 +191,9 @@ def _planned_and_filled(
         source = open_source()
         filling = _prepare(turn, source)
         unused = filling.unused
+        if filling.trials:
+            Fill(source, filling.trials).run()
+            filling.try_out()
         fill = Fill(source, filling.targets, shared=turn.port.world > 1)
     except StateMismatch as mismatch:
         problems = mismatch.problems or (str(mismatch),)

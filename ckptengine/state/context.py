@@ -56,6 +56,26 @@ class Target:
     pieces: tuple[Piece, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """An expanded live tensor: memory of its own to read all of it into, and the ``first`` elements, which it keeps."""
+
+    name: str
+    target: Target
+    first: torch.Tensor
+
+    def problem(self) -> str | None:
+        """Once the target is filled: what would be lost."""
+        whole = self.target.tensor
+        found, kept = (one.contiguous().view(-1).view(torch.uint8) for one in (whole, self.first.expand_as(whole)))
+        if torch.equal(found, kept):  # bytes: a NaN is itself
+            return None
+        return (
+            f"{self.name}: its elements share memory here (it is expanded), and differ in the checkpoint; give it "
+            f"memory for each with .clone()"
+        )
+
+
 class Absent:
     """The saved side says nothing about this place (a source without values)."""
 
@@ -79,6 +99,7 @@ class Context:
         self.forgivable: set[str] = set()
         self.extra: list[str] = []
         self.targets: list[Target] = []
+        self.trials: list[Trial] = []
         self.used: set[str] = set()
         self.actions: dict[str, list[Callable[[], object]]] = {phase: [] for phase in PHASES}
         self.staged: list[Callable[[], object]] = []
@@ -144,7 +165,7 @@ class Context:
             return True  # reported once for all, or tied to memory that is being filled
         strides = destination.stride()
         if 0 in strides and any(step == 0 and n > 1 for step, n in zip(strides, destination.shape, strict=True)):
-            destination = self._unexpanded(destination)
+            destination = self._unexpanded(name, destination, source, described.pieces)
         if isinstance(live, torch.Tensor) and (live.is_conj() or live.is_neg()):
             self.staged.append(lambda: live.detach().copy_(destination))
         self.targets.append(Target(source, destination, described.pieces))
@@ -167,10 +188,14 @@ class Context:
             self.lacking(f"{name}: shares its memory with {first} here, and differs from it in the checkpoint")
         return False
 
-    def _unexpanded(self, live: torch.Tensor) -> torch.Tensor:
-        """Memory for an expanded tensor, whose elements share theirs; its first ones go to the live memory."""
+    def _unexpanded(self, name: str, live: torch.Tensor, source: str, pieces: tuple[Piece, ...]) -> torch.Tensor:
+        """Memory for an expanded tensor, whose elements share theirs; its first ones go to the live memory.
+
+        Where the others differ from them they would be lost, so that they are looked at before anything changes.
+        """
         copy = torch.empty(live.shape, dtype=live.dtype, device=live.device)
         first = tuple(slice(0, 1) if step == 0 else slice(None) for step in live.stride())
+        self.trials.append(Trial(name, Target(source, copy, pieces), copy[first]))
         self.staged.append(lambda: live[first].copy_(copy[first]))
         return copy
 

@@ -31,7 +31,8 @@ class Filling:
     """A restore that is ready: where bytes go, and what follows once they are there.
 
     ``unused``: what the checkpoint has beyond this live state (tensors and plain values, by name).  With several ranks
-    a name counts as extra only if it is unused on all of them.
+    a name counts as extra only if it is unused on all of them.  ``trials``: targets of expanded tensors, to be filled
+    and looked at with `try_out` before the live state is touched; they are among ``targets`` too.
     """
 
     targets: tuple[Target, ...]
@@ -40,6 +41,16 @@ class Filling:
     _root: Build
     _streams: dict[str, Json] | None
     _policy: streams.Policy
+
+    @property
+    def trials(self) -> tuple[Target, ...]:
+        return tuple(trial.target for trial in self._context.trials)
+
+    def try_out(self) -> None:
+        """`StateMismatch` where a filled trial shows elements that the live tensor has no memory for."""
+        problems = tuple(told for trial in self._context.trials if (told := trial.problem()) is not None)
+        if problems:
+            raise StateMismatch(_report(list(problems), False), problems)
 
     def commit(self) -> None:
         """Make the live state the restored one; every target must have been filled.

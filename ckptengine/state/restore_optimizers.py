@@ -15,6 +15,7 @@ from ckptengine.state.context import Absent, Build, Context, Target, below, is_n
 from ckptengine.state.decoding import Decoder, loads
 from ckptengine.state.dtypes import torch_dtype
 from ckptengine.state.encoding import Encoder, Json
+from ckptengine.state.optimizer_kinds import DEFINES_CLASS, another_algorithm, is_same_class
 from ckptengine.state.optimizers import HOW_NOT_WHAT, NOT_VALUES, OptimizerView, ParameterEntry, describe_state
 
 Match = Callable[[Any, Json | Absent, str], Build]
@@ -25,13 +26,14 @@ class SavedOptimizer:
     """What a checkpoint says of one optimizer.
 
     ``groups``: (parameter names, hyper-parameters still encoded).  ``state``: the plain state values by parameter.
-    ``native``: written by this package, so that what it does not list was not there.
+    ``native``: written by this package, so that what it does not list was not there.  ``kind``: its class, where known.
     """
 
     groups: tuple[tuple[tuple[str, ...], dict[str, Json]], ...]
     state: dict[str, Json]
     shared: dict[Any, Json]
     native: bool
+    kind: str | None = None
 
     def under(self, names: Mapping[str, str]) -> SavedOptimizer:
         """The same with its parameters under other names."""
@@ -57,6 +59,11 @@ def match_optimizer(context: Context, view: OptimizerView, data: Json | Absent, 
         if context.selection.covers(view.name):
             context.lacking(f"{view.name}: the checkpoint has no state for this optimizer")
         return
+    if saved.kind is not None and context.selection.covers(view.name):
+        keys = [values.keys() for _, values in saved.groups]
+        told = another_algorithm(view.optimizer, view.name, saved.kind, keys)
+        if told is not None:
+            context.lacking(told)
     _match_groups(context, view, saved, match)
     group_of = {key: group.live for group in view.groups for key in group.params}
     for key, entry in view.entries.items():
@@ -82,14 +89,17 @@ def _read(context: Context, name: str, data: Json | Absent) -> SavedOptimizer | 
         parts = (group if native and isinstance(group, dict) else mapping_items(context, group)) or {}
         params = parts.get("params")
         values = mapping_items(context, parts.get("values")) if native else parts
-        named = [str(one) for one in params if type(one) in (str, int)] if isinstance(params, list) else None
-        if named is None or len(named) != len(params) or values is None:
+        listed_by_name = isinstance(params, list) and all(type(one) in (str, int) for one in params)
+        named = [str(one) for one in params] if isinstance(params, list) and listed_by_name else None
+        if named is None or values is None:
             context.problems.append(f"{name}: the checkpoint does not say which parameters its groups have")
             return SavedOptimizer((), {}, {}, False)
         groups.append((tuple(named), values))
     state = items.get("state") if native else mapping_items(context, items.get("state"))
     shared = mapping_items(context, items.get("shared", {})) if native else None
-    return SavedOptimizer(tuple(groups), state if isinstance(state, dict) else {}, shared or {}, native)
+    kind = items.get("type") if native else None
+    found = SavedOptimizer(tuple(groups), state if isinstance(state, dict) else {}, shared or {}, native)
+    return replace(found, kind=kind) if isinstance(kind, str) else found
 
 
 NAMELESS = "state."
@@ -158,6 +168,8 @@ def _split_last(name: str) -> tuple[str, str]:
 
 def _match_groups(context: Context, view: OptimizerView, saved: SavedOptimizer, match: Match) -> None:
     group_of = {key: index for index, (params, _) in enumerate(saved.groups) for key in params}
+    renamed = saved.kind is not None and not is_same_class(view.optimizer, saved.kind)
+    kept = HOW_NOT_WHAT | {DEFINES_CLASS} if renamed else HOW_NOT_WHAT
     for index, group in enumerate(view.groups):
         prefix = f"{view.name}.param_groups.{index}" if view.name else f"param_groups.{index}"
         if not saved.groups or not context.selection.covers(prefix):
@@ -178,7 +190,7 @@ def _match_groups(context: Context, view: OptimizerView, saved: SavedOptimizer, 
             )
             continue
         for key, part in values.items():
-            if key in NOT_VALUES or (key in HOW_NOT_WHAT and key in group.live):
+            if key in NOT_VALUES or (key in kept and key in group.live):
                 continue
             build = match(group.live.get(key), part, below(prefix, names.escape(key)))
             context.actions["optimizers"].append(_setter(group.live, key, build))

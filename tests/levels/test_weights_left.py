@@ -1,4 +1,4 @@
-"""Weights that a deadline left: `prune` removes them once a whole step that is as new is there and holds, not before."""
+"""Weights that a deadline left: `prune` removes them once a whole step that is as new is there and holds."""
 
 from __future__ import annotations
 

@@ -78,9 +78,14 @@ def combine(raw_a: int, raw_b: int, len_b: int) -> int:
     return shift(raw_a, len_b) ^ raw_b
 
 
+@lru_cache(maxsize=16384)
+def _standard_constant(nbytes: int) -> int:
+    return shift(_ONES, nbytes) ^ _ONES
+
+
 def raw_to_standard(raw: int, nbytes: int) -> int:
     """The standard CRC of a message of ``nbytes`` from its raw one."""
-    return raw ^ shift(_ONES, nbytes) ^ _ONES
+    return raw ^ _standard_constant(nbytes)
 
 
 def standard_to_raw(standard: int, nbytes: int) -> int:
@@ -160,6 +165,17 @@ def combine_granules(raws: Words, granule_bytes: int, total_bytes: int) -> int:
         return 0
     head = int(fold(raws[:-1], granule_bytes))
     return combine(head, int(raws[-1]), total_bytes - (expected - 1) * granule_bytes)
+
+
+def combine_each(raws: Words, granule_bytes: int, total_bytes: int) -> Words:
+    """`combine_granules` of many extents of the same size: uint64[extents, granules] to uint64[extents]."""
+    expected = -(-total_bytes // granule_bytes)
+    if raws.ndim != 2 or raws.shape[1] != expected:
+        raise ValueError(f"{total_bytes} bytes have {expected} granules of {granule_bytes}, not {raws.shape}")
+    if not expected:
+        return np.zeros(len(raws), np.uint64)
+    heads = fold(raws[:, :-1], granule_bytes)
+    return shift_all(heads, total_bytes - (expected - 1) * granule_bytes) ^ raws[:, -1]
 
 
 def standard_each(raws: Words, nbytes: NDArray[np.int64] | NDArray[np.uint64]) -> Words:

@@ -13,7 +13,7 @@ from ckptengine.layout.dtypes import itemsize
 from ckptengine.layout.flat import flat_boxes
 from ckptengine.layout.tensor import Fragment
 from ckptengine.sources.files import InlineFiles
-from ckptengine.sources.rules.algebra import Placed
+from ckptengine.sources.rules.algebra import Placed, concatenate, stack
 from ckptengine.sources.stored import StoredTensor
 
 
@@ -79,7 +79,27 @@ class Number:
         return Placed(self.dtype, (), (Fragment(Box((), ()), self.path, 0),))
 
 
-Held = Whole | Flat | Number
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """Tensors one after another along dimension 0, or (``stacked``) on a new dimension 0."""
+
+    parts: tuple[Held, ...]
+    stacked: bool
+
+    @property
+    def size(self) -> int:
+        return sum(part.size for part in self.parts)
+
+    def placed(self) -> Placed:
+        """Raises `UnreadableFormat` where the parts do not fit together."""
+        placed = [part.placed() for part in self.parts]
+        shapes = {each.shape if self.stacked else each.shape[1:] for each in placed}
+        if len(shapes) > 1 or len({each.dtype for each in placed}) > 1:
+            raise UnreadableFormat("the ranks' parts of a tensor differ in shape or element type")
+        return stack(placed) if self.stacked else concatenate(placed, 0)
+
+
+Held = Whole | Flat | Number | Joined
 
 
 def number(value: object, inline: InlineFiles) -> Number | None:

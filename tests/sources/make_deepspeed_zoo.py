@@ -87,6 +87,8 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "moe_ep2_dp4_stage0": (4, {"stage": 0, "moe": 2}),
     "moe_ep2_dp2_stage0_fp32": (2, {"stage": 0, "moe": 2, "dtype": "fp32"}),
     "moe_ep2_dp4_bf16opt": (4, {"stage": 1, "moe": 2, "accumulate": "fp32"}),
+    "moe_ep2_dp4_data_first": (
+        4, {"stage": 1, "moe": 2, "config": {"use_data_before_expert_parallelism": True}}),
     "moe_ep1_dp2_zero1": (2, {"stage": 1, "moe": 1}),
     "moe_ep4_dp4_zero2": (4, {"stage": 2, "moe": 4, "dtype": "fp16"}),
     "moe_ep2_dp4_residual": (4, {"stage": 2, "moe": 2, "residual": True, "frozen": True}),
@@ -413,7 +415,10 @@ def gather(engine: Any, torch: Any, options: dict[str, Any]) -> dict[str, Any]:
         state = engine.module.state_dict()
         found |= {f"model.{name}": tensor.detach() for name, tensor in state.items() if name not in dropped}
     if "moe" in options:
-        first = torch.distributed.get_rank() % options["moe"] * (4 // options["moe"])
+        rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        in_rows = "use_data_before_expert_parallelism" in options.get("config", {})
+        expert_rank = rank // (ranks // options["moe"]) if in_rows else rank % options["moe"]
+        first = expert_rank * (4 // options["moe"])
         found = {_global(name, first): tensor for name, tensor in found.items()}
     if "moe" not in options and "pipeline" not in options:
         return found

@@ -18,6 +18,7 @@ from ckptengine.sources.detect import open_source
 
 from .make_deepspeed_zoo import CASES
 from .reading import compare, read_bytes, truth_of_json, truth_of_safetensors
+from .trees import holds
 
 torch = pytest.importorskip("torch")
 ARCHIVE = Path(__file__).parent / "data" / "deepspeed_more.tar.xz"
@@ -274,3 +275,22 @@ def test_a_universal_checkpoint_holds_masters_of_trained_parameters_only(tmp_pat
     torch.save({"param_groups": [{"lr": 1.0, "step": 2, "params": [0]}]}, tmp_path / "zero" / "optimizer_state.pt")
     names = set(open_source(tmp_path).names())
     assert names == {"model.w", "model.seen", "optim.w.master", "optim.w.exp_avg", "optim.w.step"}
+
+
+def test_an_optimizer_in_another_order_than_its_module(tmp_path: Path) -> None:
+    """Without ZeRO only positions are kept: what the fp32 copies round to goes before the order of the module."""
+    copies = {name: torch.randn(3, 3, generator=torch.Generator().manual_seed(at)) for at, name in enumerate("abc")}
+    order = ["c", "a", "b"]
+    states = {at: {"exp_avg": torch.full((3, 3), float(ord(name)))} for at, name in enumerate(order)}
+    optimizer = {
+        "optimizer_state_dict": {"state": states, "param_groups": [{"lr": 0.1, "params": [0, 1, 2]}]},
+        "fp32_groups": [[copies[name] for name in order]],
+    }
+    module = {name: copy.bfloat16() for name, copy in copies.items()}
+    known = {"module": module, "buffer_names": [], "optimizer": optimizer, "param_shapes": None, "dp_world_size": 1}
+    torch.save({**known, "mp_world_size": 1, "ds_version": "0.19.8"}, tmp_path / "mp_rank_00_model_states.pt")
+    source = open_source(tmp_path)
+    expected = {f"model.{name}": tensor for name, tensor in module.items()}
+    expected |= {f"optim.{name}.master": copy for name, copy in copies.items()}
+    expected |= {f"optim.{name}.exp_avg": states[at]["exp_avg"] for at, name in enumerate(order)}
+    holds(source, expected)

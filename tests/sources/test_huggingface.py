@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.checkpoint.state_dict_saver import save
 
 import ckptengine as ce
 from ckptengine.errors import Damaged, NotFound, StateMismatch, UnreadableFormat
@@ -30,7 +30,7 @@ def trained(seed: int = 0, groups: bool = True) -> tuple[torch.nn.Module, torch.
     torch.manual_seed(seed)
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
     rows = [[p for p in model.parameters() if (p.dim() == 2) == decayed] for decayed in (True, False)]
-    listed = [{"params": rows[0], "weight_decay": 0.1}, {"params": rows[1]}] if groups else model.parameters()
+    listed: Any = [{"params": rows[0], "weight_decay": 0.1}, {"params": rows[1]}] if groups else model.parameters()
     optimizer = torch.optim.AdamW(listed, lr=0.01)
     for _ in range(2):
         model(torch.randn(3, 4)).square().sum().backward()
@@ -134,8 +134,8 @@ def test_sharded_folders_of_fsdp(tmp_path: Path) -> None:
     model, optimizer = trained()
     taken: tuple[Any, Any] = get_state_dict(model, optimizer)
     weights, states = taken
-    dcp.save({"model": weights}, checkpoint_id=tmp_path / "pytorch_model_fsdp_0", no_dist=True)
-    dcp.save({"optimizer": states}, checkpoint_id=tmp_path / "optimizer_0", no_dist=True)
+    save({"model": weights}, checkpoint_id=tmp_path / "pytorch_model_fsdp_0", no_dist=True)
+    save({"optimizer": states}, checkpoint_id=tmp_path / "optimizer_0", no_dist=True)
     torch.save({"step": 0}, tmp_path / "random_states_0.pkl")
     source = open_source(tmp_path)
     expected = {f"model.{name}": tensor for name, tensor in weights.items()}

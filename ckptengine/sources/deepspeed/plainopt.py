@@ -121,8 +121,23 @@ def _names(
         mine = [held for group, held in pairs if (group.get("moe") is True and bool(pools.experts)) == expert]
         shapes = {at: _shape(states.get(at), masters.get(at)) for group in mine for at in group}
         copies = {at: tensor for at, tensor in masters.items() if at in shapes}
-        names |= _by_shape(pool, mine, shapes) or _by_value(pool, copies, len(shapes), files)
+        fitting = _by_shape(pool, mine, shapes)
+        if not _rounds_to(pool, fitting, copies, files):
+            fitting = {}  # the optimizer was built in another order than the module's
+        names |= fitting or _by_value(pool, copies, len(shapes), files)
     return names
+
+
+def _rounds_to(trained: Pool, names: Mapping[int, str], masters: Mapping[int, StoredTensor], files: Files) -> bool:
+    """Whether every fp32 copy rounds to the weight that has its place; copies of other types say nothing."""
+    weights = dict(trained)
+    for position, name in names.items():
+        weight, master = weights[name], masters.get(position)
+        if master is None or master.dtype != "float32" or weight.dtype not in _HALVES:
+            continue
+        if bytes(cast(_first(master, files), master.dtype, weight.dtype)) != _first(weight, files):
+            return False
+    return True
 
 
 def _by_shape(

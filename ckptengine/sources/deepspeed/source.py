@@ -14,6 +14,7 @@ from typing import Any
 
 from ckptengine.errors import NotFound, UnreadableFormat
 from ckptengine.layout.tensor import LogicalTensor
+from ckptengine.sources.deepspeed.autoep import autoep_layers, joined_states
 from ckptengine.sources.deepspeed.expertopt import whole_optimizer
 from ckptengine.sources.deepspeed.folder import StepFolder, check_ranks, read_folder
 from ckptengine.sources.deepspeed.groups import MASTER, entries
@@ -203,7 +204,8 @@ class _Reader:
         groups: Sequence[dict[Any, Any]] = []
         if has_optimizer:
             partitions = read_partitions(folder, mp, model, lambda sizes: self._module(mp, sizes))
-            found, groups = list(entries(partitions.groups, self._inline)), partitions.named_groups
+            held = entries(partitions.groups, self._inline)
+            found, groups = joined_states(held, autoep_layers(model)), partitions.named_groups
             if mp == 0:
                 self._rest = partitions.rest
         elif model.optimizer is not None:
@@ -225,7 +227,7 @@ class _Reader:
                     "another pipeline stage; files of another run lie between them"
                 )
             part.add_weights(weights)
-        part.add_weights(expert_weights(folder, mp))
+        part.add_weights(expert_weights(folder, mp, autoep_layers(model)))
 
     def _module(self, mp: int, sizes: Mapping[str, int]) -> Mapping[str, StoredTensor]:
         """The weights of a pipeline stage by the names that its optimizer uses; only their shapes are needed."""
@@ -255,6 +257,8 @@ class _Reader:
             whole.add_weights(stage3_weights(self._folder, 0, models, masters))
         elif len(parts) == 1:
             whole.add_weights(module_weights(first))
+            whole.add_weights(expert_weights(self._folder, 0, autoep_layers(first)))
+            whole.add_weights(Weights(masters))  # what no model file was copied of
         else:  # the copied model files are cut, the masters are whole
             whole.weights |= masters
         parts[:] = [whole]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ckptengine.errors import NotFound, UnreadableFormat
+from ckptengine.sources.deepspeed.autoep import Layers, joined_weights
 from ckptengine.sources.deepspeed.folder import StepFolder
 from ckptengine.sources.deepspeed.groups import sliced
 from ckptengine.sources.deepspeed.header import ModelStates, load_dict, tensors_of
@@ -102,8 +103,8 @@ def _prefixes(weights: Weights) -> set[str]:
     return {".".join(name.split(".")[:2]) + "." for name in weights.held if name.startswith(_TIED)}
 
 
-def expert_weights(folder: StepFolder, mp: int) -> Weights:
-    """Expert files: each holds one expert of one layer under its global number."""
+def expert_weights(folder: StepFolder, mp: int, layers: Layers | None = None) -> Weights:
+    """Expert files: each holds one expert of one layer under its global number; those of AutoEP's ``layers`` joined."""
     weights = Weights()
     for layer, expert, rank in sorted(folder.experts):
         if rank == mp:
@@ -111,4 +112,4 @@ def expert_weights(folder: StepFolder, mp: int) -> Weights:
                 if name in weights.held:
                     raise UnreadableFormat(f"{folder.files.root}: two expert files hold {name!r}")
                 weights.held[name] = Whole(tensor)
-    return weights
+    return Weights(joined_weights(weights.held, layers)) if layers else weights

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptengine.errors import Damaged, UnreadableFormat
+from ckptengine.sources.deepspeed.autoep import autoep_layers, is_expert, on_rank, whole_name
 from ckptengine.sources.deepspeed.folder import StepFolder
 from ckptengine.sources.deepspeed.groups import Group, check_mapping, even_group, sliced_group
 from ckptengine.sources.deepspeed.header import (
@@ -23,6 +24,7 @@ from ckptengine.sources.unpickle import Placeholder
 
 _EP_GROUP = re.compile(r"ep_size_(\d+)")
 _EXPERT = re.compile(r"(.*\bdeepspeed_experts\.)(\d+)(\..*)")
+_DATA_FIRST = "use_data_before_expert_parallelism"
 
 
 ModuleOf = Callable[[Mapping[str, int]], Mapping[str, StoredTensor]]
@@ -92,7 +94,7 @@ def _stage12(files: list[_RankFile], model: ModelStates, counts: list[int], modu
         paddings = int_list(alignment[g]) if isinstance(alignment, list) and g < len(alignment) else None
         count = counts[g] if g < len(counts) else len(files)
         shown: list[str] = []
-        for ranks, renamed in _expert_ranks(names, options, len(files), count):
+        for ranks, renamed in _expert_ranks(names, options, len(files), count, model):
             group = even_group(
                 f"{files[0].path}, group {g}",
                 renamed,
@@ -105,7 +107,8 @@ def _stage12(files: list[_RankFile], model: ModelStates, counts: list[int], modu
             if renamed is names and not _round_robin(model):
                 check_mapping(f"{files[0].path}, group {g}", group, [_mapping(files[rank], g) for rank in ranks])
             groups.append(group)
-            shown += renamed
+            shown += (whole_name(name) for name in renamed)
+        shown = list(dict.fromkeys(shown))
         named.append({**{key: value for key, value in options.items() if key != "params"}, "params": shown})
     rest = {key: value for key, value in files[0].state.items() if key not in _TENSOR_KEYS}
     return Partitions(tuple(groups), tuple(named), rest)
@@ -175,11 +178,13 @@ def _unit(
     return unit
 
 
-def _expert_ranks(names: Shapes, options: Mapping[Any, Any], ranks: int, count: int) -> list[tuple[list[int], Shapes]]:
+def _expert_ranks(
+    names: Shapes, options: Mapping[Any, Any], ranks: int, count: int, model: ModelStates
+) -> list[tuple[list[int], Shapes]]:
     """Which ranks share a group, and under what names.
 
-    An expert group is shared by every ``ep_size``-th rank only, and the ranks in between hold other experts under the
-    same local numbers.
+    An expert group is shared by every ``ep_size``-th rank only (by ranks in a row where the configuration puts data
+    before expert parallelism), and the other ranks hold other experts under the same local numbers.
     """
     match = _EP_GROUP.fullmatch(str(options.get("name", ""))) if options.get("moe") is True else None
     size = int(match[1]) if match else (ranks // count if options.get("moe") is True and count else 1)
@@ -187,10 +192,28 @@ def _expert_ranks(names: Shapes, options: Mapping[Any, Any], ranks: int, count: 
         return [(list(range(ranks)), names)]
     if ranks % size:
         raise UnreadableFormat(f"{ranks} ranks do not form expert-parallel groups of {size}")
-    found = []
-    for ep in range(size):
-        local = 1 + max((int(match[2]) for name in names if (match := _EXPERT.fullmatch(name))), default=-1)
-        found.append((list(range(ep, ranks, size)), {_global(name, ep * local): dims for name, dims in names.items()}))
+    config = model.rest.get("ds_config")
+    in_rows = isinstance(config, dict) and config.get(_DATA_FIRST) is True
+    each = ranks // size
+    shared = [list(range(ep * each, ep * each + each) if in_rows else range(ep, ranks, size)) for ep in range(size)]
+    return [(held, _on_expert_rank(names, ep, model)) for ep, held in enumerate(shared)]
+
+
+def _on_expert_rank(names: Shapes, ep: int, model: ModelStates) -> Shapes:
+    """The parameters of one expert-parallel rank: DeepSpeed's own experts under their global numbers."""
+    layers = autoep_layers(model)
+    local = 1 + max((int(match[2]) for name in names if (match := _EXPERT.fullmatch(name))), default=-1)
+    found: Shapes = {}
+    for name, dims in names.items():
+        if _EXPERT.fullmatch(name):
+            found[_global(name, ep * local)] = dims
+        elif is_expert(name, layers):
+            found[on_rank(name, ep)] = dims
+        else:
+            raise UnreadableFormat(
+                f"{model.path}: {name} is in a group of experts, but no expert of DeepSpeed's layers or of AutoEP, so "
+                "that it is unknown what the other ranks hold of it"
+            )
     return found
 
 
@@ -237,23 +260,23 @@ def _stage3(files: list[_RankFile], model: ModelStates) -> Partitions:
     masters = [file.list_of("fp32_flat_groups") for file in files]
     if any(len(held) != len(model.shapes) for held in masters):
         raise UnreadableFormat(f"{files[0].path} does not hold {len(model.shapes)} sub-groups, as the model file says")
-    if files[0].state.get("ds_zero_partition_groups") is not None:
-        raise UnreadableFormat(f"{files[0].path} has AutoEP partition groups, which this version does not read")
     inner = [file.state.get("optimizer_state_dict") for file in files]
     states = [held.get("state") if isinstance(held, dict) else None for held in inner]
     options = _options_by_group(inner[0], len(model.shapes))
     groups: list[Group] = []
     for g, names in enumerate(model.shapes):
         by_rank = [state.get(g) if isinstance(state, dict) else None for state in states]
-        groups.append(
-            sliced_group(
-                f"{files[0].path}, sub-group {g}",
-                names,
-                [held[g] for held in masters],
-                [state if isinstance(state, dict) else {} for state in by_rank],
-                options[g][1],
+        sets = _sharing(files, g)
+        for ep, ranks in enumerate(sets):
+            groups.append(
+                sliced_group(
+                    f"{files[0].path}, sub-group {g}",
+                    names if len(sets) == 1 else _on_expert_rank(names, ep, model),
+                    [masters[rank][g] for rank in ranks],
+                    [state if isinstance(state := by_rank[rank], dict) else {} for rank in ranks],
+                    options[g][1],
+                )
             )
-        )
     named: dict[int, dict[Any, Any]] = {}
     for g, names in enumerate(model.shapes):
         position, hyper = options[g]
@@ -261,6 +284,24 @@ def _stage3(files: list[_RankFile], model: ModelStates) -> Partitions:
         group["params"] += list(names)
     rest = {key: value for key, value in files[0].state.items() if key not in _TENSOR_KEYS}
     return Partitions(tuple(groups), tuple(named[position] for position in sorted(named)), rest)
+
+
+def _sharing(files: list[_RankFile], g: int) -> list[list[int]]:
+    """The sets of ranks that share a sub-group: one, or with AutoEP one for each expert-parallel rank."""
+    held: list[list[int]] = []
+    for file in files:
+        groups = file.state.get("ds_zero_partition_groups")
+        entry = groups[g] if isinstance(groups, list) and g < len(groups) and isinstance(groups[g], dict) else None
+        ranks = int_list(entry.get("partition_ranks")) if entry is not None else list(range(len(files)))
+        if ranks is None:
+            raise UnreadableFormat(f"{file.path} does not say which ranks share its sub-group {g}")
+        if ranks not in held:
+            held.append(ranks)
+    if sorted(rank for ranks in held for rank in ranks) != list(range(len(files))):
+        raise UnreadableFormat(
+            f"{files[0].path}: the ranks that share sub-group {g} are not {len(files)} different ones"
+        )
+    return sorted(held)
 
 
 def _options_by_group(inner: object, count: int) -> list[tuple[int, Mapping[Any, Any]]]:

@@ -10,6 +10,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from ckptengine.errors import CheckpointError
 from ckptengine.version import version
@@ -30,7 +31,11 @@ def _usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()]
     return (
-        "usage: ckptengine COMMAND [ARGUMENTS]   (ckptengine COMMAND --help tells more)\n\n" + "\n".join(lines) + "\n"
+        "usage: ckptengine COMMAND [ARGUMENTS]   (ckptengine COMMAND --help tells more)\n\n"
+        + "\n".join(lines)
+        + "\n\n"
+        + "ROOT is the directory or URL of a run. PATH is a root (its newest good step, or ROOT@STEP) or any other\n"
+        + "checkpoint. Exit status: 0 done, or it holds; 1 damage or a difference was found; 2 it cannot be done.\n"
     )
 
 
@@ -56,11 +61,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output went away (head, less): not an error of ours.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as refused:  # a path of the command line that the operating system refuses
+        what = f"{refused.filename}: {refused.strerror}" if refused.filename is not None else str(refused)
+        sys.stderr.write(f"ckptengine {arguments[0]}: {what}\n")
+        return 2
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return 130
 
 
+class _Parser(argparse.ArgumentParser):
+    """Tells bad arguments in one line, and exits with 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; {self.prog} --help tells what there is\n")
+
+
 def parser(command: str, description: str) -> argparse.ArgumentParser:
-    """The argument parser of one command; argparse exits with 2 on bad arguments, as the contract says."""
-    return argparse.ArgumentParser(prog=f"ckptengine {command}", description=description)
+    """The argument parser of one command."""
+    return _Parser(prog=f"ckptengine {command}", description=description)

@@ -27,6 +27,8 @@ def main(argv: Sequence[str]) -> int:
     if options.ranks < 1:
         raise UnusableRequest(f"--ranks {options.ranks}: at least one process is needed")
     directory = Path(options.dir or tempfile.mkdtemp(prefix="ckptengine-demo-"))
+    if directory.exists() and not directory.is_dir():
+        raise UnusableRequest(f"--dir {directory} is a file; name a directory, or one that does not exist yet")
     started_s = time.monotonic()
     story = tell(directory, options.ranks, lambda text: print(text, flush=True))
     print(f"\nsaves of the killed and resumed run\n\n{_saves(story)}")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from ckptengine.cli import parser
 from ckptengine.cli.meter import Meter
+from ckptengine.cli.text import counted
 from ckptengine.operations.diff import Difference, diff
 from ckptengine.operations.opening import open_any
 
@@ -37,7 +38,9 @@ def _text(found: Difference) -> str:
     for d in found.differing[:_SHOWN]:
         if d.kind == "values":
             largest = "not a number on one side" if d.largest is None else f"largest difference {d.largest:.6g}"
-            lines.append(f"{d.name}: {d.elements} elements differ, {largest} at {list(d.at or ())}: {d.a} and {d.b}")
+            where = f" at {list(d.at)}" if d.at else ""
+            verb = "differs" if d.elements == 1 else "differ"
+            lines.append(f"{d.name}: {counted(d.elements, 'element')} {verb}, {largest}{where}: {d.a} and {d.b}")
         else:
             lines.append(f"{d.name}: {d.kind} {d.a} and {d.b}")
     if len(found.differing) > _SHOWN:
@@ -49,6 +52,20 @@ def _text(found: Difference) -> str:
     equal = found.tensors - len(found.differing)
     lines.append(
         f"{'same' if found.same else 'different'}: {equal} of {found.tensors} common tensors are equal "
-        f"({found.by_digest} by digest, {found.by_value} compared by value)"
+        f"({found.by_digest} by digest, {found.by_value} compared by value){_rest(found)}"
     )
     return "\n".join(lines) + "\n"
+
+
+def _rest(found: Difference) -> str:
+    """What beside common tensors makes a difference."""
+    parts = [
+        f"{counted(count, what)} {where}"
+        for count, what, where in (
+            (len(found.only_a), "tensor", "only in A"),
+            (len(found.only_b), "tensor", "only in B"),
+            (len(found.values), "value", "not equal"),
+        )
+        if count
+    ]
+    return "".join(f"; {part}" for part in parts)

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ckptengine.cli import parser
-from ckptengine.cli.text import size_text, table
+from ckptengine.cli.roots import require_root
+from ckptengine.cli.text import number_text, size_text, table
 from ckptengine.errors import CheckpointError, NotFound
 from ckptengine.operations.policy_record import read_policy
 from ckptengine.operations.tier_listing import list_tier
@@ -32,11 +33,13 @@ def main(argv: Sequence[str]) -> int:
     arguments.add_argument("--watch", action="store_true", help="list again every two seconds until interrupted")
     arguments.add_argument("--json", action="store_true", help="print one JSON document")
     options = arguments.parse_args(argv)
-    if not is_url(options.root) and not Path(options.root).exists():
-        raise NotFound(f"no directory {options.root}")
+    if not is_url(options.root):
+        require_root(options.root, "ls")
     shown = Tier(options.root).label
     while True:
         rows, troubles = _listed(options.root, options.tier)
+        if is_url(options.root) and not (rows or troubles or options.watch):
+            raise NotFound(f"there are no checkpoints at {shown}; a root is named without its step")
         sys.stdout.write(_json(shown, rows, troubles) if options.json else _text(shown, rows, troubles))
         sys.stdout.flush()
         if not options.watch:
@@ -96,7 +99,7 @@ def _text(root: str, rows: list[dict[str, Any]], troubles: Mapping[str, str]) ->
         return f"{root}: no checkpoints\n{notes}"
     lines = [["step", "state", "size", "ranks", "tensors", "committed at", "tiers", "metrics"]]
     for row in rows:
-        metrics = " ".join(f"{name}={value}" for name, value in row["metrics"].items())
+        metrics = " ".join(f"{name}={number_text(value)}" for name, value in row["metrics"].items())
         lines.append(
             [
                 str(row["step"]),

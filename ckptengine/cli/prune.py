@@ -10,8 +10,9 @@ from typing import Any
 
 from ckptengine.cli import parser
 from ckptengine.cli.meter import Meter
-from ckptengine.cli.text import size_text
-from ckptengine.errors import NotFound, RootInUse
+from ckptengine.cli.roots import require_root
+from ckptengine.cli.text import counted, size_text
+from ckptengine.errors import RootInUse
 from ckptengine.operations.retain import apply_retention, plan_retention
 from ckptengine.operations.weights_left import WeightsLeft, plan_weights, remove_weights
 from ckptengine.policy.keep import Keep
@@ -31,8 +32,8 @@ def main(argv: Sequence[str]) -> int:
     arguments.add_argument("--json", action="store_true", help="print one JSON document")
     options = arguments.parse_args(argv)
     local = not is_url(options.root)
-    if local and not Path(options.root).is_dir():
-        raise NotFound(f"no directory {options.root}")
+    if local:
+        require_root(options.root, "prune")
     keep = Keep(last=options.keep_last, every=options.keep_every)
     if local and not options.dry_run:
         with RootLock(Path(options.root) / names.LOCK):  # a live job's saves look like debris until they commit
@@ -91,5 +92,6 @@ def _text(document: dict[str, Any]) -> str:
     deleted = len(document["removed"]) + sum(one["removed"] for one in document["weights"])
     freed = "would be freed" if document["dry_run"] else "freed"
     kept = ", ".join(map(str, document["kept"])) or "none"
-    lines.append(f"{verb} {deleted} saves, {size_text(document['freed_bytes'])} {freed}; steps that stay: {kept}")
+    size = size_text(document["freed_bytes"])
+    lines.append(f"{verb} {counted(deleted, 'save')}, {size} {freed}; steps that stay: {kept}")
     return "\n".join(lines) + "\n"

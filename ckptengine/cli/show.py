@@ -10,11 +10,14 @@ from typing import Any
 
 from ckptengine.cli import parser
 from ckptengine.cli.optional import optional_module
-from ckptengine.cli.text import size_text, table
+from ckptengine.cli.text import counted, number_text, size_text, table
 from ckptengine.operations.opening import open_any
 from ckptengine.operations.read import BoxReader
 from ckptengine.sources.jsonvalues import to_json
 from ckptengine.sources.port import Source
+
+_SHOWN = 2000
+"""Characters of the values that are shown."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -33,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
     if options.refs:
         references = optional_module("ckptengine.universal.refs", "zarr").refs(source, BoxReader)
         Path(options.refs).write_text(json.dumps(references))
-        sys.stdout.write(f"references to {len(references['refs'])} keys written to {options.refs}\n")
+        sys.stdout.write(f"references to {counted(len(references['refs']), 'key')} written to {options.refs}\n")
         return 0
     document = describe(source, fragments=options.layout)
     if options.json:
@@ -87,6 +90,10 @@ def _shown(value: Any) -> Any:
     return repr(value)
 
 
+def _cut(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]} ... (all of it with --json)"
+
+
 def _text(document: dict[str, Any], *, tensors: bool, layout: bool) -> str:
     head = [
         f"{document['path']}",
@@ -95,12 +102,13 @@ def _text(document: dict[str, Any], *, tensors: bool, layout: bool) -> str:
         f"  tensors  {len(document['tensors'])}, {size_text(document['nbytes'])}",
     ]
     if document["metrics"]:
-        head.append("  metrics  " + " ".join(f"{name}={value}" for name, value in document["metrics"].items()))
+        metrics = (f"{name}={number_text(value)}" for name, value in document["metrics"].items())
+        head.append("  metrics  " + " ".join(metrics))
     if document["aliases"]:
         head.append("  tied     " + ", ".join(f"{a} = {b}" for a, b in document["aliases"].items()))
     text = "\n".join(head) + "\n"
     if not tensors:
-        return text + "  values   " + json.dumps(document["values"])[:2000] + "\n"
+        return text + "  values   " + _cut(json.dumps(document["values"])) + "\n"
     rows = [["name", "dtype", "shape", "size", "digest", *(["layout", "fragments"] if layout else [])]]
     for tensor in document["tensors"]:
         row = [

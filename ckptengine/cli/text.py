@@ -18,6 +18,16 @@ def size_text(nbytes: float) -> str:
     return f"{value:.0f} B" if unit == 0 else f"{value:.1f} {_UNITS[unit]}"
 
 
+def number_text(value: object) -> str:
+    """A metric for people: at most six digits of a fraction."""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def counted(count: int, what: str) -> str:
+    """``1 tensor``, ``2 tensors``."""
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
 def parse_size(text: str) -> int:
     """Bytes from ``1GiB``, ``256 MiB``, ``500MB`` or ``1048576``."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGTP]?)(i?)B?\s*", text, re.IGNORECASE)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from ckptengine.cli import parser
 from ckptengine.cli.meter import Meter
+from ckptengine.cli.text import counted
 from ckptengine.errors import CheckpointError, Damaged
 from ckptengine.operations.opening import open_any
 from ckptengine.operations.verify import verify
@@ -21,11 +22,12 @@ def main(argv: Sequence[str]) -> int:
     options = arguments.parse_args(argv)
     step: int | None = None
     kind = "unknown"
-    tensors = 0
+    tensors, digests = 0, True
     problems: list[CheckpointError]
     try:
         source = open_any(options.path, None, options.rules)
         step, kind, tensors = source.step, source.format, len(source.names())
+        digests = not tensors or any(source.tensor(name).digest is not None for name in source.names())
         with Meter("verifying") as meter:
             problems = verify(source, meter.progress)
     except Damaged as damage:  # found before the first tensor could be looked at
@@ -36,7 +38,9 @@ def main(argv: Sequence[str]) -> int:
         sys.stdout.write(json.dumps(document) + "\n")
     elif problems:
         sys.stdout.write("".join(f"{problem.code}: {problem}\n" for problem in problems))
-        sys.stdout.write(f"{options.path}: DAMAGED, {len(problems)} problems\n")
+        sys.stdout.write(f"{options.path}: DAMAGED, {counted(len(problems), 'problem')}\n")
     else:
-        sys.stdout.write(f"{options.path}: step {step} holds: {tensors} tensors of a {kind} checkpoint\n")
+        which = "" if step is None else f" step {step}"
+        proven = "" if digests else "; it records no digests: all that can be told is that its bytes can be read"
+        sys.stdout.write(f"{options.path}:{which} holds: {counted(tensors, 'tensor')} of a {kind} checkpoint{proven}\n")
     return 1 if problems else 0

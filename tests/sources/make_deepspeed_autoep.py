@@ -1,4 +1,4 @@
-"""Write small checkpoints of DeepSpeed's AutoEP, and beside each the truth from DeepSpeed's own converter and its memory.
+"""Write small checkpoints of DeepSpeed's AutoEP, and beside each the truth from DeepSpeed's own converter and memory.
 
 Needs deepspeed >= 0.19, transformers and safetensors (CPU is enough): ``torchrun --nproc-per-node 4
 tests/sources/make_deepspeed_autoep.py OUT CASE`` writes ``OUT/<case>/checkpoint`` and ``OUT/<case>/truth.safetensors``.
@@ -8,6 +8,7 @@ Masters and states are what ``ds_to_universal`` makes of the checkpoint, weights
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 import tempfile
@@ -27,10 +28,10 @@ def main(out: Path, case: str) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     import deepspeed
     import torch
-    import transformers
     from safetensors.torch import save_file
-    from transformers.utils import output_capturing
 
+    transformers: Any = importlib.import_module("transformers")
+    output_capturing: Any = importlib.import_module("transformers.utils.output_capturing")
     registry = getattr(output_capturing, "_CanRecordRegistry", None)
     if registry is not None:  # newer transformers has a method of this name that DeepSpeed 0.19 does not expect
         known = registry.get
@@ -45,7 +46,8 @@ def main(out: Path, case: str) -> None:
     config = {
         "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True},
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
-        "expert_parallel": {"enabled": True, "autoep_size": 2, "use_grouped_mm": False, "preset_model": "mixtral"}, **CASES[case],
+        "expert_parallel": {"enabled": True, "autoep_size": 2, "use_grouped_mm": False, "preset_model": "mixtral"},
+        **CASES[case],
     }  # fmt: skip
     engine = deepspeed.initialize(model=model, config=config)[0]
     rank = torch.distributed.get_rank()

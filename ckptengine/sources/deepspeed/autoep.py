@@ -110,9 +110,7 @@ def joined_weights(weights: Mapping[str, Held], layers: Layers) -> dict[str, Hel
     for name, parts in experts.items():
         wanted = layers[name.rpartition(".")[0]]
         missing = sorted(set(range(wanted)) - set(parts))
-        if missing or len(parts) != wanted:
-            raise NotFound(
-                f"{name} has {wanted} experts, of which the file of number {missing[0] if missing else max(parts)} is missing"
-            )
+        if missing:
+            raise NotFound(f"{name} has {wanted} experts, of which the file of number {missing[0]} is missing")
         made[name] = Joined(tuple(parts[number] for number in range(wanted)), stacked=True)
     return made

@@ -96,3 +96,8 @@ def test_a_missing_expert_is_named(altered: Any) -> None:
     (folder / "layer_0_expert_2_mp_rank_00_model_states.pt").unlink()
     with pytest.raises(NotFound, match=r"w1 has 4 experts, of which the file of number 2"):
         open_source(folder)
+    (folder / "layer_0_expert_2_mp_rank_00_model_states.pt").write_bytes(
+        (folder / "layer_0_expert_1_mp_rank_00_model_states.pt").read_bytes()
+    )
+    with pytest.raises(UnreadableFormat, match="two expert files"):
+        open_source(folder)

@@ -112,5 +112,7 @@ def joined_weights(weights: Mapping[str, Held], layers: Layers) -> dict[str, Hel
         missing = sorted(set(range(wanted)) - set(parts))
         if missing:
             raise NotFound(f"{name} has {wanted} experts, of which the file of number {missing[0]} is missing")
+        if len(parts) > wanted:
+            raise UnreadableFormat(f"{name} has {wanted} experts, and a file of number {max(parts)}, of another run")
         made[name] = Joined(tuple(parts[number] for number in range(wanted)), stacked=True)
     return made

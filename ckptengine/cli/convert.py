@@ -10,7 +10,7 @@ from typing import Any
 
 from ckptengine.cli import parser
 from ckptengine.cli.meter import Meter
-from ckptengine.cli.text import parse_size, size_text
+from ckptengine.cli.text import counted, parse_size, size_text
 from ckptengine.errors import UnusableRequest
 from ckptengine.operations.convert import Shard, TargetDiffers, convert
 from ckptengine.operations.convert_plan import FORMATS, Plan
@@ -77,13 +77,13 @@ def _option(text: str) -> tuple[str, Any]:
 
 def _text(plan: Plan) -> str:
     step = "" if plan.step is None else f", step {plan.step}"
-    layout = ",".join(f"{axis}={degree}" for axis, degree in plan.layout.items())
+    layout = ",".join(f"{axis}={degree}" for axis, degree in plan.layout.items() if degree is not None)
     lines = [
         f"{plan.source} ({plan.source_format}{step}) -> {plan.target} ({plan.format}{', ' + layout if layout else ''})",
-        f"cover   each element of {plan.covered} tensors is stored exactly once",
-        f"read    {size_text(plan.read_bytes)} of {plan.tensors} tensors",
-        f"write   {size_text(plan.write_bytes)} in {plan.files} files, {plan.units} units",
-        f"memory  at most {size_text(plan.peak_memory_bytes)} with {plan.workers} workers",
+        f"cover   each element of {counted(plan.covered, 'tensor')} is stored exactly once",
+        f"read    {size_text(plan.read_bytes)} of {counted(plan.tensors, 'tensor')}",
+        f"write   {size_text(plan.write_bytes)} in {counted(plan.files, 'file')}, {counted(plan.units, 'work unit')}",
+        f"memory  at most {size_text(plan.peak_memory_bytes)} with {counted(plan.workers, 'worker')}",
     ]
     if plan.state == "committed":
         compared = f"{plan.compared} tensors equal those of the source"

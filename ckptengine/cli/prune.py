@@ -12,7 +12,7 @@ from ckptengine.cli import parser
 from ckptengine.cli.meter import Meter
 from ckptengine.cli.roots import require_root
 from ckptengine.cli.text import counted, size_text
-from ckptengine.errors import RootInUse
+from ckptengine.errors import RootInUse, UnusableRequest
 from ckptengine.operations.retain import apply_retention, plan_retention
 from ckptengine.operations.weights_left import WeightsLeft, plan_weights, remove_weights
 from ckptengine.policy.keep import Keep
@@ -31,6 +31,9 @@ def main(argv: Sequence[str]) -> int:
     arguments.add_argument("--dry-run", action="store_true", help="say what would be deleted; delete nothing")
     arguments.add_argument("--json", action="store_true", help="print one JSON document")
     options = arguments.parse_args(argv)
+    for option, number in (("--keep-last", options.keep_last), ("--keep-every", options.keep_every)):
+        if number is not None and number < 1:
+            raise UnusableRequest(f"{option} {number}: a whole number from 1 on")
     local = not is_url(options.root)
     if local:
         require_root(options.root, "prune")

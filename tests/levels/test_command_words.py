@@ -131,3 +131,14 @@ def test_places_that_cannot_be_written(capsys: pytest.CaptureFixture[str]) -> No
     line = refused(capsys, "show", "run", "--refs", "nowhere/refs.json")
     assert "nowhere/refs.json: No such file or directory" in line
     assert "--dir weights.pt is a file" in refused(capsys, "demo", "--dir", "weights.pt")
+    assert "--keep-last 0: a whole number from 1 on" in refused(capsys, "prune", "run", "--keep-last", "0")
+
+
+@pytest.mark.usefixtures("here")
+def test_convert_says_what_it_did(capsys: pytest.CaptureFixture[str]) -> None:
+    text = said(capsys, "convert", "run", "out", "--to", "safetensors", "--layout", "dp=1", "--workers", "1")
+    assert "cover   each element of 2 tensors is stored exactly once\n" in text
+    assert "in 1 file, 1 work unit\n" in text
+    assert "with 1 worker\n" in text
+    assert "None" not in text
+    assert text.endswith("done\n")

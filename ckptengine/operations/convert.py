@@ -23,6 +23,7 @@ from ckptengine.operations.opening import open_any
 from ckptengine.operations.read import BoxReader
 from ckptengine.sources.port import Source
 from ckptengine.sources.writer import Layout, Unit
+from ckptengine.state.flatten import no_collection
 
 Path = str | os.PathLike[str]
 
@@ -85,16 +86,17 @@ def convert(
     opened = open_any(source, step, rules) if isinstance(source, str | os.PathLike) else source
     parsed = Layout.parse(layout) if isinstance(layout, str) else layout
     part = Shard.parse(shard) if isinstance(shard, str) else shard or Shard()
-    planned = make_plan(
-        opened,
-        shown,
-        to=to,
-        layout=parsed,
-        rules=rules,
-        memory_bytes=memory_bytes,
-        workers=workers,
-        options=options,
-    )
+    with no_collection():
+        planned = make_plan(
+            opened,
+            shown,
+            to=to,
+            layout=parsed,
+            rules=rules,
+            memory_bytes=memory_bytes,
+            workers=workers,
+            options=options,
+        )
     if dry_run:
         return planned.plan
     if dask is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from ckptengine.layout.box import Box
 from ckptengine.layout.digest import format_digest, raw_to_standard
 from ckptengine.layout.dtypes import itemsize
 from ckptengine.layout.tensor import LogicalTensor
-from ckptengine.sources.writer import Document, Job
+from ckptengine.sources.writer import Document, Job, Wanted
 
 
 class Seen:
@@ -29,8 +29,18 @@ class Seen:
     def read(self, name: str, box: Box, out: Any) -> None:
         """`Job.read`, digesting what was read."""
         self._job.read(name, box, out)
+        self._add(name, box, out if not isinstance(out, np.ndarray) else np.ascontiguousarray(out))
+        self._progress(box.size * itemsize(self._job.tensor(name).dtype))
+
+    def read_many(self, wanted: Sequence[Wanted]) -> None:
+        """`Job.read_many`, digesting what was read."""
+        self._job.read_many(wanted)
+        for name, box, view in wanted:
+            self._add(name, box, view)
+        self._progress(sum(view.nbytes for _, _, view in wanted))
+
+    def _add(self, name: str, box: Box, contiguous: Any) -> None:
         tensor = self._job.tensor(name)
-        contiguous = out if not isinstance(out, np.ndarray) else np.ascontiguousarray(out)
         if box.shape == tensor.shape:
             raw = native.raw_crc64(contiguous) if box.size else 0
         else:
@@ -38,7 +48,6 @@ class Seen:
         with self._lock:
             before, count = self._found.get(name, (0, 0))
             self._found[name] = (before ^ raw, count + box.size)
-        self._progress(box.size * itemsize(tensor.dtype))
 
     def to_json(self) -> Document:
         return {name: [f"{raw:016x}", count] for name, (raw, count) in self._found.items()}

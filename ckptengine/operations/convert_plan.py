@@ -8,20 +8,17 @@ import hashlib
 import importlib
 import json
 import os
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from ckptengine.errors import UnusableRequest
-from ckptengine.layout.box import Box
 from ckptengine.layout.cover import prove_cover
-from ckptengine.layout.tensor import LogicalTensor
-from ckptengine.operations.read import SCRATCH_BYTES, BoxReader, default_workers
-from ckptengine.sources.direct import BUFFER_BYTES, DirectReads
+from ckptengine.operations.convert_tensors import SourceTensors
+from ckptengine.operations.read import SCRATCH_BYTES, default_workers
+from ckptengine.sources.direct import BUFFER_BYTES
 from ckptengine.sources.files import is_url
-from ckptengine.sources.port import Source, Verifying
+from ckptengine.sources.port import Source
 from ckptengine.sources.writer import Job, Layout, Unit, Writer, WritesFile
 from ckptengine.version import version
 
@@ -32,12 +29,6 @@ LEAST_CHUNK_BYTES = 256 << 10
 
 _THREAD_BYTES = SCRATCH_BYTES + BUFFER_BYTES
 """What each thread reads through beside what its unit needs."""
-
-CACHED_PIECES = 1 << 18
-"""Headers are kept until they have this many fragments: a plan walks over all tensors many times."""
-
-CACHED_READERS = 4096
-"""Tensors whose readers are kept; few need one again."""
 
 _WRITERS = {
     "native": "ckptengine.sources.native_writer",
@@ -139,17 +130,17 @@ def make_plan(
     """
     writer = writer_of(to)
     names = list(source.names())
-    tensors = _Tensors(source)
+    tensors = SourceTensors(source)
     aliases = source.aliases()
     own = [name for name in names if name not in aliases]
-    for name in own:
-        tensor = tensors.tensor(name)
-        prove_cover(name, tensor.shape, [fragment.box for fragment in tensor.fragments])
+    for tensor in map(tensors.tensor, own):
+        prove_cover(tensor.name, tensor.shape, [fragment.box for fragment in tensor.fragments])
     threads = _fitting_workers(workers, memory_bytes)
     job = Job(
         names=names,
         tensor=tensors.tensor,
         read=tensors.read,
+        read_many=tensors.read_many,
         values=source.values(),
         encoded_values=source.encoded_values() if isinstance(source, HoldsEncodedValues) else None,
         aliases=aliases,
@@ -223,7 +214,7 @@ def _fitting_workers(workers: int | None, memory_bytes: int) -> int:
     return max(1, min(workers or default_workers(), memory_bytes // (32 << 20)))
 
 
-def _fingerprint(source: Source, tensors: _Tensors, job: Job, units: Sequence[Unit], plan: Plan) -> str:
+def _fingerprint(source: Source, tensors: SourceTensors, job: Job, units: Sequence[Unit], plan: Plan) -> str:
     """What must be equal for a later run to go on where this one stopped."""
     digest = hashlib.sha256()
     what: list[object] = [
@@ -253,54 +244,3 @@ def _file_version(source: Source, file: str) -> tuple[int, int]:
     """Size of a file and, where it is local, when it was written."""
     local = source.files.local_path(file)
     return source.files.size(file), 0 if local is None else os.stat(local).st_mtime_ns
-
-
-class _Tensors:
-    """Headers and readers of a source's tensors; the most recent ones are kept."""
-
-    def __init__(self, source: Source) -> None:
-        self._source = source
-        self._lock = threading.Lock()
-        self._direct = DirectReads(source.files)
-        self._verifying = isinstance(source, Verifying)
-        self._headers: OrderedDict[str, LogicalTensor] = OrderedDict()
-        self._pieces = 0
-        self._readers: OrderedDict[str, BoxReader] = OrderedDict()
-
-    def tensor(self, name: str) -> LogicalTensor:
-        with self._lock:
-            found = self._headers.get(name)
-            if found is None:
-                found = self._headers[name] = self._source.tensor(name)
-                self._pieces += 1 + len(found.fragments)
-                while self._pieces > CACHED_PIECES and len(self._headers) > 1:
-                    self._pieces -= 1 + len(self._headers.popitem(last=False)[1].fragments)
-            return found
-
-    def _reader(self, name: str, tensor: LogicalTensor) -> BoxReader:
-        with self._lock:
-            reader = self._readers.get(name)
-            if reader is None:
-                # What the whole tensor's digest will be compared with need not be verified range by range too.
-                checked = tensor.digest is None and self._verifying
-                reader = BoxReader(self._source, tensor, read_into=None if checked else self._direct.read_into)
-                self._readers[name] = reader
-                while len(self._readers) > CACHED_READERS:
-                    self._readers.popitem(last=False)
-            else:
-                self._readers.move_to_end(name)
-            return reader
-
-    def read(self, name: str, box: Box, out: Any) -> None:
-        tensor = self.tensor(name)
-        if isinstance(out, memoryview) and self._plain(tensor, box) and out.nbytes == tensor.nbytes:
-            first = tensor.fragments[0]
-            self._direct.read_into(first.file, first.offset, out)
-            return
-        self._reader(name, tensor).read(box, out, workers=1)
-
-    def _plain(self, tensor: LogicalTensor, box: Box) -> bool:
-        """Whether a box is a whole tensor in one run: of a hundred thousand small ones, planning costs most."""
-        if box.shape != tensor.shape or (self._verifying and tensor.digest is None) or not box.size:
-            return False
-        return len(tensor.fragments) == 1 and tensor.fragments[0].is_contiguous and tensor.fragments[0].box == box

@@ -12,6 +12,7 @@ from ckptengine.operations.convert_digests import Seen, combine, compare
 from ckptengine.operations.convert_plan import Planned
 from ckptengine.operations.convert_workspace import Workspace
 from ckptengine.sources.writer import Document, Job, Unit, WritesFile
+from ckptengine.state.flatten import no_collection
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all), by one thread at a time."""
@@ -48,14 +49,14 @@ def run_units(planned: Planned, workspace: Workspace, units: Sequence[Unit], pro
 def write_unit(planned: Planned, workspace: Workspace, unit: Unit, progress: Callable[[int], None]) -> None:
     """Write one unit and record it with the digests of what it read."""
     seen = Seen(planned.job, progress)
-    job: Job = dataclasses.replace(planned.job, read=seen.read)
+    job: Job = dataclasses.replace(planned.job, read=seen.read, read_many=seen.read_many)
     result = planned.writer.write(job, unit, workspace.target)
     workspace.record(unit.key, {"result": result, "seen": seen.to_json(), "files": list(unit.files)})
 
 
 def finish(planned: Planned, workspace: Workspace, target_name: str) -> Outcome | None:
     """Compare digests, write what names all units and commit, once every unit is recorded."""
-    with workspace.finishing() as mine:
+    with no_collection(), workspace.finishing() as mine:
         if not mine:
             return None
         records = workspace.done()

@@ -126,7 +126,7 @@ class LocalWorkspace:
         found: dict[str, Document] = {}
         for entry in sorted(self._units.glob("*.json")):
             record = _load(entry)
-            if record is not None and all((self._tree / file).exists() for file in record.get("files", [])):
+            if record is not None and all(os.path.exists(f"{self._tree}/{file}") for file in record.get("files", [])):
                 found[record["key"]] = record
         return found
 

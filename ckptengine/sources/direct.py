@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,6 +80,49 @@ class DirectReads:
             mine.path, mine.length = path, 0
         mine.last_end = offset + len(view)
 
+    def read_many(self, path: str, ranges: Sequence[tuple[int, memoryview]]) -> None:
+        """`read_into` for many ranges of one file, which are given in the order in which they lie there."""
+        for group in _near(ranges):
+            last, view = group[-1]
+            start, end = group[0][0], last + len(view)
+            local = self._files.local_path(path) if end - start >= LEAST_BYTES and not self._refused else None
+            if local is None or len(group) == 1 or not self._read_group(local, path, group, end):
+                for offset, out in group:
+                    self.read_into(path, offset, out)
+
+    def _read_group(self, local: str, path: str, group: Sequence[tuple[int, memoryview]], end: int) -> bool:
+        """Read ranges from the first one to byte ``end`` through the buffer; False where direct I/O is refused."""
+        mine = self._mine()
+        mine.path, mine.length = "", 0  # the buffer is filled anew
+        try:
+            fd = os.open(local, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT | os.O_NOFOLLOW)
+        except OSError:
+            self._refused = True
+            return False
+        first = 0
+        start = group[0][0] // _ALIGNMENT * _ALIGNMENT
+        try:
+            while start < end:
+                got = os.preadv(fd, [mine.buffer[: min(BUFFER_BYTES, _up(end - start))]], start)
+                stop = start + got
+                while first < len(group) and group[first][0] < stop:
+                    offset, view = group[first]
+                    a, b = max(offset, start), min(offset + len(view), stop)
+                    view[a - offset : b - offset] = mine.buffer[a - start : b - start]
+                    if b < offset + len(view):
+                        break
+                    first += 1
+                if stop < end and (not got or got % _ALIGNMENT):
+                    raise Truncated(f"{self._files.root}/{path} ends at byte {stop}, {end - stop} bytes too early")
+                start = stop
+        except OSError:
+            self._refused = True
+            return False
+        else:
+            return True
+        finally:
+            os.close(fd)
+
     def _read(self, local: str, path: str, offset: int, view: memoryview, mine: _Thread, ahead_bytes: int) -> bool:
         """False where direct I/O is refused; the ordinary way then also tells what is wrong with the file."""
         try:
@@ -113,6 +157,18 @@ class DirectReads:
             self._threads.mine = _Thread(memoryview(mmap.mmap(-1, BUFFER_BYTES)))
         found: _Thread = self._threads.mine
         return found
+
+
+def _near(ranges: Sequence[tuple[int, memoryview]]) -> Iterator[Sequence[tuple[int, memoryview]]]:
+    """Ranges in groups that lie near each other, without overlaps."""
+    first = 0
+    for position in range(1, len(ranges) + 1):
+        if position < len(ranges):
+            before, view = ranges[position - 1]
+            if 0 <= ranges[position][0] - before - len(view) <= NEAR_BYTES:
+                continue
+        yield ranges[first:position]
+        first = position
 
 
 def _up(nbytes: int) -> int:

@@ -5,9 +5,11 @@ Protocol 2, as torch.save writes it, with nothing in it that ``torch.load(weight
 
 from __future__ import annotations
 
+import functools
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -44,6 +46,14 @@ class Call:
 
     function: Global
     args: tuple[object, ...]
+
+
+_IMMUTABLE = {
+    Global("torch", "Size"),
+    Global("torch.serialization", "_get_layout"),
+    Global("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
+}
+"""Functions of numbers and strings whose equal results may be one object."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +98,12 @@ def storage_of(key: str, dtype: str, nbytes: int, itemsize: int) -> Storage:
 
 def size(shape: Sequence[int]) -> Call:
     """A ``torch.Size``."""
-    return Call(Global("torch", "Size"), (tuple(shape),))
+    return _size(tuple(shape))
+
+
+@functools.lru_cache(maxsize=4096)
+def _size(shape: tuple[int, ...]) -> Call:
+    return Call(Global("torch", "Size"), (shape,))
 
 
 def dumps(value: object, name: str = "value") -> bytes:
@@ -96,96 +111,116 @@ def dumps(value: object, name: str = "value") -> bytes:
 
     Equal strings and globals are written once.  `UnsupportedValue` names the place of anything else.
     """
-    emitter = _Emitter()
-    emitter.value(value, name, 0)
+    emitter = _Emitter(name)
+    emitter.value(value, 0)
     return b"\x80\x02" + b"".join(emitter.parts) + b"."
 
 
 class _Emitter:
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
         self.parts: list[bytes] = []
         self._memo: dict[object, int] = {}
+        self._where: list[object] = [name]
 
-    def value(self, value: object, name: str, depth: int) -> None:
+    def _place(self) -> str:
+        """Where in the value this is, for errors: items of lists are numbers, keys of dicts in tuples."""
+        text = str(self._where[0])
+        for part in self._where[1:]:
+            if not isinstance(part, tuple):
+                text += f"[{part}]"
+            elif isinstance(part[0], str | int):
+                text += f".{part[0]}"
+        return text
+
+    def value(self, value: object, depth: int) -> None:
         """Append the opcodes that leave ``value`` on the stack."""
         if depth > MAX_DEPTH:
-            raise UnsupportedValue(f"{name}: nested deeper than {MAX_DEPTH} levels")
-        if value is None or isinstance(value, bool):
-            self.parts.append(b"N" if value is None else b"\x88" if value else b"\x89")
-        elif isinstance(value, int):
-            self.parts.append(_integer(value))
-        elif isinstance(value, float):
-            self.parts.append(b"G" + struct.pack(">d", value))
-        elif isinstance(value, str):
-            self._text(value)
-        elif isinstance(value, np.generic):
-            self.value(value.item(), name, depth)
-        elif isinstance(value, bytes | bytearray):
-            self.value(Call(Global("_codecs", "encode"), (value.decode("latin-1"), "latin1")), name, depth)
-        elif isinstance(value, Global):
-            self._global(value)
-        else:
-            self._compound(value, name, depth + 1)
-
-    def _compound(self, value: object, name: str, depth: int) -> None:
-        if isinstance(value, dict):
-            self._dict(list(value.items()), name, depth)
-        elif isinstance(value, Pairs):
-            self._dict(value.items, name, depth)
-        elif isinstance(value, list):
-            self.parts.append(b"]")
-            if value:
-                self._marked(value, name, depth)
-                self.parts.append(b"e")
-        elif isinstance(value, tuple):
-            self._tuple(value, name, depth)
-        elif isinstance(value, set | frozenset):
-            self.value(Call(Global("__builtin__", "set"), (sorted(value, key=repr),)), name, depth)
-        elif isinstance(value, complex):
-            self.value(Call(Global("__builtin__", "complex"), (value.real, value.imag)), name, depth)
-        elif isinstance(value, np.ndarray) and not value.dtype.hasobject and value.dtype.fields is None:
-            little = value.astype(value.dtype.newbyteorder("<"))
-            array = Call(Global("numpy", "ndarray"), (value.shape, little.dtype.str, little.tobytes()))
-            self.value(array, name, depth)
-        elif isinstance(value, Call):
-            self._global(value.function)
-            self._tuple(value.args, name, depth)
-            self.parts.append(b"R")
+            raise UnsupportedValue(f"{self._place()}: nested deeper than {MAX_DEPTH} levels")
+        emit = _SIMPLE.get(type(value))  # a checkpoint's metadata is millions of these
+        if emit is not None:
+            emit(self, value)
         elif isinstance(value, Instance):
             self._global(value.kind)
             self.parts.append(b")\x81")
-            self.value(value.state, name, depth)
+            self.value(value.state, depth + 1)
             self.parts.append(b"b")
+        elif isinstance(value, tuple):
+            self._tuple(value, depth + 1)
+        elif isinstance(value, dict):
+            self._dict(list(value.items()), depth + 1)
+        elif isinstance(value, Call):
+            self._call(value, depth + 1)
+        elif isinstance(value, list):
+            self.parts.append(b"]")
+            if value:
+                self._marked(value, depth + 1)
+                self.parts.append(b"e")
+        else:
+            self._rare(value, depth)
+
+    def _rare(self, value: object, depth: int) -> None:
+        if isinstance(value, bool | int | float | str):  # their subclasses
+            kind = next(kind for kind in (bool, int, float, str) if isinstance(value, kind))
+            _SIMPLE[kind](self, value)
+        elif isinstance(value, np.generic):
+            self.value(value.item(), depth)
+        elif isinstance(value, bytes | bytearray):
+            self.value(Call(Global("_codecs", "encode"), (value.decode("latin-1"), "latin1")), depth)
+        elif isinstance(value, Pairs):
+            self._dict(value.items, depth + 1)
+        elif isinstance(value, set | frozenset):
+            self.value(Call(Global("__builtin__", "set"), (sorted(value, key=repr),)), depth + 1)
+        elif isinstance(value, complex):
+            self.value(Call(Global("__builtin__", "complex"), (value.real, value.imag)), depth + 1)
+        elif isinstance(value, np.ndarray) and not value.dtype.hasobject and value.dtype.fields is None:
+            little = value.astype(value.dtype.newbyteorder("<"))
+            array = Call(Global("numpy", "ndarray"), (value.shape, little.dtype.str, little.tobytes()))
+            self.value(array, depth + 1)
         elif isinstance(value, Tensor):
-            self._tensor(value, name, depth)
+            self._tensor(value, depth + 1)
         else:
             raise UnsupportedValue(
-                f"{name}: a {type(value).__name__} has no form that torch.load(weights_only=True) accepts"
+                f"{self._place()}: a {type(value).__name__} has no form that torch.load(weights_only=True) accepts"
             )
 
-    def _marked(self, items: Sequence[object], name: str, depth: int) -> None:
+    def _call(self, value: Call, depth: int) -> None:
+        """What is called for something immutable is called once, and remembered like a string."""
+        kept = value if value.function in _IMMUTABLE else None
+        if kept is not None and self._recall(kept):
+            return
+        self._global(value.function)
+        self._tuple(value.args, depth)
+        self.parts.append(b"R")
+        if kept is not None:
+            self._remember(kept)
+
+    def _marked(self, items: Sequence[object], depth: int) -> None:
         self.parts.append(b"(")
         for number, item in enumerate(items):
-            self.value(item, f"{name}[{number}]", depth)
+            self._where.append(number)
+            self.value(item, depth)
+            self._where.pop()
 
-    def _tuple(self, items: tuple[object, ...], name: str, depth: int) -> None:
+    def _tuple(self, items: tuple[object, ...], depth: int) -> None:
         if not items:
             self.parts.append(b")")
             return
-        self._marked(items, name, depth)
+        self._marked(items, depth)
         self.parts.append(b"t")
 
-    def _dict(self, items: Sequence[tuple[object, object]], name: str, depth: int) -> None:
+    def _dict(self, items: Sequence[tuple[object, object]], depth: int) -> None:
         self.parts.append(b"}")
         if not items:
             return
         self.parts.append(b"(")
         for key, item in items:
-            self.value(key, name, depth)
-            self.value(item, f"{name}.{key}" if isinstance(key, str | int) else name, depth)
+            self.value(key, depth)
+            self._where.append((key,))
+            self.value(item, depth)
+            self._where.pop()
         self.parts.append(b"u")
 
-    def _tensor(self, tensor: Tensor, name: str, depth: int) -> None:
+    def _tensor(self, tensor: Tensor, depth: int) -> None:
         storage = tensor.storage
         kind = _STORAGES[storage.dtype] if storage.dtype else "UntypedStorage"
         typed = storage.dtype is not None
@@ -193,11 +228,11 @@ class _Emitter:
         self._global(Global("torch._utils", "_rebuild_tensor_v2" if typed else "_rebuild_tensor_v3"))
         self.parts.append(b"(")
         module = "torch" if typed else "torch.storage"
-        self._tuple(("storage", Global(module, kind), storage.key, "cpu", count), name, depth)
+        self._tuple(("storage", Global(module, kind), storage.key, "cpu", count), depth)
         self.parts.append(b"Q")
         hooks = Call(Global("collections", "OrderedDict"), ())
         for item in (0, tensor.shape, tensor.strides, False, hooks):
-            self.value(item, name, depth)
+            self.value(item, depth)
         if not typed:
             self._global(Global("torch", tensor.dtype))
         self.parts.append(b"tR")
@@ -234,3 +269,30 @@ def _integer(value: int) -> bytes:
     if len(data) < 256:
         return b"\x8a" + bytes((len(data),)) + data
     return b"\x8b" + struct.pack("<i", len(data)) + data
+
+
+def _none(emitter: _Emitter, _: Any) -> None:
+    emitter.parts.append(b"N")
+
+
+def _boolean(emitter: _Emitter, value: bool) -> None:
+    emitter.parts.append(b"\x88" if value else b"\x89")
+
+
+def _whole(emitter: _Emitter, value: int) -> None:
+    emitter.parts.append(_integer(value))
+
+
+def _real(emitter: _Emitter, value: float) -> None:
+    emitter.parts.append(b"G" + struct.pack(">d", value))
+
+
+_SIMPLE: dict[type, Callable[[_Emitter, Any], None]] = {
+    type(None): _none,
+    bool: _boolean,
+    int: _whole,
+    float: _real,
+    str: _Emitter._text,
+    Global: _Emitter._global,
+}
+"""What appends the opcodes of values that hold no others."""

@@ -31,6 +31,13 @@ FOREIGN = "foreign"
 """Tag around values in a manifest that are not the encoding of a live state."""
 
 
+KEPT_PLACES = 4096
+"""Kinds of tensors (sharding, writer and shape) whose places are remembered ..."""
+
+KEPT_PIECES = 64
+"""... where they have at most this many pieces."""
+
+
 class StoredFragments(Sequence[Fragment]):
     """The fragments of one stored tensor, found when asked for: a reader of one slice opens few indexes."""
 
@@ -55,14 +62,8 @@ class StoredFragments(Sequence[Fragment]):
 
     @functools.cached_property
     def _all(self) -> tuple[Fragment, ...]:
-        record = self._source.manifest.tensors[self._ordinal]
-        layout = self._source.layout(record.layout)
-        found = []
-        for rank in layout.holders():
-            for ordinal, piece in enumerate(stored_pieces(layout, record.writer, record.shape, rank)):
-                if piece.box.size:
-                    found.append(self._fragment(rank, ordinal, piece.box))
-        return tuple(found)
+        places = self._source.places(self._source.manifest.tensors[self._ordinal])
+        return tuple(self._fragment(rank, ordinal, box) for rank, ordinal, box in places)
 
     @overload
     def __getitem__(self, index: int) -> Fragment: ...
@@ -87,6 +88,7 @@ class NativeSource:
         self.reader = Reader(manifest, files, prefix)
         self._ordinals = {tensor.name: i for i, tensor in enumerate(manifest.tensors)}
         self._layouts: dict[int, Layout] = {}
+        self._places: dict[tuple[object, ...], Sequence[tuple[int, int, Box]]] = {}
 
     @property
     def of_root(self) -> bool:
@@ -117,6 +119,22 @@ class NativeSource:
                 )
             self._layouts[number] = layout
         return self._layouts[number]
+
+    def places(self, record: manifests.TensorRecord) -> Sequence[tuple[int, int, Box]]:
+        """(rank, ordinal among the rank's pieces, box) of every stored piece; tensors of a model are mostly alike."""
+        key = (record.layout, record.writer, record.shape)
+        found = self._places.get(key)
+        if found is None:
+            layout = self.layout(record.layout)
+            found = [
+                (rank, ordinal, piece.box)
+                for rank in layout.holders()
+                for ordinal, piece in enumerate(stored_pieces(layout, record.writer, record.shape, rank))
+                if piece.box.size
+            ]
+            if len(found) <= KEPT_PIECES and len(self._places) < KEPT_PLACES:
+                self._places[key] = found
+        return found
 
     def tensor(self, name: str) -> LogicalTensor:
         ordinal = self._ordinals.get(self.manifest.aliases.get(name, name))

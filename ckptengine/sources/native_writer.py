@@ -17,11 +17,11 @@ from ckptengine import native
 from ckptengine.errors import UnusableRequest
 from ckptengine.layout import layout_json
 from ckptengine.layout.box import Box
-from ckptengine.layout.digest import GRANULE_BYTES, Words, combine_granules, parse_digest, raw_to_standard
+from ckptengine.layout.digest import GRANULE_BYTES, Words, combine_each, parse_digest, standard_each
 from ckptengine.layout.sharding import replicated
 from ckptengine.plan.write import Owner
 from ckptengine.sources.native import FOREIGN
-from ckptengine.sources.stream import group_by_size, stream_boxes, stream_memory_bytes
+from ckptengine.sources.stream import group_by_size, in_file_order, stream_boxes, stream_memory_bytes
 from ckptengine.sources.writer import Document, Job, Sink, Target, Unit
 from ckptengine.state.encoding import encode
 from ckptengine.store import names, rankfile
@@ -156,13 +156,21 @@ class _RankFile:
         joined = [np.concatenate(parts) if parts else np.empty(0, np.uint64) for parts in self._granules]
         index = np.zeros(len(self._keys), rankfile.INDEX_DTYPE)
         index["tensor"], index["offset"], index["nbytes"] = self._keys, self._offsets, self._sizes
-        index["crc"] = [
-            raw_to_standard(combine_granules(granules, GRANULE_BYTES, size), size)
-            for granules, size in zip(joined, self._sizes, strict=True)
-        ]
+        index["crc"] = _extent_crcs(joined, self._sizes)
         order = np.argsort(index["tensor"], kind="stable")
         table = np.concatenate([np.empty(0, np.uint64), *(joined[i] for i in order.tolist())])
         return rankfile.encode_tail(self._end, index[order], table, {})
+
+
+def _extent_crcs(granules: Sequence[Words], sizes: Sequence[int]) -> Words:
+    """Standard CRCs of extents from the raw ones of their granules; those of equal size at once, most are."""
+    by_size: dict[int, list[int]] = {}
+    for position, size in enumerate(sizes):
+        by_size.setdefault(size, []).append(position)
+    found = np.zeros(len(sizes), np.uint64)
+    for size, positions in by_size.items():
+        found[positions] = combine_each(np.stack([granules[p] for p in positions]), GRANULE_BYTES, size)
+    return standard_each(found, np.array(sizes, np.uint64))
 
 
 def _place(sizes: Sequence[int]) -> tuple[list[int], int]:
@@ -184,7 +192,7 @@ def _pad(sink: Sink, position: int) -> None:
 def _plan(job: Job) -> _Plan:
     """A function of the job alone, so that every run and machine finds the same files."""
     ordered = sorted(name for name in job.names if name not in job.aliases)
-    groups = group_by_size(ordered, lambda name: job.tensor(name).nbytes, FILE_BYTES) or [[]]
+    groups = group_by_size(in_file_order(job, ordered), lambda name: job.tensor(name).nbytes, FILE_BYTES) or [[]]
     text = json.dumps([job.step, [[name, job.tensor(name).dtype, list(job.tensor(name).shape)] for name in ordered]])
     run = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
     return _Plan({name: ordinal for ordinal, name in enumerate(ordered)}, groups, run)
@@ -198,12 +206,12 @@ def _identity(job: Job, plan: _Plan, rank: int) -> rankfile.FileIdentity:
 
 def _manifest(job: Job, plan: _Plan, results: Mapping[str, Document]) -> Manifest:
     tensors = []
-    for rank, group in enumerate(plan.groups):
-        for name in group:
-            tensor = job.tensor(name)
-            digest = job.digests.get(name)
-            crc = parse_digest(digest) if digest is not None else native.crc64(b"")
-            tensors.append(TensorRecord(name, tensor.dtype, tuple(tensor.shape), rank, Owner(0), crc))
+    ranks = {name: rank for rank, group in enumerate(plan.groups) for name in group}
+    for name in plan.ordinals:
+        tensor = job.tensor(name)
+        digest = job.digests.get(name)
+        crc = parse_digest(digest) if digest is not None else native.crc64(b"")
+        tensors.append(TensorRecord(name, tensor.dtype, tuple(tensor.shape), ranks[name], Owner(0), crc))
     encoded = job.encoded_values
     return Manifest(
         run=plan.run,

@@ -11,10 +11,14 @@ from dataclasses import dataclass
 from ckptengine.layout.box import Box
 from ckptengine.layout.dtypes import itemsize
 from ckptengine.layout.flat import flat_boxes
+from ckptengine.sources.direct import BUFFER_BYTES
 from ckptengine.sources.writer import Job
 
-BUFFERS = 2
-"""One is filled while the other is written."""
+READERS = 2
+"""While one waits for storage, the other digests what it read."""
+
+BUFFERS = 4
+"""Half a chunk each: some are filled while another is written."""
 
 _LARGE_BYTES = 1 << 20
 """Parts from this size on are read and written without a copy where they lie at a page."""
@@ -22,7 +26,12 @@ _LARGE_BYTES = 1 << 20
 
 def stream_memory_bytes(job: Job) -> int:
     """What `stream_boxes` needs at most."""
-    return BUFFERS * job.chunk_bytes
+    return BUFFERS * buffer_bytes(job) + READERS * BUFFER_BYTES
+
+
+def buffer_bytes(job: Job) -> int:
+    """Boxes up to this size are handed over in one piece."""
+    return max(job.chunk_bytes // 2, 1)
 
 
 def cut_rows(box: Box, item_bytes: int, chunk_bytes: int) -> Iterator[Box]:
@@ -50,9 +59,9 @@ def stream_boxes(
 
     The next parts are read while the last ones are written; small ones share a buffer and a turn of the reader.
     """
-    free = [mmap.mmap(-1, max(job.chunk_bytes, 1)) for _ in range(BUFFERS)]  # aligned, for reads past the page cache
+    free = [mmap.mmap(-1, buffer_bytes(job)) for _ in range(BUFFERS)]  # aligned, for reads past the page cache
     waiting: list[tuple[Future[list[memoryview]], list[_Part], mmap.mmap]] = []
-    with ThreadPoolExecutor(1, thread_name_prefix="ckptengine-read") as reader:
+    with ThreadPoolExecutor(READERS, thread_name_prefix="ckptengine-read") as reader:
 
         def drain() -> None:
             future, batch, buffer = waiting.pop(0)
@@ -85,12 +94,13 @@ def _batches(job: Job, boxes: Iterable[tuple[str, Box]]) -> Iterator[list[_Part]
     """Parts in order, as many together as a buffer holds."""
     batch: list[_Part] = []
     held = 0
+    room = buffer_bytes(job)
     for number, (name, box) in enumerate(boxes):
         item_bytes = itemsize(job.tensor(name).dtype)
-        parts = cut_rows(box, item_bytes, job.chunk_bytes) if box.size else iter((box,))
+        parts = cut_rows(box, item_bytes, room) if box.size else iter((box,))
         for turn, part in enumerate(parts):
             nbytes = part.size * item_bytes
-            if batch and (held + nbytes > job.chunk_bytes or nbytes >= _LARGE_BYTES):  # begins where it is aligned
+            if batch and (held + nbytes > room or nbytes >= _LARGE_BYTES):  # begins where it is aligned
                 yield batch
                 batch, held = [], 0
             batch.append(_Part(number if turn == 0 else None, name, part, nbytes))
@@ -108,9 +118,22 @@ def _read(job: Job, batch: Sequence[_Part], buffer: mmap.mmap) -> list[memoryvie
         else:  # an element that is larger than a buffer
             views.append(memoryview(bytearray(part.nbytes)))
         position += part.nbytes
-        if part.nbytes:
-            job.read(part.name, part.box, views[-1])
+    wanted = [(part.name, part.box, view) for part, view in zip(batch, views, strict=True) if part.nbytes]
+    if len(wanted) > 1:
+        job.read_many(wanted)
+    elif wanted:
+        job.read(*wanted[0])
     return views
+
+
+def in_file_order(job: Job, names: Iterable[str]) -> list[str]:
+    """Names in the order in which their first bytes lie in the source's files, for targets that have no order."""
+
+    def place(name: str) -> tuple[str, int]:
+        fragments = job.tensor(name).fragments
+        return (fragments[0].file, fragments[0].offset) if len(fragments) else ("", 0)
+
+    return sorted(names, key=place)
 
 
 def group_by_size(names: Sequence[str], nbytes: Callable[[str], int], most_bytes: int) -> list[list[str]]:

@@ -9,6 +9,7 @@ import fcntl
 import mmap
 import os
 import posixpath
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -19,7 +20,7 @@ import numpy as np
 from ckptengine.errors import CheckpointError, StorageFailed
 from ckptengine.sources.files import beneath, without_credentials
 from ckptengine.sources.writer import Sink
-from ckptengine.store.files import guarded
+from ckptengine.store.files import guarded, storage_failed
 
 BUFFER_BYTES = 4 << 20
 """What a local file is written in: one aligned buffer per file that is open."""
@@ -29,6 +30,9 @@ DIRECT_BYTES = 1 << 20
 
 SYNC_BYTES = 1 << 20
 """Files from this size on are synced when they are closed, so that the last sync of all has little left to do."""
+
+AHEAD_BYTES = 128 << 20
+"""After so many bytes in small files a sync is begun beside the work."""
 
 _ALIGNMENT = 4096
 _MODE = 0o666
@@ -45,6 +49,10 @@ class LocalTarget:
         self.folder = folder
         self._shown = shown or str(folder)
         self._made: set[str] = set()
+        self._lock = threading.Lock()
+        self._unsynced_bytes = 0
+        self._syncing: threading.Thread | None = None
+        self._failed: list[CheckpointError] = []
 
     @property
     def root(self) -> str:
@@ -56,12 +64,66 @@ class LocalTarget:
     def create(self, path: str) -> AbstractContextManager[Sink]:
         return self._create(os.path.join(self.folder, beneath(path)))
 
+    def put(self, path: str, data: bytes | bytearray | memoryview) -> None:
+        view = memoryview(data).cast("B")
+        if len(view) >= DIRECT_BYTES:
+            with self.create(path) as sink:
+                sink.write(view)
+            return
+        full, size_bytes = os.path.join(self.folder, beneath(path)), len(view)
+        try:
+            self._make_parent(full)
+            fd = os.open(full, _FLAGS, _MODE)
+            try:
+                while len(view):
+                    done = os.write(fd, view)
+                    if done <= 0:
+                        raise StorageFailed(f"cannot write {full}: the file system accepts no bytes; free some space")
+                    view = view[done:]
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise storage_failed("write", full, error) from error
+        self._sync_ahead(size_bytes)
+
+    def _sync_ahead(self, size_bytes: int) -> None:
+        """Let what was put reach the disk while more is made: the last sync would have to wait for all of it."""
+        with self._lock:
+            self._unsynced_bytes += size_bytes
+            if self._unsynced_bytes < AHEAD_BYTES or (self._syncing is not None and self._syncing.is_alive()):
+                return
+            self._unsynced_bytes = 0
+            self._syncing = threading.Thread(target=self._sync_aside, name="ckptengine-sync", daemon=True)
+            self._syncing.start()
+
+    def _sync_aside(self) -> None:
+        try:
+            self._syncfs()
+        except CheckpointError as error:
+            self._failed.append(error)  # told by `sync`
+
+    def _syncfs(self) -> bool:
+        fd = guarded("open", self.folder, lambda: os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+        try:
+            return _syncfs(fd)
+        finally:
+            os.close(fd)
+
+    def _make_parent(self, full: str) -> None:
+        parent = full.rpartition("/")[0]
+        if parent in self._made:  # asking the file system again costs more than a small file
+            return
+        if parent.rpartition("/")[0] in self._made:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(parent)
+        else:
+            os.makedirs(parent, exist_ok=True)
+            self._made.add(parent.rpartition("/")[0])
+        self._made.add(parent)
+
     @contextlib.contextmanager
     def _create(self, full: str) -> Iterator[Sink]:
-        parent = os.path.dirname(full)
-        if parent not in self._made:  # asking the file system again costs more than a small file
-            guarded("create", parent, lambda: os.makedirs(parent, exist_ok=True))
-            self._made.add(parent)
+        guarded("create", full, lambda: self._make_parent(full))
         sink = LocalSink(full)
         try:
             yield sink
@@ -71,12 +133,12 @@ class LocalTarget:
 
     def sync(self) -> None:
         """Make every file and name below the folder durable."""
-        fd = guarded("open", self.folder, lambda: os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
-        try:
-            if _syncfs(fd):
-                return
-        finally:
-            os.close(fd)
+        if self._syncing is not None:
+            self._syncing.join()
+        if self._failed:
+            raise self._failed[0]
+        if self._syncfs():
+            return
         for folder, _, names in os.walk(self.folder, topdown=False):
             for name in [*names, "."]:
                 _fsync(os.path.join(folder, name))
@@ -239,6 +301,10 @@ class RemoteTarget:
 
     def create(self, path: str) -> AbstractContextManager[Sink]:
         return self._create(beneath(path))
+
+    def put(self, path: str, data: bytes | bytearray | memoryview) -> None:
+        with self.create(path) as sink:
+            sink.write(data)
 
     @contextlib.contextmanager
     def _create(self, path: str) -> Iterator[Sink]:

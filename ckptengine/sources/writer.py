@@ -28,6 +28,9 @@ from ckptengine.layout.tensor import LogicalTensor
 Document = dict[str, Any]
 """Anything that JSON holds, under string keys."""
 
+Wanted = tuple[str, Box, memoryview]
+"""A box of a tensor and the contiguous buffer that it is to fill."""
+
 AXES = ("dp", "tp", "pp", "vpp", "ep", "etp", "cp")
 DEFAULT_ORDER = "tp-cp-ep-dp-pp"
 
@@ -55,6 +58,10 @@ class Target(Protocol):
 
     def create(self, path: str) -> AbstractContextManager[Sink]:
         """A new file, replacing what an earlier try left there; durable when the block ends without an error."""
+        ...
+
+    def put(self, path: str, data: bytes | bytearray | memoryview) -> None:
+        """A whole file at once: `create` for what is small."""
         ...
 
     def local_path(self, path: str) -> str | None:
@@ -123,14 +130,16 @@ class Job:
     """Everything a writer may know about what it writes.
 
     ``tensor(name)`` gives a header whose shape and dtype are the target's; ``read(name, box, out)`` fills a writable
-    contiguous buffer or an array of the box's shape.  Both may be called from several threads.  ``values`` are plain
-    values; ``encoded_values`` their typed encoding where the source holds that, which loses nothing, else None.
+    contiguous buffer or an array of the box's shape; ``read_many(wanted)`` does so for many small boxes at once, which
+    is several times as fast where they lie near each other.  All may be called from several threads.  ``values`` are
+    plain values; ``encoded_values`` their typed encoding where the source holds that, which loses nothing, else None.
     ``target_name`` is the last part of the target's path, for formats in which it says file or folder.
     """
 
     names: Sequence[str]
     tensor: Callable[[str], LogicalTensor]
     read: Callable[[str, Box, Any], None]
+    read_many: Callable[[Sequence[Wanted]], None]
     values: object
     encoded_values: object
     aliases: Mapping[str, str]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ckptengine.sources.writer import Sink
@@ -14,6 +15,8 @@ _FLAGS = 0x0808  # sizes and CRC follow the data; names are UTF-8
 _LOCAL = struct.Struct("<4s5H3I2H")
 _ENTRY = struct.Struct("<4s6H3I5H2I")
 _LARGE = 0xFFFFFFFF
+_CRC_IN_DESCRIPTOR = 4
+_CRC_IN_ENTRY = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +83,37 @@ class ZipWriter:
         self._sink.write(_end_records(len(self._written), first, nbytes))
 
 
+class ZipForm:
+    """Everything of a zip of given small records and one large one at its end but that one's data and CRC.
+
+    Thousands of tensors of one shape and type have the same form, and making it takes longer than copying a small
+    tensor: so it is made once, and begins with ``head``; then come the data, and then `tail`.
+    """
+
+    def __init__(self, small: Mapping[str, bytes], name: str, nbytes: int) -> None:
+        sink = _Kept()
+        zipped = ZipWriter(sink)
+        for record, data in small.items():
+            zipped.add(record, data)
+        zipped.begin(name)
+        self.head = bytes(sink.data)
+        sink.data.clear()
+        sink.position += nbytes
+        zipped.finish()
+        self._tail = bytes(sink.data)
+        descriptor_bytes = 24 if nbytes >= _LARGE else 16
+        before = sum(len(_directory_entry(record)) for record in zipped._written[:-1])
+        self._entry = descriptor_bytes + before + _CRC_IN_ENTRY
+        self.nbytes = len(self.head) + nbytes + len(self._tail)
+
+    def tail(self, crc32: int) -> bytes:
+        """What follows the data whose CRC this is."""
+        data = bytearray(self._tail)
+        struct.pack_into("<I", data, _CRC_IN_DESCRIPTOR, crc32)
+        struct.pack_into("<I", data, self._entry, crc32)
+        return bytes(data)
+
+
 def _directory_entry(record: _Written) -> bytes:
     extra = b""
     if record.nbytes >= _LARGE:
@@ -121,3 +155,15 @@ class _Counter:
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         self.position += len(data)
+
+
+class _Kept:
+    """A sink in memory."""
+
+    def __init__(self) -> None:
+        self.position = 0
+        self.data = bytearray()
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self.position += len(data)
+        self.data += data

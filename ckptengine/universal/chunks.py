@@ -21,6 +21,9 @@ SHARD_BYTES = 1 << 30
 
 PAGE_BYTES = 4096
 
+SEPARATOR = "."
+"""Of chunks' keys.  Files lie right beside their array's metadata: folders for them would cost as much as they do."""
+
 MISSING = (1 << 64) - 1
 """What an index holds, as offset and as length, for a chunk that lies outside of the array."""
 
@@ -162,7 +165,7 @@ def index_bytes(cut: Cut) -> int:
 
 def file_of(path: str, index: Sequence[int]) -> str:
     """The file of one outer chunk of the array at ``path``."""
-    return f"{path}/{chunk_key(index)}"
+    return f"{path}/{chunk_key(index, SEPARATOR)}"
 
 
 def padded_bytes(tensor: LogicalTensor, cut: Cut) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,11 @@ from ckptengine.layout.box import Box
 from ckptengine.layout.dtypes import itemsize
 from ckptengine.layout.tensor import LogicalTensor
 from ckptengine.sources import jsonvalues
+from ckptengine.sources.stream import buffer_bytes, in_file_order, stream_boxes, stream_memory_bytes
 from ckptengine.sources.writer import Document, Job, Sink, Target, Unit
 from ckptengine.universal.chunks import (
     MISSING,
+    SEPARATOR,
     Cut,
     Encode,
     Encoding,
@@ -32,7 +35,7 @@ from ckptengine.universal.chunks import (
     zeros_like_chunk,
 )
 from ckptengine.universal.grid import chunk_box
-from ckptengine.universal.metadata import ATTRIBUTE, VERSION, Json, array_document, consolidated, group_document
+from ckptengine.universal.metadata import ATTRIBUTE, VERSION, Json, array_document, consolidated_text, group_document
 from ckptengine.universal.names import NameTree
 
 UNIT_BYTES = 256 << 20
@@ -40,6 +43,12 @@ UNIT_BYTES = 256 << 20
 
 UNIT_TENSORS = 1000
 """... and at most this many."""
+
+SMALL_BYTES = 1 << 20
+"""Arrays of one chunk up to this size are read together and written whole."""
+
+REMOTE_THREADS = 16
+"""Metadata is written by so many threads where each file is a request."""
 
 
 class ZarrWriter:
@@ -49,6 +58,7 @@ class ZarrWriter:
 
     def __init__(self) -> None:
         self._seen: tuple[Sequence[str], NameTree] | None = None
+        self._written: tuple[NameTree | None, Mapping[str, str]] = (None, {})
 
     def _tree(self, job: Job) -> NameTree:
         """The tree of a job's names; made once, since every unit needs it."""
@@ -72,48 +82,70 @@ class ZarrWriter:
             group.append((path, tensor, cut))
             size_bytes += tensor.nbytes
             if size_bytes >= UNIT_BYTES or len(group) >= UNIT_TENSORS:
-                units.append(_group_unit(group, encoding))
+                units.append(_group_unit(group, encoding, stream_memory_bytes(job)))
                 group, size_bytes = [], 0
         if group:
-            units.append(_group_unit(group, encoding))
+            units.append(_group_unit(group, encoding, stream_memory_bytes(job)))
         return units
 
     def write(self, job: Job, unit: Unit, target: Target) -> Document:
         """The files of one unit."""
         encoding = Encoding.of(job.options)
-        paths = {name: path for path, name in self._tree(job).arrays.items()} if len(unit.tensors) > 1 else {}
+        if "#" in unit.key:
+            path, _, tail = unit.key.partition("#")
+            tensor = job.tensor(unit.tensors[0])
+            index = tuple(map(int, tail.split(".")))
+            _write_file(job, tensor, cut_of(tensor, encoding, job.chunk_bytes), index, path, encoding, target)
+            return {}
+        paths = self._paths(job)
+        whole: list[str] = []
+        small_bytes = min(SMALL_BYTES, buffer_bytes(job))
         for name in unit.tensors:
             tensor = job.tensor(name)
             cut = cut_of(tensor, encoding, job.chunk_bytes)
-            if "#" in unit.key:
-                path, _, tail = unit.key.partition("#")
-                _write_file(job, tensor, cut, tuple(map(int, tail.split("."))), path, encoding, target)
+            if cut.inner == tensor.shape and tensor.nbytes <= small_bytes:
+                whole.append(name)
                 continue
-            path = paths.get(name) or unit.key
             for index in cut.files(tensor.shape):
-                _write_file(job, tensor, cut, index, path, encoding, target)
+                _write_file(job, tensor, cut, index, paths[name], encoding, target)
+        _write_whole(job, whole, paths, encoding, target)
         return {}
+
+    def _paths(self, job: Job) -> Mapping[str, str]:
+        tree = self._tree(job)
+        if self._written[0] is not tree:
+            self._written = (tree, {name: path for path, name in tree.arrays.items()})
+        return self._written[1]
 
     def finish(self, job: Job, results: Mapping[str, Document], target: Target) -> None:
         """All metadata; the root, which makes it a hierarchy, last."""
         encoding = Encoding.of(job.options)
         tree = self._tree(job)
-        nodes: dict[str, Json] = {group: group_document() for group in sorted(tree.groups) if group}
+        nodes = {group: json.dumps(group_document()) for group in sorted(tree.groups) if group}
         for path, name in sorted(tree.arrays.items()):
             tensor = job.tensor(name)
             cut = cut_of(tensor, encoding, job.chunk_bytes)
-            attributes = {"digest": job.digests[name]} if name in job.digests else {}
-            nodes[path] = array_document(
+            document = array_document(
                 tensor,
                 path,
                 cut.outer,
                 registered=encoding.registered,
                 codecs=codecs_of(cut, encoding),
-                attributes=attributes,
+                attributes={"digest": job.digests[name]} if name in job.digests else {},
+                separator=SEPARATOR,
             )
-        for path, node in nodes.items():
-            _write_json(target, f"{path}/zarr.json", node)
-        _write_json(target, "zarr.json", consolidated(group_document({ATTRIBUTE: _root_attributes(job)}), nodes))
+            nodes[path] = json.dumps(document)
+
+        def put(paths: Sequence[str]) -> None:
+            for path in paths:
+                target.put(f"{path}/zarr.json", nodes[path].encode())
+
+        ordered = list(nodes)
+        threads = 1 if target.local_path("zarr.json") is not None else REMOTE_THREADS
+        with ThreadPoolExecutor(threads, thread_name_prefix="ckptengine-convert") as pool:
+            list(pool.map(put, (ordered[start::threads] for start in range(threads))))
+        root = group_document({ATTRIBUTE: _root_attributes(job)})
+        target.put("zarr.json", consolidated_text(root, nodes).encode())
 
 
 def _root_attributes(job: Job) -> Json:
@@ -126,11 +158,6 @@ def _root_attributes(job: Job) -> Json:
         "aliases": dict(job.aliases),
         "provenance": dict(job.provenance),
     }
-
-
-def _write_json(target: Target, path: str, document: Json) -> None:
-    with target.create(path) as sink:
-        sink.write(json.dumps(document, ensure_ascii=True).encode())
 
 
 def _memory_bytes(cut: Cut, item_bytes: int, encoding: Encoding) -> int:
@@ -153,15 +180,34 @@ def _file_unit(path: str, tensor: LogicalTensor, cut: Cut, index: tuple[int, ...
     )
 
 
-def _group_unit(group: list[tuple[str, LogicalTensor, Cut]], encoding: Encoding) -> Unit:
+def _group_unit(group: list[tuple[str, LogicalTensor, Cut]], encoding: Encoding, streamed_bytes: int) -> Unit:
     return Unit(
         key=group[0][0],
         tensors=tuple(tensor.name for _, tensor, _ in group),
         read_bytes=sum(tensor.nbytes for _, tensor, _ in group),
         write_bytes=sum(padded_bytes(tensor, cut) for _, tensor, cut in group),
-        memory_bytes=max(_memory_bytes(cut, itemsize(tensor.dtype), encoding) for _, tensor, cut in group),
+        memory_bytes=max(
+            streamed_bytes, *(_memory_bytes(cut, itemsize(tensor.dtype), encoding) for _, tensor, cut in group)
+        ),
         files=tuple(file_of(path, index) for path, tensor, cut in group for index in cut.files(tensor.shape)),
     )
+
+
+def _write_whole(job: Job, names: Sequence[str], paths: Mapping[str, str], encoding: Encoding, target: Target) -> None:
+    """Arrays that are one chunk each: they lie near each other in the source, and are read many at a time."""
+    encode = compressor(encoding.compression)
+    ordered = in_file_order(job, names)
+    now = 0
+
+    def begin(number: int) -> None:
+        nonlocal now
+        now = number
+
+    def write(data: memoryview) -> None:
+        name = ordered[now]
+        target.put(file_of(paths[name], (0,) * len(job.tensor(name).shape)), encode(data))
+
+    stream_boxes(job, [(name, Box.whole(job.tensor(name).shape)) for name in ordered], write, begin)
 
 
 def _write_file(

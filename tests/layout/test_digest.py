@@ -77,9 +77,21 @@ def test_granules_combine_to_the_whole(nbytes: int, granule_bytes: int) -> None:
     assert digest.combine_granules(raws, granule_bytes, nbytes) == raw_by_definition(message)
 
 
+@given(nbytes=st.integers(0, 300), granule_bytes=st.sampled_from([1, 8, 100]), count=st.integers(0, 4))
+def test_many_extents_of_one_size_combine_at_once(nbytes: int, granule_bytes: int, count: int) -> None:
+    messages = [noise(nbytes, seed=seed) for seed in range(count)]
+    raws = np.zeros((count, -(-nbytes // granule_bytes)), np.uint64)
+    for row, message in zip(raws, messages, strict=True):
+        row[:] = crc64.raw_granules(message, granule_bytes)
+    found = digest.combine_each(raws, granule_bytes, nbytes)
+    assert found.tolist() == [raw_by_definition(message) for message in messages]
+
+
 def test_wrong_number_of_granules_is_refused() -> None:
     with pytest.raises(ValueError, match="2 granules"):
         digest.combine_granules(np.zeros(3, np.uint64), 16, 32)
+    with pytest.raises(ValueError, match="2 granules"):
+        digest.combine_each(np.zeros((1, 3), np.uint64), 16, 32)
 
 
 @given(data=st.data())

@@ -379,6 +379,32 @@ def test_local_sinks_hold_every_byte(sizes: list[int], tmp_path_factory: pytest.
     assert (folder / "a/b.bin").read_bytes() == data
 
 
+@pytest.mark.parametrize("nbytes", [0, 10, 1 << 20, (4 << 20) + 5])
+def test_files_that_are_put(nbytes: int, tmp_path: Path) -> None:
+    target = LocalTarget(tmp_path)
+    data = np.random.default_rng(nbytes).bytes(nbytes)
+    for path in ("x", "a/x", "a/y", "b/c/d/x", "b/c/d/e/x"):
+        target.put(path, b"longer than what replaces it" * (nbytes // 20 + 1))
+        target.put(path, memoryview(data))
+        assert (tmp_path / path).read_bytes() == data
+    target.sync()
+
+
+def test_a_sync_that_fails_beside_the_work_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = LocalTarget(tmp_path)
+
+    def failing(fd: int) -> bool:
+        monkeypatch.undo()  # only the first one fails
+        raise StorageFailed("cannot sync")
+
+    monkeypatch.setattr("ckptengine.sources.target.AHEAD_BYTES", 100)
+    monkeypatch.setattr("ckptengine.sources.target._syncfs", failing)
+    target.put("x", bytes(99))
+    target.put("y", bytes(99))
+    with pytest.raises(StorageFailed, match="cannot sync"):
+        target.sync()
+
+
 def test_remote_targets(tmp_path: Path) -> None:
     fsspec = pytest.importorskip("fsspec")
     memory = fsspec.filesystem("memory")
@@ -479,7 +505,7 @@ def test_verification_finds_what_the_target_does_not_hold(
     class Wrong(zarr_write.ZarrWriter):
         def finish(self, job: Job, results: Any, target: Target) -> None:
             super().finish(job, results, target)
-            path = Path(str(target.local_path("model/layers/2/weight/c/0/0")))
+            path = Path(str(target.local_path("model/layers/2/weight/c.0.0")))
             data = path.read_bytes()
             path.write_bytes(data[:7] + bytes([data[7] ^ 1]) + data[8:])
 

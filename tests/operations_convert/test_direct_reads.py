@@ -59,6 +59,34 @@ def test_every_range_is_what_the_file_holds(folder: Path, data: bytes, skew: int
         assert bytes(view) == truth[offset : offset + nbytes], (offset, nbytes)
 
 
+def test_many_ranges_at_once(folder: Path, data: bytes) -> None:
+    reads = DirectReads(LocalFiles(str(folder)))
+    wanted = sorted(r for r in ranges() if r[1])  # neighbours, overlaps and the whole file
+    views = [bytearray(nbytes) for _, nbytes in wanted]
+    reads.read_many("f", [(offset, memoryview(view)) for (offset, _), view in zip(wanted, views, strict=True)])
+    for (offset, nbytes), view in zip(wanted, views, strict=True):
+        assert bytes(view) == data[offset : offset + nbytes], (offset, nbytes)
+
+
+def test_neighbours_are_read_once(folder: Path, data: bytes) -> None:
+    reads = DirectReads(LocalFiles(str(folder)))
+    wanted = [(at, bytearray(100_000)) for at in range(17, SIZE - 100_000, 100_100)]
+    before = read_so_far()
+    reads.read_many("f", [(at, memoryview(view)) for at, view in wanted])
+    assert read_so_far() - before < 1.02 * SIZE
+    assert all(view == data[at : at + 100_000] for at, view in wanted)
+
+
+def read_so_far() -> int:
+    return int(Path("/proc/self/io").read_text().partition("rchar:")[2].split()[0])
+
+
+def test_many_ranges_of_a_file_that_ends_early(folder: Path, data: bytes) -> None:
+    views = [memoryview(bytearray(LEAST_BYTES)) for _ in range(2)]
+    with pytest.raises(Truncated, match="/f"):
+        DirectReads(LocalFiles(str(folder))).read_many("f", [(SIZE - LEAST_BYTES, views[0]), (SIZE, views[1])])
+
+
 def test_threads_do_not_share_buffers(folder: Path, data: bytes) -> None:
     reads = DirectReads(LocalFiles(str(folder)))
 

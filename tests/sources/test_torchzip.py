@@ -9,6 +9,7 @@ import io
 import os
 import pickle
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,13 @@ import numpy as np
 import pytest
 import torch
 
-from ckptengine.errors import CheckpointError, Damaged, Truncated, UnreadableFormat
-from ckptengine.sources.emit import Tensor, dumps, storage_of
+from ckptengine.errors import CheckpointError, Damaged, Truncated, UnreadableFormat, UnsupportedValue
+from ckptengine.sources.emit import Tensor, dumps, size, storage_of
 from ckptengine.sources.files import LocalFiles
 from ckptengine.sources.plain import plain, walk_tensors
 from ckptengine.sources.stored import StoredTensor
 from ckptengine.sources.torchzip import TorchZip, load_torch
-from ckptengine.sources.zipwriter import ZipWriter, zip_bytes
+from ckptengine.sources.zipwriter import ZipForm, ZipWriter, zip_bytes
 
 DTYPES = [
     torch.bool, torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64,
@@ -235,6 +236,40 @@ def test_files_beyond_four_gigabytes(tmp_path: Path) -> None:
     assert torch.equal(loaded["b"], last)
     assert loaded["a"].shape == (count,)
     assert loaded["a"].untyped_storage().nbytes() == 4 * count
+
+
+@pytest.mark.parametrize("nbytes", [0, 12, 33_639_248, (1 << 32) - 1, 5 << 30])
+def test_a_form_is_what_the_writer_makes(tmp_path: Path, nbytes: int) -> None:
+    small = {"data.pkl": b"pickle", "version": b"3\n"}
+    sink = SparseSink(tmp_path / "x")
+    zipped = ZipWriter(sink)
+    for name, data in small.items():
+        zipped.add(name, data)
+    zipped.begin("data/0")
+    zipped.write(memoryview(b"begin"[:nbytes]))
+    held = min(5, nbytes)
+    sink.position += nbytes - held  # a hole
+    zipped.finish()
+    sink.file.close()
+    form = ZipForm(small, "data/0", nbytes)
+    made = form.head + b"begin"[:nbytes]
+    tail = form.tail(zlib.crc32(b"begin"[:nbytes]))
+    assert form.nbytes == sink.position == len(form.head) + nbytes + len(tail)
+    with open(tmp_path / "x", "rb") as file:
+        assert file.read(len(made)) == made
+        file.seek(len(form.head) + nbytes)
+        assert file.read() == tail
+
+
+def test_errors_name_the_place() -> None:
+    with pytest.raises(UnsupportedValue, match=r"^x\.a\[2\]\.1: a object has no form"):
+        dumps({"b": (1,), "a": [0, [], {(2,): 3, 1: object()}]}, "x")
+
+
+def test_equal_sizes_are_written_once() -> None:
+    one, two = dumps([size((3, 4))]), dumps([size((3, 4))] * 9)
+    assert len(two) < len(one) + 9 * 3
+    assert pickle.loads(two) == [torch.Size((3, 4))] * 9
 
 
 def test_zip64_of_another_writer(tmp_path: Path) -> None:

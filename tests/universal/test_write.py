@@ -151,7 +151,7 @@ def test_a_slice_of_shards_reads_only_its_chunks(tmp_path: Path) -> None:
     out = np.empty((5, 30), "u4")
     read_box(again, again.tensor("w"), Box((123, 0), (5, 30)), out)
     np.testing.assert_array_equal(out, array[123:128])
-    assert seen == ["w/c/1/0"]
+    assert seen == ["w/c.1.0"]
 
 
 def test_hierarchies_of_others(tmp_path: Path) -> None:
@@ -176,9 +176,9 @@ def damaged(tmp_path: Path, options: dict[str, Any]) -> tuple[Path, Path]:
     target = tmp_path / "out"
     convert(source, target, to="zarr", options=options)
     (file,) = (
-        sorted((target / "model/odd").rglob("0"))[:1]
+        sorted((target / "model/odd").glob("c.*"))[:1]
         if options.get("shards") is False
-        else (target / "model/odd/c/0/0/0",)
+        else (target / "model/odd/c.0.0.0",)
     )
     return target, file
 
@@ -255,6 +255,6 @@ def test_padding_is_small_and_zero(tmp_path: Path) -> None:
         to="zarr",
         options={"chunk_bytes": 4000},
     )
-    data = b"".join(path.read_bytes() for path in sorted((tmp_path / "out/w/c").rglob("*")) if path.is_file())
+    data = b"".join(path.read_bytes() for path in sorted((tmp_path / "out/w").glob("c*")))
     assert len(data) - array.nbytes < 0.1 * array.nbytes
     assert math.prod(array.shape) * 4 == array.nbytes

@@ -12,7 +12,9 @@ Options: ``file_bytes`` (default 1 GiB: the most data in one file without a layo
 
 from __future__ import annotations
 
+import functools
 import math
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,10 +25,10 @@ from ckptengine.layout.tensor import LogicalTensor
 from ckptengine.sources.dcp.metadata import METADATA
 from ckptengine.sources.emit import Call, Global, Instance, Pairs, Tensor, dumps, size, storage_of
 from ckptengine.sources.optimizers import Optimizer, optimizers_in, split_names
-from ckptengine.sources.stream import stream_boxes, stream_memory_bytes
+from ckptengine.sources.stream import in_file_order, stream_boxes, stream_memory_bytes
 from ckptengine.sources.typed import plain_values
 from ckptengine.sources.writer import Document, Job, Sink, Target, Unit
-from ckptengine.sources.zipwriter import ALIGNMENT, ZipWriter, zip_bytes
+from ckptengine.sources.zipwriter import ALIGNMENT, ZipForm, ZipWriter
 
 FILE_BYTES = 1 << 30
 VERSION = "1.0.0"
@@ -93,7 +95,8 @@ class _ItemWriter:
         self._job = job
         self._parts = parts
         self._sink = sink
-        self._zip: ZipWriter | None = None
+        self._form: ZipForm | None = None
+        self._crc32 = 0
         self._start = 0
         self.items: list[list[Any]] = []
 
@@ -102,29 +105,30 @@ class _ItemWriter:
         self.finish()
         name, box = self._parts[number]
         self._start = self._sink.position
-        self._zip = ZipWriter(self._sink)
-        for record, data in _small_records(self._job.tensor(name).dtype, box).items():
-            self._zip.add(record, data)
-        self.items.append([name, list(box.offsets), list(box.shape), self._start, 0])
-        self._zip.begin("data/0")
+        self._form = _form(self._job.tensor(name).dtype, box.shape)
+        self._crc32 = 0
+        self._sink.write(self._form.head)
+        self.items.append([name, list(box.offsets), list(box.shape), self._start, self._form.nbytes])
 
     def write(self, data: memoryview) -> None:
         """Append to the item that was begun."""
-        assert self._zip is not None
-        self._zip.write(data)
+        self._crc32 = zlib.crc32(data, self._crc32)
+        self._sink.write(data)
 
     def finish(self) -> None:
         """End the last item."""
-        if self._zip is not None:
-            self._zip.finish()
-            self.items[-1][-1] = self._sink.position - self._start
-            self._zip = None
+        if self._form is not None:
+            self._sink.write(self._form.tail(self._crc32))
+            self._form = None
 
 
-def _small_records(dtype: str, box: Box) -> dict[str, bytes]:
-    nbytes = box.size * itemsize(dtype)
+@functools.lru_cache(maxsize=4096)
+def _form(dtype: str, shape: tuple[int, ...]) -> ZipForm:
+    """The item of any box of this type and shape."""
+    nbytes = math.prod(shape) * itemsize(dtype)
     storage = storage_of("0", dtype, nbytes, itemsize(dtype))
-    return _wrapped(dumps(Tensor(storage, dtype, box.shape, row_major_strides(box.shape))))
+    pickle = dumps(Tensor(storage, dtype, shape, row_major_strides(shape)))
+    return ZipForm(_wrapped(pickle), "data/0", nbytes)
 
 
 def _wrapped(pickle: bytes) -> dict[str, bytes]:
@@ -138,14 +142,9 @@ def _wrapped(pickle: bytes) -> dict[str, bytes]:
     }
 
 
-def _item_bytes(dtype: str, box: Box) -> int:
-    records = _small_records(dtype, box)
-    return zip_bytes([*records, "data/0"], [*map(len, records.values()), box.size * itemsize(dtype)])
-
-
 def _unit(job: Job, path: str, parts: Sequence[Part]) -> Unit:
     read_bytes = sum(box.size * itemsize(job.tensor(name).dtype) for name, box in parts)
-    write_bytes = sum(_item_bytes(job.tensor(name).dtype, box) for name, box in parts)
+    write_bytes = sum(_form(job.tensor(name).dtype, box.shape).nbytes for name, box in parts)
     names = tuple(dict.fromkeys(name for name, _ in parts))
     return Unit(path, names, read_bytes, write_bytes, stream_memory_bytes(job), (path,))
 
@@ -154,7 +153,7 @@ def _files(job: Job) -> dict[str, list[Part]]:
     """The boxes in each file; every tensor once, without its aliases."""
     layout = job.layout
     world = layout.dp * layout.tp * layout.pp * layout.cp
-    names = [name for name in job.names if name not in job.aliases]
+    names = in_file_order(job, (name for name in job.names if name not in job.aliases))
     groups = _by_rank(job, names, world) if world > 1 else _by_size(job, names)
     return {f"__{number}_0.distcp": parts for number, parts in enumerate(groups) if parts or not number}
 

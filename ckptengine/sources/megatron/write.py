@@ -32,7 +32,7 @@ from ckptengine.sources.rules.names import Names
 from ckptengine.sources.stored import NUMPY_DTYPES
 from ckptengine.sources.torchrecords import TorchFile
 from ckptengine.sources.typed import plain_values
-from ckptengine.sources.writer import Document, Job, Sink, Target, Unit
+from ckptengine.sources.writer import Document, Job, Sink, Target, Unit, Wanted
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _BACKEND = {
@@ -125,6 +125,7 @@ class _View:
             names=list(self.names),
             tensor=self._tensor,
             read=self._read,
+            read_many=self._read_many,
             values=dict(objects) if isinstance(objects, dict) else extra_states(shapes),
             encoded_values=None,
             aliases={},
@@ -135,6 +136,9 @@ class _View:
 
     def _read(self, key: str, box: Box, out: Any) -> None:
         self._job.read(self.names[key], box, out)
+
+    def _read_many(self, wanted: Sequence[Wanted]) -> None:
+        self._job.read_many([(self.names[key], box, view) for key, box, view in wanted])
 
     def common(self, file: TorchFile) -> dict[str, Any]:
         """The value of ``common.pt``: what all ranks share, the optimizer's groups and its step among it."""
@@ -198,6 +202,9 @@ class _Beneath:
 
     def create(self, path: str) -> AbstractContextManager[Sink]:
         return self._target.create(f"{self._folder}/{path}")
+
+    def put(self, path: str, data: bytes | bytearray | memoryview) -> None:
+        self._target.put(f"{self._folder}/{path}", data)
 
     def local_path(self, path: str) -> str | None:
         return self._target.local_path(f"{self._folder}/{path}")

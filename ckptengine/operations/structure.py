@@ -223,6 +223,9 @@ def _side_by_side(layouts: Mapping[int, Layout]) -> Sharding | None:
     return Sharding(joined, (Replicate(), *alike[0].placements))
 
 
+_REFUSED = "this save was not registered on every rank: "
+
+
 @dataclass(frozen=True, slots=True)
 class Refusal:
     """A save that this rank could not register: its number, and why, for the other ranks."""
@@ -273,7 +276,7 @@ class Agreement:
         self._key = None
         note, key = error_note(refusal.error, self._port.rank), f"structure/{refusal.number}"
         if self._port.rank == 0:
-            publish(self._port, f"{key}/out", note)
+            publish(self._port, f"{key}/out", {**note, "error": f"{_REFUSED}{note['error']}"})
             self._read += [f"{key}/out", *(f"{key}/{rank}" for rank in range(1, self._port.world))]
         else:
             self._port.put(f"{key}/{self._port.rank}", json.dumps(note).encode())
@@ -282,7 +285,7 @@ class Agreement:
         refused = [note for note in notes if "error" in note]
         if refused:
             told = "; ".join(note["error"] for note in refused[:4])
-            return {"error": f"this save was not registered on every rank: {told}", "code": refused[0]["code"]}
+            return {"error": f"{_REFUSED}{told}", "code": refused[0]["code"]}
         steps = {note["step"] for note in notes}
         if len(steps) > 1:
             told = ", ".join(f"rank {rank}: {note['step']}" for rank, note in enumerate(notes[:8]))

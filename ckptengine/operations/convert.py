@@ -23,7 +23,7 @@ from ckptengine.operations.opening import open_any
 from ckptengine.operations.read import BoxReader
 from ckptengine.sources.port import Source
 from ckptengine.sources.writer import Layout, Unit
-from ckptengine.state.flatten import no_collection
+from ckptengine.state.collection import no_collection
 
 Path = str | os.PathLike[str]
 

@@ -12,7 +12,7 @@ from ckptengine.operations.convert_digests import Seen, combine, compare
 from ckptengine.operations.convert_plan import Planned
 from ckptengine.operations.convert_workspace import Workspace
 from ckptengine.sources.writer import Document, Job, Unit, WritesFile
-from ckptengine.state.flatten import no_collection
+from ckptengine.state.collection import no_collection
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all), by one thread at a time."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import mmap
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -59,25 +60,49 @@ def stream_boxes(
 
     The next parts are read while the last ones are written; small ones share a buffer and a turn of the reader.
     """
+    batches = _batches(job, boxes)
+    first, second = next(batches, None), next(batches, None)
+    if first is not None and second is None:  # a small file: threads and buffers would cost more than it does
+        buffer = mmap.mmap(-1, max(1, min(buffer_bytes(job), sum(part.nbytes for part in first))))
+        _hand_over(first, _read(job, first, buffer), write, begin)
+    elif first is not None and second is not None:
+        _stream(job, itertools.chain([first, second], batches), write, begin)
+
+
+def _stream(
+    job: Job,
+    batches: Iterable[list[_Part]],
+    write: Callable[[memoryview], None],
+    begin: Callable[[int], None],
+) -> None:
     free = [mmap.mmap(-1, buffer_bytes(job)) for _ in range(BUFFERS)]  # aligned, for reads past the page cache
     waiting: list[tuple[Future[list[memoryview]], list[_Part], mmap.mmap]] = []
     with ThreadPoolExecutor(READERS, thread_name_prefix="ckptengine-read") as reader:
 
         def drain() -> None:
             future, batch, buffer = waiting.pop(0)
-            for part, view in zip(batch, future.result(), strict=True):
-                if part.start is not None:
-                    begin(part.start)
-                write(view)
+            _hand_over(batch, future.result(), write, begin)
             free.append(buffer)
 
-        for batch in _batches(job, boxes):
+        for batch in batches:
             if len(waiting) == BUFFERS:
                 drain()
             buffer = free.pop()
             waiting.append((reader.submit(_read, job, batch, buffer), batch, buffer))
         while waiting:
             drain()
+
+
+def _hand_over(
+    batch: Sequence[_Part],
+    views: Sequence[memoryview],
+    write: Callable[[memoryview], None],
+    begin: Callable[[int], None],
+) -> None:
+    for part, view in zip(batch, views, strict=True):
+        if part.start is not None:
+            begin(part.start)
+        write(view)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,8 +28,10 @@ BUFFER_BYTES = 4 << 20
 DIRECT_BYTES = 1 << 20
 """Files below this size go through the page cache."""
 
-SYNC_BYTES = 1 << 20
-"""Files from this size on are synced when they are closed, so that the last sync of all has little left to do."""
+SYNC_BYTES = 64 << 20
+"""Files from this size on are synced when they are closed, so that the last sync of all has little left to do.
+
+To sync each of many smaller ones takes several times as long as to sync them together."""
 
 AHEAD_BYTES = 128 << 20
 """After so many bytes in small files a sync is begun beside the work."""

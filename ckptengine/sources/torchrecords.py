@@ -14,7 +14,7 @@ from ckptengine.layout.box import Box, row_major_strides
 from ckptengine.layout.dtypes import itemsize
 from ckptengine.layout.flat import flat_boxes
 from ckptengine.sources.emit import Tensor, dumps, storage_of
-from ckptengine.sources.stream import BUFFERS, cut_rows, stream_boxes
+from ckptengine.sources.stream import cut_rows, stream_boxes, stream_memory_bytes
 from ckptengine.sources.writer import Job, Target
 from ckptengine.sources.zipwriter import ALIGNMENT, ZipWriter, zip_bytes
 
@@ -84,7 +84,7 @@ class TorchFile:
 
 def memory_bytes(job: Job) -> int:
     """What writing one file needs at most."""
-    return (BUFFERS + CAST_FACTOR) * job.chunk_bytes
+    return stream_memory_bytes(job) + CAST_FACTOR * job.chunk_bytes
 
 
 def read_bytes(job: Job, records: Sequence[Record]) -> int:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 from ckptengine.errors import UnusableRequest
 from ckptengine.layout.sharding import Layout
 from ckptengine.state import random as streams
 from ckptengine.state.collect import Collector, Found, Walk
+from ckptengine.state.collection import no_collection as no_collection
 from ckptengine.state.encoding import Json
 from ckptengine.state.leaves import FlatState, TensorLeaf
 
@@ -31,22 +29,6 @@ def collect(state: object, *, meta_ok: bool = False) -> Walk:
     if state is None or isinstance(state, str | bytes | int | float):
         raise UnusableRequest(f"a state is a dict of what to save, not a {type(state).__name__}")
     return Collector(meta_ok=meta_ok).run(state)
-
-
-@contextmanager
-def no_collection() -> Iterator[Callable[[], None]]:
-    """Keep the cyclic garbage collector from running: it would scan a large walk's objects over and over.
-
-    What it gives ends that early.
-    """
-    if not gc.isenabled():
-        yield lambda: None
-        return
-    gc.disable()
-    try:
-        yield gc.enable
-    finally:
-        gc.enable()
 
 
 def freeze(walk: Walk, *, random: bool) -> FlatState:

@@ -197,6 +197,7 @@ def test_a_disk_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(*args, **kwargs)
 
+    monkeypatch.setattr("ckptengine.sources.target.SYNC_BYTES", 1)
     with monkeypatch.context() as patch:
         patch.setattr(os, call, failing)
         with pytest.raises(StorageFailed, match=r"ENOSPC.*free space"):

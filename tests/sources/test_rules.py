@@ -245,6 +245,81 @@ def test_split_and_unstack_and_back(heads: int, groups: int) -> None:
         assert (shown(back, name) == array).all(), name
 
 
+@pytest.mark.parametrize(
+    ("preset", "gate", "up", "down", "router"),
+    [
+        (
+            "megatron-to-mixtral",
+            "block_sparse_moe.experts.{}.w1.weight",
+            "block_sparse_moe.experts.{}.w3.weight",
+            "block_sparse_moe.experts.{}.w2.weight",
+            "block_sparse_moe.gate.weight",
+        ),
+        (
+            "megatron-to-qwen3-moe",
+            "mlp.experts.{}.gate_proj.weight",
+            "mlp.experts.{}.up_proj.weight",
+            "mlp.experts.{}.down_proj.weight",
+            "mlp.gate.weight",
+        ),
+    ],
+)
+@pytest.mark.parametrize("form", ["stacked", "layers", "single", "grouped"])
+def test_experts_of_megatron(form: str, preset: str, gate: str, up: str, down: str, router: str) -> None:
+    """Two layers of three experts as torch_dist and the legacy folders name them, optimizer included."""
+    first, second, routers = index_array(2, 3, 8, 5), index_array(2, 3, 5, 4) + 1000, index_array(2, 3, 5) + 2000
+    inner = "mlp.experts.experts.linear_fc"
+    arrays: dict[str, Any] = {}
+    if form == "stacked":
+        arrays = {f"{inner}1.weight": first, f"{inner}2.weight": second, "mlp.router.weight": routers}
+    for layer in range(2) if form != "stacked" else ():
+        arrays[f"{layer}.mlp.router.weight"] = routers[layer]
+        if form == "layers":
+            arrays |= {f"{layer}.{inner}1.weight": first[layer], f"{layer}.{inner}2.weight": second[layer]}
+        if form == "grouped":
+            products = first[layer].swapaxes(1, 2), second[layer].swapaxes(1, 2)
+            arrays |= {f"{layer}.mlp.experts.weight{at}": np.ascontiguousarray(w) for at, w in enumerate(products, 1)}
+        for expert in range(3) if form == "single" else ():
+            local = f"{layer}.mlp.experts.local_experts.{expert}.linear_fc"
+            arrays |= {f"{local}1.weight": first[layer, expert], f"{local}2.weight": second[layer, expert]}
+    held = {f"model.decoder.layers.{name}": array for name, array in arrays.items()}
+    held |= {f"optim.decoder.layers.{name}.exp_avg": array + 1 for name, array in arrays.items()}
+    view = present(MemorySource(held, {}), load_rules(preset))
+    expected = {}
+    for layer in range(2):
+        expected[f"model.layers.{layer}.{router}"] = routers[layer]
+        for expert in range(3):
+            expected[f"model.layers.{layer}.{gate.format(expert)}"] = first[layer, expert, :4]
+            expected[f"model.layers.{layer}.{up.format(expert)}"] = first[layer, expert, 4:]
+            expected[f"model.layers.{layer}.{down.format(expert)}"] = second[layer, expert]
+    assert len(view.names()) == 2 * len(expected)
+    for name, array in expected.items():
+        assert (shown(view, f"model.{name}") == array).all(), name
+        assert (shown(view, f"optim.{name}.exp_avg") == array + 1).all(), name
+
+
+def test_extending_a_file_keeps_all_of_its_rules() -> None:
+    for preset in ("megatron-to-llama", "megatron-to-mixtral"):
+        for matrix in ("weight1", "weight2"):
+            name = f"decoder.layers.0.mlp.experts.{matrix}"
+            own, taken = load_rules("megatron-gpt").layout_rule(name), load_rules(preset).layout_rule(name)
+            assert own is not None
+            assert taken is not None
+            fields = ("layout", "expert", "pieces", "where")
+            assert [getattr(own[0], field) for field in fields] == [getattr(taken[0], field) for field in fields]
+            assert own[0].pieces is not None
+
+
+def test_weights_at_the_top_of_torchtitans_folders() -> None:
+    held = {"tok.weight": index_array(3), "layers.0.w": index_array(2), "train_state.step": index_array(1)}
+    held |= {"optimizer.layers.0.w.exp_avg": index_array(2) + 5}
+    view = present(MemorySource(held, {}), load_rules("torchtitan"))
+    assert set(view.names()) == {
+        "model.tok.weight", "model.layers.0.w", "optim.layers.0.w.exp_avg", "train_state.step"
+    }  # fmt: skip
+    assert (shown(view, "optim.layers.0.w.exp_avg") == index_array(2) + 5).all()
+
+
 def test_transpose_unpadded_rename_drop_and_ties() -> None:
     whole = index_array(8, 3)
     source = MemorySource({"model.a.w": whole, "model.b": index_array(2), "model.head": whole + 1, "extra": whole})
@@ -335,6 +410,10 @@ def test_tensors_that_a_view_does_not_fit(text: str, said: str) -> None:
         "version = 1\n[[rule]]\nmatch = 'a'\nstack = 1\nrename = 'b'",
         "version = 1\n[[rule]]\nmatch = '(a)'\nstack = 1",
         "version = 1\n[[rule]]\nmatch = 'a'\nunstack = 0\nrename = 'b'",
+        "version = 1\n[[rule]]\nmatch = 'a'\nunstack = [0, 1]\nrename = 'b{index}'",
+        "version = 1\n[[rule]]\nmatch = 'a'\nunstack = [1, 1]\nrename = 'b{index}{index2}'",
+        "version = 1\n[[rule]]\nmatch = 'a'\nunstack = []\nrename = 'b{index}'",
+        "version = 1\n[[rule]]\nmatch = 'a'\nunstack = ['x']\nrename = 'b{index}'",
         "version = 1\n[[rule]]\nmatch = 'a'\ntranspose = [0, 2]",
         "version = 1\n[[rule]]\nmatch = 'a'\nsplit = { parts = [] }",
         "version = 1\n[[rule]]\nmatch = 'a'\nsplit = { parts = [{ rename = 'b' }] }\nrename = 'c'",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from ckptengine.errors import RuleError
-from ckptengine.sources.rules.language import Rule
+from ckptengine.sources.rules.language import INDEXES, Rule
 
 
 class Captures:
@@ -16,10 +17,9 @@ class Captures:
         self._groups = {str(number): text or "" for number, text in enumerate(match.groups(), 1)}
         self._groups |= {key: text or "" for key, text in match.groupdict().items()}
 
-    def fill(self, template: str, rule: Rule, at: int | None = None) -> str:
+    def fill(self, template: str, rule: Rule, at: Sequence[int] = ()) -> str:
         groups = {**self._groups, "name": self._groups.get("name", self._name)}
-        if at is not None:
-            groups["index"] = str(at)
+        groups |= {name: str(number) for name, number in zip(INDEXES, at, strict=False)}
         made, rest = "", template
         while rest:
             before, brace, rest = rest.partition("{")

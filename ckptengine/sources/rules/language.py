@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 from ckptengine.errors import RuleError
 from ckptengine.sources.rules.expression import Expression, evaluate
 
+INDEXES = ("index", "index2")
+"""What the indices of unstacked dimensions are called in templates."""
+
 
 @dataclass(frozen=True, slots=True)
 class Replicated:
@@ -78,7 +81,7 @@ class Unpadded:
 class View:
     """How a whole tensor is shown.  The steps happen in the order of the fields."""
 
-    unstack: int | None = None
+    unstack: tuple[int, ...] = ()
     unpadded: Unpadded | None = None
     split: Split | None = None
     transpose: tuple[int, ...] | None = None

@@ -7,11 +7,13 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from ckptengine.errors import NotFound, RuleError
 from ckptengine.sources.rules.expression import Expression
 from ckptengine.sources.rules.language import (
+    INDEXES,
     Averaged,
     Join,
     Layout,
@@ -109,7 +111,7 @@ def _with_arguments(rules: Rules, text: str) -> Rules:
 
 
 def _lowered(rule: Rule) -> Rule:
-    return Rule(rule.match, rule.where, rule.optional, rule.priority + 1, rule.layout, rule.expert, rule.view)
+    return replace(rule, priority=rule.priority + 1)
 
 
 def _entries(document: Mapping[str, Any], name: str) -> list[tuple[int, dict[str, Any]]]:
@@ -177,13 +179,15 @@ def _view(entry: dict[str, Any], where: str, match: re.Pattern[str]) -> View | N
         raise RuleError(f"{where}: join needs rename, the name of the fused tensor")
     if "split" in entry and ("rename" in entry or "join" in entry):
         raise RuleError(f"{where}: the parts of split are renamed one by one; leave out rename and join")
-    if "unstack" in entry and "{index}" not in str(entry.get("rename", entry.get("split"))):
-        raise RuleError(f"{where}: unstack needs {{index}} in the new names")
+    unstack = _unstack(entry, where)
+    for name in INDEXES[: len(unstack)]:
+        if f"{{{name}}}" not in str(entry.get("rename", entry.get("split"))):
+            raise RuleError(f"{where}: unstack needs {{{name}}} in the new names")
     transpose = _typed(entry, "transpose", (bool, list), where, None)
     if isinstance(transpose, list) and sorted(transpose) != list(range(len(transpose))):
         raise RuleError(f"{where}: transpose is true or an order of dimensions such as [1, 0]")
     return View(
-        unstack=_dim(entry, "unstack", where) if "unstack" in entry else None,
+        unstack=unstack,
         unpadded=_unpadded(entry["unpadded"], f"{where}, unpadded") if "unpadded" in entry else None,
         split=_split(entry["split"], f"{where}, split") if "split" in entry else None,
         transpose=(1, 0) if transpose is True else tuple(transpose) if transpose else None,
@@ -193,6 +197,15 @@ def _view(entry: dict[str, Any], where: str, match: re.Pattern[str]) -> View | N
         tied=_typed(entry, "tied", str, where, None),
         drop=_typed(entry, "drop", bool, where, False),
     )
+
+
+def _unstack(entry: dict[str, Any], where: str) -> tuple[int, ...]:
+    """The dimensions whose indices become tensors of their own."""
+    given = entry.get("unstack", [])
+    listed = given if isinstance(given, list) else [given]
+    if len(listed) > len(INDEXES) or len(set(map(str, listed))) < len(listed) or ("unstack" in entry and not listed):
+        raise RuleError(f"{where}: unstack is a dimension or two different ones")
+    return tuple(_dim({"unstack": dim}, "unstack", where) for dim in listed)
 
 
 def _unpadded(entry: object, where: str) -> Unpadded:

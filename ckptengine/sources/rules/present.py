@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ckptengine.errors import NotFound, RuleError
@@ -31,7 +32,7 @@ class _Shown:
     base: str
     name: Canonical
     rule: Rule | None = None
-    at: int | None = None
+    at: tuple[int, ...] = ()
     part: int | None = None
 
     @property
@@ -160,16 +161,17 @@ class _View:
                     layer = captures.number(view.stack, rule) if view.stack is not None else 0
                     self._add(canonical.renamed(parameter), shown, (layer, view.join.part if view.join else 0))
 
-    def _indices(self, name: str, canonical: Canonical, rule: Rule, view: View) -> Sequence[int | None]:
-        if view.unstack is None:
-            return (None,)
+    def _indices(self, name: str, canonical: Canonical, rule: Rule, view: View) -> Iterable[tuple[int, ...]]:
+        if not view.unstack:
+            return ((),)
         source = name
         if not self._base.tensor(name).shape and canonical.state:  # a counter that all layers share
             source = f"model.{canonical.parameter}"
         shape = self._base.tensor(source).shape
-        if view.unstack >= len(shape):
-            raise RuleError(f"{rule.where}: {source} has shape {list(shape)}, no dimension {view.unstack} to unstack")
-        return range(shape[view.unstack])
+        beyond = [dim for dim in view.unstack if dim >= len(shape)]
+        if beyond:
+            raise RuleError(f"{rule.where}: {source} has shape {list(shape)}, no dimension {beyond[0]} to unstack")
+        return itertools.product(*(range(shape[dim]) for dim in view.unstack))
 
     def _add(self, target: str, shown: _Shown, piece: tuple[int, int] | None = None) -> None:
         recipe = self._recipes.setdefault(target, _Recipe())
@@ -209,12 +211,12 @@ class _View:
         view = shown.view
         if view is None or shown.rule is None or not tensor.shape:
             return None
-        if view.unstack is None and view.unpadded is None and view.split is None and view.transpose is None:
+        if not view.unstack and view.unpadded is None and view.split is None and view.transpose is None:
             return None
         where = f"{shown.rule.where}, {shown.base} of shape {list(tensor.shape)}"
         placed = Placed(tensor.dtype, tensor.shape, tuple(tensor.fragments))
-        if view.unstack is not None and shown.at is not None:
-            placed = index(placed, _dim(placed, view.unstack, where), shown.at)
+        for dim, at in sorted(zip(view.unstack, shown.at, strict=True), reverse=True):
+            placed = index(placed, _dim(placed, dim, where), at)
         if view.unpadded is not None:
             placed = self._unpadded(placed, view, where)
         if view.split is not None and shown.part is not None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from ckptengine.errors import CheckpointError, Damaged, NotFound, Truncated, UnreadableFormat
 from ckptengine.operations.read import read_tensor
@@ -170,3 +171,16 @@ def test_a_chunk_without_a_file_is_damage(saved: Path) -> None:
         pickle.dump(metadata, file)
     with pytest.raises(Damaged, match="'b'"):
         open_source(saved)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_megatrons_folder_of_fsdp(tmp_path: Path) -> None:
+    """``fsdp_dtensor`` is DCP under Megatron's names of folders, without the ``metadata.json`` of torch_dist."""
+    folder = tmp_path / "iter_0000005"
+    folder.mkdir()
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("5")
+    state = {"model": {"decoder.w": torch.arange(6.0)}, "iteration": 5}
+    save(state, checkpoint_id=folder, no_dist=True)
+    source = open_source(tmp_path)
+    assert (source.format, source.step) == ("dcp", 5)
+    holds(source, {"model.decoder.w": torch.arange(6.0)})

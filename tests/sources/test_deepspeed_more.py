@@ -179,6 +179,30 @@ def test_experts_written_for_other_ranks(tmp_path: Path, layout: str) -> None:
     assert (set(module["module"]), module["num_experts"]) == ({"up", "gate"}, [4])
 
 
+def test_a_universal_checkpoint_shows_the_weights_of_experts(tmp_path: Path) -> None:
+    """Their model files are copied, or (as DeepSpeed's converter leaves it with AutoEP) only the masters are there."""
+    (tmp_path / "source").mkdir()
+    truth = experts_without_zero(tmp_path / "source")
+    convert(open_source(tmp_path / "source"), tmp_path / "target", to="deepspeed-universal", layout="zero=1")
+    folder = tmp_path / "target" / "global_step3_universal"
+    module = folder / "mp_rank_00_model_states.pt"
+    content = torch.load(module, weights_only=True)
+    experts = {name: content["module"].pop(name) for name in list(content["module"]) if "experts" in name}
+    torch.save(content, module)
+    assert len(experts) == 8
+    without = open_source(tmp_path / "target")
+    assert set(truth) <= set(without.names())
+    for name, tensor in experts.items():
+        held = without.tensor(f"model.{name}")
+        assert read_bytes(without.files, held) == tensor.numpy().tobytes(), name
+    for number in range(4):
+        file = f"layer_0_expert_{number}_mp_rank_00_model_states.pt"
+        torch.save({name: t.bfloat16() for name, t in experts.items() if f"experts.{number}." in name}, folder / file)
+    beside = open_source(tmp_path / "target")
+    assert {beside.tensor(f"model.{name}").dtype for name in experts} == {"bfloat16"}
+    assert set(truth) <= set(beside.names())
+
+
 def test_experts_that_cannot_be_written(tmp_path: Path, written: Path) -> None:
     experts_without_zero(tmp_path)
     source = open_source(tmp_path)

@@ -56,6 +56,11 @@ Processes = Sequence[Sequence[float]]
 LEAST_RELATIVE_NOISE = 0.1
 """Medians that differ by less than this part are not told apart, however steady a run looks: the next run differs."""
 
+FEW_SAMPLES = 4
+"""An engine with fewer samples than this ..."""
+LEAST_RELATIVE_NOISE_OF_FEW = 0.5
+"""... is told apart only where medians differ by more than this part: two samples lie close to each other by luck."""
+
 
 def flat(processes: Processes) -> list[float]:
     """All samples of an engine."""
@@ -77,9 +82,10 @@ def process_noise(samples: Mapping[str, Processes]) -> float:
 def compare(first: Processes, second: Processes, resolution: float, relative: float) -> int:
     """-1 where the first is surely smaller, 1 where it is surely larger, 0 where they cannot be told apart.
 
-    Told apart are engines whose medians differ by more than `resolution` and by more than `relative` of the larger
-    one, whose middle halves do not overlap, and each of whose processes has its median on the same side of every
-    process's of the other.
+    Told apart are engines whose medians differ by more than `resolution`, by more than `relative` of the larger one
+    (of an engine with few samples: by more than half of it), and by more than either's processes differ among
+    themselves, whose middle halves do not overlap, and each of whose processes has its median on the same side of
+    every process's of the other.
     """
     one, other = flat(first), flat(second)
     if not one or not other:
@@ -88,10 +94,13 @@ def compare(first: Processes, second: Processes, resolution: float, relative: fl
     if medians[0] > medians[1]:
         return -compare(second, first, resolution, relative)
     gap = medians[1] - medians[0]
+    if min(len(one), len(other)) < FEW_SAMPLES:
+        relative = max(relative, LEAST_RELATIVE_NOISE_OF_FEW)
     if gap <= resolution or gap <= relative * max(map(abs, medians)) or middle(one)[1] >= middle(other)[0]:
         return 0
-    apart = max(statistics.median(p) for p in first if p) < min(statistics.median(p) for p in second if p)
-    return -1 if apart else 0
+    lows, highs = ([statistics.median(p) for p in processes if p] for processes in (first, second))
+    wide = max(max(lows) - min(lows), max(highs) - min(highs))
+    return -1 if gap > wide and max(lows) < min(highs) else 0
 
 
 def ranking(samples: Mapping[str, Processes], resolution: float = 0.0) -> list[list[str]]:

@@ -104,7 +104,7 @@ def test_a_disk_slower_than_a_step_has_a_floor_of_its_own() -> None:
 
 def durable_run(seconds: float, limit_s: float, from_memory_s: float | None = None) -> dict[str, Any]:
     save = {"call_s": 0.1, "durable_s": seconds, "limit_s": limit_s}
-    return {"saves": [save if from_memory_s is None else {**save, "limit_from_memory_s": from_memory_s}] * 3}
+    return {"saves": [save if from_memory_s is None else {**save, "limit_from_memory_s": from_memory_s}] * 4}
 
 
 def restore_run(cold_s: float, limit_s: float) -> dict[str, Any]:

@@ -64,6 +64,10 @@ def test_engines_are_told_apart_only_beyond_every_kind_of_noise() -> None:
     assert compare(steady, slower, 0.0, 0.3) == 0, "the difference is below what processes differ by"
     assert compare([[1.0, 1.0], [2.0, 1.0]], slower, 0.0, 0.1) == 0, "one process of the first was slower"
     assert compare(steady, [[]], 0.0, 0.0) == 0
+    assert compare([[1.0, 1.01]], [[1.5, 1.51]], 0.0, 0.1) == 0, "two samples each can lie close to each other by luck"
+    assert compare([[1.0, 1.01]], [[2.5, 2.51]], 0.0, 0.1) == -1
+    wide = [[1.6, 1.6], [3.0, 3.0]]
+    assert compare(steady, wide, 0.0, 0.1) == 0, "its processes differ more from each other than from the first"
     assert process_noise({"a": [[1.0], [3.0]], "b": [[2.0, 2.0], [2.0]], "c": [[5.0]]}) == 0.5
     assert process_noise({"a": [[1.0]]}) == 0.0
 
@@ -182,7 +186,7 @@ def test_two_runs_that_swap_two_engines_contradict_each_other(result: dict[str, 
     def run(name: str, seconds: dict[str, float]) -> str:
         samples = [
             {"job": {"workload": "durable", "engine": engine},
-             "result": {"status": "ok", "figures": {"saves": [{"call_s": 1.0, "durable_s": value}] * 3}}}
+             "result": {"status": "ok", "figures": {"saves": [{"call_s": 1.0, "durable_s": value}] * 4}}}
             for engine, value in seconds.items()
         ]  # fmt: skip
         (tmp_path / name).write_text(json.dumps({**result["document"], "samples": samples}))

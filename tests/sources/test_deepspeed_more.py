@@ -311,8 +311,17 @@ def test_an_optimizer_in_another_order_than_its_module(tmp_path: Path) -> None:
         "fp32_groups": [[copies[name] for name in order]],
     }
     module = {name: copy.bfloat16() for name, copy in copies.items()}
-    known = {"module": module, "buffer_names": [], "optimizer": optimizer, "param_shapes": None, "dp_world_size": 1}
-    torch.save({**known, "mp_world_size": 1, "ds_version": "0.19.8"}, tmp_path / "mp_rank_00_model_states.pt")
+    known: dict[str, Any] = {
+        "module": module,
+        "buffer_names": [],
+        "optimizer": optimizer,
+        "param_shapes": None,
+        "dp_world_size": 1,
+    }
+    torch.save(
+        {**known, "dp_world_size": 1, "mp_world_size": 1, "ds_version": "0.19.8"},
+        tmp_path / "mp_rank_00_model_states.pt",
+    )
     source = open_source(tmp_path)
     expected = {f"model.{name}": tensor for name, tensor in module.items()}
     expected |= {f"optim.{name}.master": copy for name, copy in copies.items()}

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import ckptengine as ce
 from ckptengine.errors import NotFound, RuleError, UnreadableFormat, UnusableRequest
 from ckptengine.operations.convert import convert
 from ckptengine.sources.detect import open_source
@@ -327,3 +328,24 @@ def test_an_optimizer_in_another_order_than_its_module(tmp_path: Path) -> None:
     expected |= {f"optim.{name}.master": copy for name, copy in copies.items()}
     expected |= {f"optim.{name}.exp_avg": states[at]["exp_avg"] for at, name in enumerate(order)}
     holds(source, expected)
+
+
+def test_positions_fill_a_live_optimizer_by_its_order(tmp_path: Path) -> None:
+    """Two groups of equal shapes in plain fp32: nothing says which is which but the order of the live optimizer."""
+    model = torch.nn.ParameterDict({name: torch.nn.Parameter(torch.zeros(3, 3)) for name in "abcd"})
+    groups = [{"params": [model["b"], model["d"]], "lr": 0.1}, {"params": [model["a"], model["c"]], "lr": 0.2}]
+    optimizer = torch.optim.AdamW(groups)
+    model_before = {name: torch.full((3, 3), float(at)) for at, name in enumerate("abcd")}
+    states = {at: {"step": torch.tensor(4.0), "exp_avg": torch.full((3, 3), at + 10.0)} for at in range(4)}
+    for state in states.values():
+        state["exp_avg_sq"] = state["exp_avg"] * 2
+    listed = [{"lr": 0.1, "params": [0, 1]}, {"lr": 0.2, "params": [2, 3]}]
+    known: dict[str, Any] = {"module": model_before, "buffer_names": [], "param_shapes": None, "global_steps": 4}
+    known |= {"optimizer": {"state": states, "param_groups": listed}, "dp_world_size": 1, "mp_world_size": 1}
+    torch.save(known, tmp_path / "mp_rank_00_model_states.pt")
+    assert "optim.state.3.exp_avg" in open_source(tmp_path).names()
+    assert ce.load({"model": model, "optim": optimizer}, tmp_path) == 4
+    assert all(torch.equal(model[name].detach(), tensor) for name, tensor in model_before.items())
+    for at, name in enumerate("bdac"):
+        assert torch.equal(optimizer.state[model[name]]["exp_avg"], states[at]["exp_avg"]), name
+        assert torch.equal(optimizer.state[model[name]]["exp_avg_sq"], states[at]["exp_avg_sq"]), name

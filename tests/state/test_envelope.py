@@ -10,16 +10,12 @@ from hypothesis import strategies as st
 from ckptengine.store.envelope import canonical, canonical_in_slices, seal, unseal
 
 leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
-documents = st.recursive(
-    leaves,
-    lambda inner: (
-        st.lists(inner, max_size=40)
-        | st.dictionaries(st.text(), inner, max_size=40)
-        # Repeated, so that lists are longer than a slice, and end within one.
-        | st.tuples(st.lists(inner, min_size=1, max_size=3), st.integers(300, 1100)).map(lambda two: two[0] * two[1])
-    ),
-    max_leaves=8,
+short = st.recursive(
+    leaves, lambda inner: st.lists(inner, max_size=40) | st.dictionaries(st.text(), inner, max_size=40), max_leaves=8
 )
+# Repeated, so that lists are longer than a slice, and end within one.
+long = st.tuples(st.lists(short, min_size=1, max_size=3), st.integers(300, 1100)).map(lambda two: two[0] * two[1])
+documents = short | long | st.lists(short | long, max_size=3) | st.dictionaries(st.text(), short | long, max_size=3)
 
 
 @given(document=documents)

@@ -118,7 +118,10 @@ def _run_here(planned: Planned, target: str, part: Shard, progress: Progress | N
     try:
         workspace.open(planned.fingerprint, f"{part.index}-{part.count}")
         try:
-            run_units(planned, workspace, part.of(planned.units), progress)
+            units = part.of(planned.units)
+            run_units(planned, workspace, units, progress)
+            if part.count > 1:  # the part that ends last, perhaps on another machine, commits
+                workspace.settle(unit.key for unit in units)
             return finish(planned, workspace, os.path.basename(target))
         except Exception:
             if part.count == 1:

@@ -114,5 +114,7 @@ def run_remote_unit(spec: tuple[tuple[str, Any], ...], fingerprint: str, key: st
             "a dask worker sees another source than the client does; use paths that mean the same on every machine"
         )
     unit = next(unit for unit in planned.units if unit.key == key)
-    write_unit(planned, open_workspace(dict(spec)["target"]), unit, lambda _: None)
+    workspace = open_workspace(dict(spec)["target"])
+    write_unit(planned, workspace, unit, lambda _: None)
+    workspace.settle([key])
     return key

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,11 +42,15 @@ class Workspace(Protocol):
         ...
 
     def done(self) -> dict[str, Document]:
-        """The records of finished units, by key."""
+        """The records of finished units, by key: those of this machine since it started, and those that are settled."""
         ...
 
     def record(self, key: str, document: Document) -> None:
-        """Remember that a unit is finished."""
+        """Remember that a unit is finished; machines that share the target hear of it when it is settled."""
+        ...
+
+    def settle(self, keys: Iterable[str]) -> None:
+        """Make what this machine has written of these units durable, so that their records count everywhere."""
         ...
 
     def finishing(self) -> contextlib.AbstractContextManager[bool]:
@@ -81,6 +85,8 @@ class LocalWorkspace:
         self._folder = self._path.parent / f".{self._path.name}.convert"
         self._tree = self._folder / "tree"
         self._units = self._folder / "units"
+        self._settled = self._folder / "settled"
+        self._boot = _boot()
         self._locks: list[int] = []
         self._target = LocalTarget(self._tree, str(self._path))
 
@@ -93,23 +99,17 @@ class LocalWorkspace:
             if self._folder.is_dir() and not self._tree.exists():  # killed right after its commit
                 shutil.rmtree(self._folder, ignore_errors=True)
             raise AlreadyExists(f"{self._path} exists; choose another target, or move it away")
-        for folder in (self._tree, self._units):
+        for folder in (self._tree, self._units, self._settled):
             guarded("create", folder, lambda f=folder: f.mkdir(parents=True, exist_ok=True))  # type: ignore[misc]
         self._lock(f"lock-{turn}", wait=False)
-        about = {"fingerprint": fingerprint, "boot": _boot()}
         found = _load(self._folder / "conversion.json")
         if found is None:
-            _store(self._folder / "conversion.json", about)
+            _store(self._folder / "conversion.json", {"fingerprint": fingerprint})
         elif found.get("fingerprint") != fingerprint:
             raise AlreadyExists(
                 f"{self._folder} holds an unfinished conversion of something else to {self._path}; "
                 "finish that one, or delete the folder"
             )
-        elif found.get("boot") != about["boot"]:
-            # The machine went down since: what was written then may never have reached the disk.
-            shutil.rmtree(self._units, ignore_errors=True)
-            self._units.mkdir(exist_ok=True)
-            _store(self._folder / "conversion.json", about)
 
     def _lock(self, name: str, *, wait: bool) -> int:
         path = self._folder / name
@@ -123,15 +123,28 @@ class LocalWorkspace:
         return fd
 
     def done(self) -> dict[str, Document]:
+        settled = self._settled_keys()
         found: dict[str, Document] = {}
         for entry in sorted(self._units.glob("*.json")):
             record = _load(entry)
-            if record is not None and all(os.path.exists(f"{self._tree}/{file}") for file in record.get("files", [])):
+            # What another machine wrote, or this one before it went down, may never have reached the disk.
+            boot = None if record is None else record.get("boot")
+            if record is None or not (boot == self._boot or (record["key"], boot) in settled):
+                continue
+            if all(os.path.exists(f"{self._tree}/{file}") for file in record.get("files", [])):
                 found[record["key"]] = record
         return found
 
+    def _settled_keys(self) -> set[tuple[str, str]]:
+        notes = (_load(entry) for entry in self._settled.glob("*.json"))
+        return {(key, note["boot"]) for note in notes if note is not None for key in note["keys"]}
+
     def record(self, key: str, document: Document) -> None:
-        _store(self._units / f"{_digest(key)}.json", {**document, "key": key})
+        _store(self._units / f"{_digest(key)}.json", {**document, "key": key, "boot": self._boot})
+
+    def settle(self, keys: Iterable[str]) -> None:
+        self._target.sync()
+        _store(self._settled / f"{uuid.uuid4().hex}.json", {"boot": self._boot, "keys": list(keys)})
 
     @contextlib.contextmanager
     def finishing(self) -> Iterator[bool]:
@@ -214,6 +227,9 @@ class RemoteWorkspace:
 
     def record(self, key: str, document: Document) -> None:
         self._store(f"unit-{_digest(key)}.json", {**document, "key": key})
+
+    def settle(self, keys: Iterable[str]) -> None:
+        """An object is durable when it is there."""
 
     @contextlib.contextmanager
     def finishing(self) -> Iterator[bool]:

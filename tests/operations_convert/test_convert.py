@@ -32,7 +32,7 @@ from ckptengine.layout.box import Box
 from ckptengine.layout.crc64 import raw_crc64
 from ckptengine.layout.digest import format_digest, raw_to_standard
 from ckptengine.layout.tensor import Fragment, LogicalTensor
-from ckptengine.operations import convert_plan, convert_run
+from ckptengine.operations import convert_plan, convert_run, convert_workspace
 from ckptengine.operations.convert import Shard, convert
 from ckptengine.operations.convert_plan import make_plan
 from ckptengine.operations.opening import open_any
@@ -286,8 +286,8 @@ def test_a_killed_conversion_goes_on_where_it_was(tmp_path: Path, monkeypatch: p
 def test_records_from_before_a_restart_of_the_machine_do_not_count(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     subprocess.run([sys.executable, "-c", CHILD, str(tmp_path), "4"], cwd=root, capture_output=True, check=False)
-    about = json.loads((tmp_path / ".out.convert/conversion.json").read_text())
-    (tmp_path / ".out.convert/conversion.json").write_text(json.dumps({**about, "boot": "another"}))
+    for path in (tmp_path / ".out.convert/units").glob("*.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "boot": "another"}))
     for path in (tmp_path / ".out.convert/tree").rglob("*"):
         if path.is_file():
             path.write_bytes(b"")  # what a power cut leaves of files that were never synced
@@ -305,6 +305,34 @@ def test_shards_in_any_order_make_the_same_target(tmp_path: Path) -> None:
     assert convert(source, tmp_path / "out", to="zarr", shard=Shard(1, 3)).state == "committed"
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert left_beside(tmp_path) == ["in", "out", "whole"]
+    assert_holds(tmp_path / "out", arrays)
+
+
+def test_shards_on_several_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, arrays = checkpoint(tmp_path / "in", count=9)
+    synced: list[str] = []
+    real = LocalTarget.sync
+    monkeypatch.setattr(LocalTarget, "sync", lambda self: (synced.append(convert_workspace._boot()), real(self))[1])
+    states = []
+    for index in range(3):
+        monkeypatch.setattr(convert_workspace, "_boot", lambda machine=f"machine {index}": machine)
+        states.append(convert(source, tmp_path / "out", to="zarr", shard=Shard(index, 3)).state)
+    assert states == ["waiting", "waiting", "committed"]
+    assert synced == ["machine 0", "machine 1", "machine 2", "machine 2"], "each makes durable what it has written"
+    assert_holds(tmp_path / "out", arrays)
+
+
+def test_what_another_machine_has_not_made_durable_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, arrays = checkpoint(tmp_path / "in", count=9)
+    monkeypatch.setattr(convert_workspace, "_boot", lambda: "one")
+    with monkeypatch.context() as cut:  # it goes down before its files are synced
+        cut.setattr(convert_workspace.LocalWorkspace, "settle", lambda self, keys: None)
+        assert convert(source, tmp_path / "out", to="zarr", shard="0/2").state == "waiting"
+    monkeypatch.setattr(convert_workspace, "_boot", lambda: "two")
+    assert convert(source, tmp_path / "out", to="zarr", shard="1/2").state == "waiting"
+    assert convert(source, tmp_path / "out", to="zarr", shard="0/2").state == "committed"
     assert_holds(tmp_path / "out", arrays)
 
 

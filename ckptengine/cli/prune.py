@@ -86,9 +86,7 @@ def _settle(tier: BlockingTier, left: WeightsLeft, *, dry_run: bool) -> dict[str
 
 def _text(document: dict[str, Any]) -> str:
     verb = "would delete" if document["dry_run"] else "deleted"
-    lines = [
-        f"{verb} step {one['step']} ({size_text(one['size_bytes'])}): {one['why']}" for one in document["removed"]
-    ]
+    lines = [f"{verb} step {one['step']} ({size_text(one['size_bytes'])}): {one['why']}" for one in document["removed"]]
     for one in document["weights"]:
         what = f"{one['folder']} ({size_text(one['size_bytes'])}): {one['why']}"
         lines.append(f"{verb} {what}" if one["removed"] else f"kept {what}")

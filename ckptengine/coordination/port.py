@@ -15,6 +15,7 @@ class Coordinator(Protocol):
 
     rank: int
     world: int
+
     @property
     def members(self) -> Sequence[int] | None:
         """The ranks of the world that take part, by their numbers here; None where they are all, in order."""

@@ -47,9 +47,7 @@ def verify(source: Source, progress: Progress | None = None) -> list[CheckpointE
     return problems
 
 
-def _verify_rank_file(
-    source: NativeSource, rank: int, progress: Progress | None, done: int
-) -> list[CheckpointError]:
+def _verify_rank_file(source: NativeSource, rank: int, progress: Progress | None, done: int) -> list[CheckpointError]:
     """Header, tail, every extent, every gap of one rank file."""
     reader = source.reader
     path, total = reader.path(rank), source.manifest.nbytes
@@ -104,5 +102,3 @@ def _verify_digests(source: NativeSource) -> list[CheckpointError]:
         if not same:
             problems.append(DigestMismatch(f"tensor {record.name!r} does not have the digest in the manifest"))
     return problems
-
-

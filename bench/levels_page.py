@@ -47,7 +47,16 @@ def _stolen(figures: Mapping[str, Any]) -> str:
     )
 
 
-LINES = {"kills": _kills, "memory": _memory, "restore": _restore, "stolen": _stolen}
+def _drain(figures: Mapping[str, Any]) -> str:
+    rates = figures["median_mb_per_s"]
+    return (
+        f"{figures['size_bytes'] / 1e9:.1f} GB from the local disk to S3 ({figures['server']}), verified and proven "
+        f"there: {rates['drain']:.0f} MB/s, a plain multipart client beside it {rates['client']:.0f} MB/s: "
+        f"{100 * figures['ratio']:.0f} % (floor 80 %)"
+    )
+
+
+LINES = {"drain": _drain, "kills": _kills, "memory": _memory, "restore": _restore, "stolen": _stolen}
 
 
 def lines(folder: Path = RESULTS) -> list[str]:

@@ -9,9 +9,9 @@ drain verifies what it reads and proves what arrives, the client does neither.
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
-import platform
 import statistics
 import tempfile
 import threading
@@ -20,6 +20,8 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from bench.levels import SCHEMA
+from bench.machine import facts
 from ckptengine.operations.drain import Drain, DrainSettings
 from ckptengine.operations.transfer import DrainFile
 from ckptengine.tiers.local import LocalTier
@@ -105,21 +107,29 @@ def main() -> None:
             for _ in range(arguments.repeat):
                 samples["client"].append(client_once(source, endpoint, size))
                 samples["drain"].append(drain_once(loop, source, endpoint, size))
+        machine = facts(Path(folder))
     loop.close()
     medians = {who: statistics.median(one["mb_per_s"] for one in taken) for who, taken in samples.items()}
+    ratio = medians["drain"] / medians["client"]
     result: dict[str, Any] = {
-        "server": arguments.server,
-        "bytes": size,
-        "machine": f"{platform.node()} {platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "load": os.getloadavg()[0],
-        "median_mb_per_s": medians,
-        "ratio": medians["drain"] / medians["client"],
-        "peak_mib": max(one["peak_mib"] for one in samples["drain"]),
-        "samples": samples,
+        "schema": SCHEMA,
+        "levels": "drain",
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": machine,
+        "figures": {
+            "server": arguments.server,
+            "size_bytes": size,
+            "median_mb_per_s": medians,
+            "ratio": ratio,
+            "peak_mib": max(one["peak_mib"] for one in samples["drain"]),
+            "samples": samples,
+        },
+        "floors": {"ratio": {"floor": ">= 0.8", "met": ratio >= 0.8}},
     }
+    text = json.dumps(result, indent=1) + "\n"
     if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1))
-    print(json.dumps({key: value for key, value in result.items() if key != "samples"}, indent=1))
+        arguments.json.write_text(text)
+    print(text)
 
 
 if __name__ == "__main__":

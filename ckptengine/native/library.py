@@ -22,7 +22,7 @@ EXTENT = np.dtype(
 ``address``, ``size_bytes``   where the bytes are; ``device`` is -1 for host memory, else the CUDA device's index.
 ``source_dims_begin``, ``source_dims``, ``item_bytes``   rows of the job's loops that say how items lie in memory, taken
     in row-major order; no rows (0) for contiguous memory.  Strides may be 0 or negative.  Host memory only.
-``file_offset``   ascending and disjoint.  Congruent to the address modulo the memory alignment: written with no copy.
+``file_offset``   ascending and disjoint.  Congruent to the address modulo 4096: written with no copy.
 ``granule_slot``   index of its first granule in the job's granule table.
 ``run_bytes``, ``run_dims_begin``, ``run_dims``   the runs that the extent's bytes are in its logical tensor, back to
     back from byte ``run_skip_bytes`` of them on; ``follow_bytes`` of the tensor come after the last run.  ``run_bytes``

@@ -22,7 +22,7 @@ from ckptengine.store.envelope import canonical
 HEADER_BYTES = 4096
 BLOCK_BYTES = 4096
 """Alignment of the end of the body, so that it can be written in whole blocks."""
-DIRECT_ALIGN_BYTES = 512
+DIRECT_ALIGN_BYTES = 4096
 DIRECT_MIN_BYTES = 1 << 20
 """Extents from this size on sit congruent to their memory address, so that they can be written without a copy."""
 PACK_ALIGN_BYTES = 64
@@ -63,7 +63,7 @@ class FileIdentity:
 def place(sizes: Sequence[int], addresses: Sequence[int]) -> tuple[list[int], int]:
     """File offsets for extents of ``sizes`` bytes whose memory is at ``addresses``, and where the body ends.
 
-    Extents follow one another from `HEADER_BYTES`.  Large ones sit congruent to their address modulo 512 (0 as address
+    Extents follow one another from `HEADER_BYTES`.  Large ones sit congruent to their address modulo 4096 (0 as address
     means none); small ones are packed at multiples of 64.  The end is a multiple of `BLOCK_BYTES`.
     """
     cursor = HEADER_BYTES

@@ -44,7 +44,8 @@ void JobLayout::check_options() const {
     if (o.segment_bytes == 0 || o.segment_bytes % kPage != 0 || o.granule_bytes == 0 || o.min_live_bytes == 0) {
         throw std::invalid_argument("segments are multiples of 4096 bytes; granules and live stretches are not empty");
     }
-    if (!power_of_two(o.memory_alignment) || !power_of_two(o.offset_alignment) || o.alignment() > kPage) {
+    if (!power_of_two(o.memory_alignment) || !power_of_two(o.offset_alignment) ||
+        o.memory_alignment > kPage || o.offset_alignment > kPage) {
         throw std::invalid_argument("alignments are powers of two of at most 4096");
     }
     if ((o.body_end - o.body_begin) / o.segment_bytes >= UINT32_MAX - 2) {
@@ -142,7 +143,7 @@ const PositionedRuns* JobLayout::runs(std::uint32_t extent) const noexcept {
 ByteRange JobLayout::live_part(const Extent& extent, std::uint64_t begin, std::uint64_t end) const noexcept {
     const auto index = static_cast<std::size_t>(&extent - extents_.data());
     if (extent.device != kHost || strided_index_[index] >= 0 ||
-        (extent.address - extent.file_offset) % options_.memory_alignment != 0) {
+        (extent.address - extent.file_offset) % options_.alignment() != 0) {
         return {begin, begin};
     }
     const std::uint64_t alignment = options_.alignment();

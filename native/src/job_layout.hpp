@@ -21,12 +21,14 @@ struct LayoutOptions {
     std::uint64_t segment_bytes = 4u << 20;  // a multiple of kPage
     std::uint64_t granule_bytes = 16384;
     std::uint64_t granule_slots = 0;
-    std::uint64_t memory_alignment = 1;  // what direct I/O wants; 1 where everything is buffered
+    std::uint64_t memory_alignment = 1;  // what direct I/O wants at least; 1 where everything is buffered
     std::uint64_t offset_alignment = 1;  // both divide kPage
     std::uint64_t min_live_bytes = 16384;  // shorter stretches are gathered rather than written from where they lie
 
-    // Where stretches of live memory begin and end in the file, so that what is gathered around them is aligned too.
-    std::uint64_t alignment() const noexcept { return std::max(memory_alignment, offset_alignment); }
+    // Where stretches of live memory begin and end, in the file and in memory. Whole pages, though direct I/O may take
+    // less: a request is cut where its memory crosses a page too often, and a cut inside a page of the file makes the
+    // device read the rest of that page before it writes.
+    std::uint64_t alignment() const noexcept { return memory_alignment > 1 || offset_alignment > 1 ? kPage : 1; }
 };
 
 // One write: a range of the file between two multiples of segment_bytes.

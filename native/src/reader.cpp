@@ -66,6 +66,10 @@ BouncePool& bounce_pool() {
     return pool;
 }
 
+// Direct reads take whole pages of the file, though it may allow less: a device that holds its blocks in pages reads a
+// page again for each part of it.
+constexpr std::uint64_t unit_bytes(bool direct) noexcept { return direct ? kPageBytes : 1; }
+
 struct Part {
     std::size_t range;
     std::uint64_t begin;  // file offsets
@@ -178,9 +182,9 @@ void Reader::plan() {
 // The stretch of a part that is read straight to where it belongs; empty (begin = end) where there is none.
 Part Reader::live_part(const Part& part, bool direct) const {
     const ReadRange& range = ranges_[part.range];
-    const std::uint64_t alignment = direct ? std::max(options_.memory_alignment, options_.offset_alignment) : 1;
-    const std::uint64_t begin = (part.begin + alignment - 1) / alignment * alignment;
-    const std::uint64_t end = part.end / alignment * alignment;
+    const std::uint64_t unit = unit_bytes(direct);
+    const std::uint64_t begin = (part.begin + unit - 1) / unit * unit;
+    const std::uint64_t end = part.end / unit * unit;
     const bool congruent = !direct || (range.address - range.file_offset) % options_.memory_alignment == 0;
     if (range.address == 0 || !congruent || begin >= end || end - begin < options_.min_live_bytes) {
         return {part.range, part.begin, part.begin};
@@ -189,10 +193,10 @@ Part Reader::live_part(const Part& part, bool direct) const {
 }
 
 std::optional<IoError> Reader::fetch(const Chunk& chunk, std::uint8_t* buffer, bool direct) {
-    const std::uint64_t alignment = direct ? std::max(options_.memory_alignment, options_.offset_alignment) : 1;
+    const std::uint64_t unit = unit_bytes(direct);
     const std::uint64_t base = chunk.begin / kPageBytes * kPageBytes;
-    const std::uint64_t begin = chunk.begin / alignment * alignment;
-    const std::uint64_t end = (chunk.end + alignment - 1) / alignment * alignment;
+    const std::uint64_t begin = chunk.begin / unit * unit;
+    const std::uint64_t end = (chunk.end + unit - 1) / unit * unit;
     std::vector<iovec> vectors;
     std::uint64_t at = begin;
     const auto bounce_until = [&](std::uint64_t until) {
@@ -212,7 +216,8 @@ std::optional<IoError> Reader::fetch(const Chunk& chunk, std::uint8_t* buffer, b
     }
     bounce_until(end);
     std::uint64_t got = 0;
-    auto error = read_until_end(direct ? files_.direct : files_.buffered, vectors, begin, alignment, got);
+    auto error = read_until_end(direct ? files_.direct : files_.buffered, vectors, begin,
+                                direct ? options_.offset_alignment : 1, got);
     if (!error.has_value() && begin + got < chunk.end) {
         return IoError{0, "end of file", begin + got,
                        "the file ends at byte " + std::to_string(begin + got) + ", before byte " +

@@ -41,8 +41,8 @@ Body random_body(Random& random, std::size_t extents, std::size_t largest_bytes,
             std::copy_n(source, size, packed.begin());
         }
         at += below(random, 4) == 0 ? below(random, 5000) : 0;
-        if (below(random, 4) != 0) {  // mostly congruent
-            at += (extent.address - at) % alignment;
+        if (below(random, 4) != 0) {  // mostly congruent, most of those to whole pages
+            at += (extent.address - at) % (below(random, 4) == 0 ? alignment : kPage);
         }
         extent.file_offset = at;
         extent.granule_slot = body.options.granule_slots;

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -72,10 +71,6 @@ def load_exactly(root: Path, step: int | None = None) -> int:
     wrong = differences(state, found)
     assert not wrong, f"step {found} was loaded with wrong bytes in {wrong}"
     return found
-
-
-def open_descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
 
 
 def engine_threads() -> list[str]:

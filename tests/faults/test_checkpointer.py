@@ -35,9 +35,10 @@ from ckptengine.operations import save as saving
 from ckptengine.snapshot import plain
 from ckptengine.store.root import Root
 
+from ..descriptors import open_descriptors
 from .memory_folder import memory_folder
 from .ops import Fault, FaultyOps
-from .states import blank, differences, engine_threads, load_exactly, open_descriptors, set_state, state_of
+from .states import blank, differences, engine_threads, load_exactly, set_state, state_of
 
 WITHIN_S = 5.0
 

@@ -11,8 +11,9 @@ import pytest
 import ckptengine as ce
 from ckptengine.errors import CheckpointError, SaveFailed
 
+from ..descriptors import open_descriptors
 from .ops import Fault, FaultyOps, Kind
-from .states import blank, debris, differences, engine_threads, load_exactly, open_descriptors, set_state, state_of
+from .states import blank, debris, differences, engine_threads, load_exactly, set_state, state_of
 
 WITHIN_S = 30.0
 

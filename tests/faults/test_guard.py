@@ -22,6 +22,8 @@ from ckptengine.snapshot import fence
 from ckptengine.snapshot.plain import PlainEngine
 from ckptengine.store.files import FileOps
 
+from ..descriptors import open_descriptors
+
 WITHIN_S = 10.0
 
 
@@ -440,7 +442,6 @@ def test_the_portable_engine_s_bytes_survive_memory_reuse(tmp_path: Path) -> Non
 
 def test_a_hundred_saves_leave_everything_flat(tmp_path: Path) -> None:
     """Descriptors, threads and memory after 100 saves as after the first few (1,000 in bench/soak.py)."""
-    import os
 
     import psutil
 
@@ -454,7 +455,7 @@ def test_a_hundred_saves_leave_everything_flat(tmp_path: Path) -> None:
             checkpointer.save(step)
             if step % 20 == 19:
                 checkpointer.wait()
-                seen.append((len(os.listdir("/proc/self/fd")), threading.active_count()))
+                seen.append((open_descriptors(), threading.active_count()))
                 memory.append(process.memory_info().rss)
         assert len(set(seen)) == 1, seen
         assert memory[-1] - memory[1] < 8 << 20, memory

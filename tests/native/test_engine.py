@@ -20,6 +20,8 @@ from ckptengine.errors import SaveFailed, StorageFailed, UnusableRequest
 from ckptengine.layout.digest import shift
 from tests.native.conftest import NEEDS_LIBRARY, Target, counting, tiled
 
+from ..descriptors import open_descriptors
+
 pytestmark = NEEDS_LIBRARY
 
 
@@ -221,7 +223,7 @@ def test_many_jobs_leave_nothing_behind(engine: native.Engine, target: Target) -
             assert job.wait_written(60)
         del job
         gc.collect()
-        descriptors = len(os.listdir("/proc/self/fd"))
+        descriptors = open_descriptors()
         return descriptors, len(os.listdir("/proc/self/task")), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     before = save(100)

@@ -13,6 +13,8 @@ from ckptengine.errors import CheckpointError, NotFound, Truncated, UnreadableFo
 from ckptengine.sources.files import MAX_OPEN_FILES, InlineFiles, LocalFiles, open_files, without_credentials
 from ckptengine.sources.port import Files
 
+from ..descriptors import open_descriptors
+
 
 @pytest.fixture(params=["local", "remote", "inline"])
 def files(request: pytest.FixtureRequest, tmp_path: Path) -> Files:
@@ -124,7 +126,7 @@ def test_open_files_are_bounded_and_let_go(tmp_path: Path) -> None:
     count = MAX_OPEN_FILES + 40
     for number in range(count):
         (tmp_path / str(number)).write_bytes(number.to_bytes(2, "little") * 1000)
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     files = LocalFiles(str(tmp_path))
     wrong: list[int] = []
 
@@ -139,9 +141,9 @@ def test_open_files_are_bounded_and_let_go(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert not wrong
-    assert len(os.listdir("/proc/self/fd")) <= before + MAX_OPEN_FILES + 1
+    assert open_descriptors() <= before + MAX_OPEN_FILES + 1
     files.close()
-    assert len(os.listdir("/proc/self/fd")) <= before + 1
+    assert open_descriptors() <= before + 1
 
 
 def test_inline_bytes_have_paths_of_their_own(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from dataclasses import dataclass
@@ -108,10 +107,6 @@ class Threads:
 
     def close(self) -> None:
         return None
-
-
-def open_files() -> int:
-    return len(os.listdir("/proc/self/fd"))
 
 
 def engine_threads() -> list[str]:

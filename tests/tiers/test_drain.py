@@ -29,9 +29,10 @@ from ckptengine.tiers.loop import BlockingTier, IoLoop
 from ckptengine.tiers.memory import SHARED_MEMORY, MemoryTier
 from ckptengine.tiers.port import Bytes, Receipt, TierPort
 
+from ..descriptors import open_descriptors
 from . import services
 from .contract import loop
-from .steps import Step, Threads, engine_threads, open_files, write_step
+from .steps import Step, Threads, engine_threads, write_step
 
 __all__ = ["loop"]
 
@@ -418,7 +419,7 @@ def test_memory_is_bounded_whatever_the_size(loop: IoLoop, tmp_path: Path) -> No
 def test_many_cycles_leave_nothing_open(loop: IoLoop, source: LocalTier, tmp_path: Path) -> None:
     step = write_step(source.root, 1, extents=(1000,))
     drain_one(loop, source, LocalTier(tmp_path / "warm"), step)
-    files, threads = open_files(), len(engine_threads())
+    files, threads = open_descriptors(), len(engine_threads())
     for cycle in range(10):
         broken = Recording(tmp_path / f"target-{cycle}")
         broken.fail_after = 0 if cycle % 2 else None
@@ -426,7 +427,7 @@ def test_many_cycles_leave_nothing_open(loop: IoLoop, source: LocalTier, tmp_pat
             drain_one(loop, source, broken, step)
         except StorageFailed:
             assert cycle % 2
-    assert open_files() == files
+    assert open_descriptors() == files
     assert len(engine_threads()) <= threads + 16, "the pool of the loop is bounded"
 
 

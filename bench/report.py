@@ -1,4 +1,5 @@
-"""Writes docs/benchmarks.md and its pictures from the JSON under bench/results/; no figure in it is typed by hand.
+"""Writes docs/benchmarks.md, its pictures and the README's table from the JSON under bench/results/; no figure in them
+is typed by hand.
 
 ``python -m bench.report [--check]``: with ``--check`` nothing is written, and the exit status is 1 where the page is
 not what the results give.
@@ -13,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import agree, curves, floors
+from . import agree, curves, floors, short
 from .document import configurations, describe_machine, figures_by_engine, samples_of
 from .figures import ranked
 from .names import BASELINE, LIMIT, OURS
@@ -26,6 +27,9 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 DOCS = HERE.parent / "docs"
 PAGE = DOCS / "benchmarks.md"
+README = HERE.parent / "README.md"
+SHORT = "<!-- the results in short -->\n"
+"""Where the table of `short` goes: on the page in place of this line, in the README between two such lines."""
 
 
 def documents(folder: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -130,8 +134,7 @@ def curve_section(name: str, sweep: Mapping[str, Any]) -> str:
 
 def page(found: Sequence[tuple[str, dict[str, Any]]]) -> str:
     """The whole page."""
-    method = (HERE / "method.md").read_text()
-    parts = [method]
+    parts = [(HERE / "method.md").read_text().replace(SHORT, in_short(found))]
     if not found:
         parts.append("## Results\n\nNone yet: `bench/results/` is empty.\n")
     for name, document in found:
@@ -142,12 +145,25 @@ def page(found: Sequence[tuple[str, dict[str, Any]]]) -> str:
     return "\n".join(parts)
 
 
+def in_short(found: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    """The results in one table; empty where there is none."""
+    table = short.table(found)
+    return "" if table is None else table.markdown()
+
+
+def readme(text: str, found: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    """The README with its table from the results."""
+    before, mark, rest = text.partition(SHORT)
+    _, end, after = rest.partition(SHORT)
+    return f"{before}{mark}{in_short(found)}{end}{after}" if end else text
+
+
 def main(argv: Sequence[str]) -> int:
-    """Write the page and its pictures, or check it."""
+    """Write the page, its pictures and the README's table, or check them."""
     found = documents(RESULTS)
-    text = page(found)
+    written = {PAGE: page(found), README: readme(README.read_text(), found)}
     if "--check" in argv:
-        return 0 if PAGE.exists() and PAGE.read_text() == text else 1
+        return 0 if all(path.exists() and path.read_text() == text for path, text in written.items()) else 1
     pictures = DOCS / "pictures"
     pictures.mkdir(exist_ok=True)
     for name, document in found:
@@ -155,7 +171,8 @@ def main(argv: Sequence[str]) -> int:
             curves.draw(document, pictures / f"{name}.png")
         elif has_stall(document):
             draw(document, pictures / f"{name}.png")
-    PAGE.write_text(text)
+    for path, text in written.items():
+        path.write_text(text)
     return 0
 
 

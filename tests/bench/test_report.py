@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bench import agree, arguments, curves, report
+from bench import agree, arguments, curves, report, short
 from bench.document import load
 from bench.plot import draw
 from bench.statistics import compare, noise_warnings, process_noise, ranking, ratio, summarise
@@ -90,7 +90,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     files = [str(folder / name) for name in ("result.json", "result.png")]
     status = command.main(
         ["--tiny", "--workload", "stall,metadata", "--rivals", "torch-save", "--repetitions", "1",
-         "--steps", "4", "--json", files[0], "--plot", files[1], "--directory", str(folder)]
+         "--steps", "4", "--every", "1,2", "--json", files[0], "--plot", files[1], "--directory", str(folder)]
     )  # fmt: skip
     document = load(Path(files[0]))
     assert (folder / "result.png").stat().st_size > 10_000
@@ -124,12 +124,20 @@ def test_the_page_is_generated_and_checked(
     monkeypatch.setattr(report, "RESULTS", results)
     monkeypatch.setattr(report, "DOCS", docs)
     monkeypatch.setattr(report, "PAGE", docs / "benchmarks.md")
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.SHORT}old\n{report.SHORT}after\n")
+    monkeypatch.setattr(report, "README", readme)
+    monkeypatch.setattr(short, "SIZE", "tiny")
     assert report.main(["--check"]) == 1
     assert report.main([]) == 0
     assert report.main(["--check"]) == 0
     text = (docs / "benchmarks.md").read_text()
     assert "2026-01-01-machine" in text
     assert "Where a rival is better than ours" in text
+    before, table, after = readme.read_text().split(report.SHORT)
+    assert (before, after) == ("before\n", "after\n")
+    assert "| ckptengine |" in table
+    assert table in text
     assert sorted(path.name for path in (docs / "pictures").iterdir()) == [
         "2026-01-01-machine.png",
         "2026-01-02-curve.png",

@@ -40,14 +40,15 @@ def draw(document: Document, path: Path) -> None:
     last = stall_samples(figures, last_every)
     medians = {name: found.median for name in figures if (found := summarise(last[name]["stolen_s"])) is not None}
     order = sorted(figures, key=lambda name: medians.get(name, float("inf")), reverse=True)
-    figure, axes = plt.subplots(1, len(cuts) + 1, figsize=(4.5 * len(cuts) + 9, 1.6 + 0.42 * len(figures)),
-                                gridspec_kw={"width_ratios": [1.0] * len(cuts) + [1.8]})  # fmt: skip
-    for axis, (threads, every, runs_of) in zip(axes, cuts, strict=False):
+    figure = plt.figure(figsize=(14, 2 * (1.2 + 0.34 * len(figures))))
+    grid = figure.add_gridspec(2, len(cuts))
+    for column, (threads, every, runs_of) in enumerate(cuts):
+        axis = figure.add_subplot(grid[0, column])
         samples = stall_samples(runs_of, every)
         _bars(axis, samples, order, f"every {every} step(s), {threads} thread(s)")
-        if axis is not axes[0]:
+        if column:
             axis.set_yticklabels([])
-    _timeline(axes[-1], {name: figures[name] for name in order}, last_every)
+    _timeline(figure.add_subplot(grid[1, :]), {name: figures[name] for name in order}, last_every)
     figure.suptitle(describe_machine(document), fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
@@ -89,7 +90,7 @@ def _timeline(axis: Any, figures: dict[str, list[dict[str, Any]]], every: int) -
         axis.barh(row, save["returned_s"] - zero, height=0.5, color=COLOURS["blocked"])
         axis.barh(row + 0.34, save["durable_s"] - zero, height=0.12, color=COLOURS["flight"])
         axis.plot([save["durable_s"] - zero], [row + 0.34], marker="|", color=COLOURS["durable"], markersize=9)
-    axis.set_yticks(range(len(figures)), [])
+    axis.set_yticks(range(len(figures)), list(figures), fontsize=8)
     axis.set_ylim(-0.7, len(figures) - 0.3)
     axis.set_title("one save: steps (orange while it is in flight), blocked (red), until durable (blue)", fontsize=9)
     axis.set_xlabel("seconds after the call", fontsize=7)

@@ -138,7 +138,7 @@ def merge(descriptions: Sequence[Sequence[Any]]) -> Structure:
     for name in sorted(found):
         by_rank = found[name]
         dtype, shape = _common(name, by_rank)
-        layout = _common_layout(name, by_rank)
+        layout = _common_layout(name, shape, by_rank)
         number = known.get(id(layout))
         if number is None:
             document = layout_json.to_json(layout)
@@ -178,7 +178,7 @@ def _replicated(ranks: tuple[int, ...]) -> Sharding:
     return replicated(ranks)
 
 
-def _common_layout(name: str, by_rank: Mapping[int, Sequence[Any]]) -> Layout:
+def _common_layout(name: str, shape: tuple[int, ...], by_rank: Mapping[int, Sequence[Any]]) -> Layout:
     if all(row[3] is None for row in by_rank.values()):
         return _replicated(tuple(sorted(by_rank)))
     documents = {rank: row[3] for rank, row in by_rank.items()}
@@ -197,10 +197,19 @@ def _common_layout(name: str, by_rank: Mapping[int, Sequence[Any]]) -> Layout:
                 f"tensor {name!r}: rank {differing[0]} says another sharding than rank {next(iter(layouts))}"
             )
         first = joined
-    missing = [rank for rank in first.holders() if rank not in layouts]
+    absent = [rank for rank in first.holders() if rank not in layouts]
+    missing = [rank for rank in absent if rank in _holding(first, shape)]
     if missing:
         raise LayoutError(f"tensor {name!r}: its mesh names ranks {missing[:8]}, which do not have it")
     return first
+
+
+@functools.lru_cache(maxsize=64)
+def _holding(layout: Layout, shape: tuple[int, ...]) -> frozenset[int]:
+    """The ranks that hold elements; others need not have a tensor (FSDP1: state of parameters that are elsewhere)."""
+    if isinstance(layout, Irregular):
+        return frozenset(layout.holders())
+    return frozenset(layout.mesh.all_ranks()[layout.local_sizes(shape).reshape(-1) > 0].tolist())
 
 
 def _side_by_side(layouts: Mapping[int, Layout]) -> Sharding | None:

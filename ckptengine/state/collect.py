@@ -20,7 +20,7 @@ from ckptengine.state.optimizers import ParameterEntry
 from ckptengine.state.scalars import array_dtype
 from ckptengine.state.sharded import PerRank, Sharded
 from ckptengine.state.tensor_dicts import TensorDict, is_tensor_dict
-from ckptengine.state.tensors import Described, describe, global_rank
+from ckptengine.state.tensors import Described, converted, describe, global_rank
 
 TensorLike = torch.Tensor | Sharded
 _TENSORS = (torch.Tensor, Sharded)  # a tuple: a union would be made anew for each of very many tensors
@@ -47,7 +47,7 @@ class Walk:
     modules: dict[str, modules.ModuleView] = field(default_factory=dict)
     optimizers: dict[str, optimizers.OptimizerView] = field(default_factory=dict)
     optimizer_at: dict[int, str] = field(default_factory=dict)
-    parameters: dict[int, ParameterEntry] = field(default_factory=dict)
+    parameters: dict[int, list[ParameterEntry]] = field(default_factory=dict)
     types: dict[str, type] = field(default_factory=dict)
     values: Json = None
     per_rank: dict[str, Json] = field(default_factory=dict)
@@ -125,7 +125,7 @@ class Collector:
         described = describe(value, name, meta_ok=self._meta_ok)
         if self._in_object:
             return self._add(name, described, None, "other", True)
-        tensor = value.tensor if isinstance(value, Sharded) else value
+        tensor = _tensor_of(value)
         plain = type(tensor) is torch.Tensor and not getattr(tensor, "_is_param", False)
         role: Role = "other" if plain or not isinstance(tensor, nn.Parameter) else "parameter"
         stored = self._add(name, described, value, role, self._eager, in_container=True)
@@ -156,7 +156,7 @@ class Collector:
             walk.on_meta.append(name)
         elif live is not None and 0 not in described.global_shape:
             # An empty shard has no memory by which to know it, but tied tensors are one object.
-            place = tensor.data_ptr() if tensor.numel() else -id(live.tensor if isinstance(live, Sharded) else live)
+            place = tensor.data_ptr() if tensor.numel() else -id(_tensor_of(live))
             key = (place, tensor.shape, tensor.stride(), tensor.dtype, described.global_shape, self._rank)
             owner = self._tied.setdefault(key, found)
             if owner is not found and owner.described.pieces == described.pieces:
@@ -172,26 +172,28 @@ class Collector:
     def _module(self, module: nn.Module, name: str) -> Json:
         try:
             view = modules.view(module)
+        except UnsupportedValue as error:
+            raise UnsupportedValue(f"{where(name)}: {error}") from error
         except CheckpointError:
             raise
         except Exception as error:
-            first = any(type(part).__name__ == "FullyShardedDataParallel" for part in module.modules())
-            hint = "; FSDP1 is not supported: shard with torch.distributed.fsdp.fully_shard" if first else ""
-            raise UnsupportedValue(f"{where(name)}: state_dict() of this module failed: {error!r}{hint}") from error
+            raise UnsupportedValue(f"{where(name)}: state_dict() of this module failed: {error!r}") from error
         self.walk.modules[name] = view
         prefix = f"{name}." if name else ""
         by_id: dict[int, Described] = {}
         for entry in view.tensors:
             described = describe(entry.value, prefix + entry.key, meta_ok=self._meta_ok)
+            described = described if entry.stored is None else converted(described, entry.stored)
             live = entry.value if entry.in_place else None
             self._add(prefix + entry.key, described, live, entry.role, entry.role != "parameter")  # type: ignore[arg-type]
-            tensor = entry.value.tensor if isinstance(entry.value, Sharded) else entry.value
-            by_id[id(tensor)] = described
-        for parameter in view.live:
-            key = view.parameters[id(parameter)]
-            known = by_id.get(id(parameter)) or describe(parameter, prefix + key, meta_ok=self._meta_ok)
-            item = ParameterEntry(parameter, prefix + key, name, key, known)
-            self.walk.parameters.setdefault(id(parameter), item)
+            by_id[id(_tensor_of(entry.value))] = described
+        for one in view.live:
+            known = by_id.get(id(_tensor_of(one.value)))
+            known = known or describe(one.value, prefix + one.key, meta_ok=self._meta_ok)
+            item = ParameterEntry(one.parameter, prefix + one.key, name, one.key, known, one.cut, one.here)
+            entries = self.walk.parameters.setdefault(id(one.parameter), [])
+            if one.cut is not None or not entries:
+                entries.append(item)
         node: dict[str, Json] = {"$": "module"}
         if view.extras:
             with self._object_scope():
@@ -201,21 +203,23 @@ class Collector:
     def _optimizer(self, optimizer: Optimizer, name: str, node: dict[str, Json]) -> None:
         for member in (id(parameter) for group in optimizer.param_groups for parameter in group["params"]):
             if member not in self.walk.parameters and member in self._bare:
-                self.walk.parameters[member] = _bare_entry(*self._bare[member])
+                self.walk.parameters[member] = [_bare_entry(*self._bare[member])]
         optimizers.check_custom(optimizer, name)
         view = optimizers.view(optimizer, name, self.walk.parameters)
         self.walk.optimizers[name] = view
         self.walk.optimizer_at[id(optimizer)] = name
         self._owned = view.ids
         node["groups"] = self._groups(view)
-        keys = {id(entry.parameter): key for key, entry in view.entries.items()}
+        keys: dict[int, list[str]] = {}
+        for key, entry in view.entries.items():
+            keys.setdefault(id(entry.parameter), []).append(key)
         state: dict[str, Json] = {}
         shared: dict[object, object] = {}
         for parameter, parts in optimizer.state.items():
-            key = keys.get(id(parameter))
-            if key is None and (parts or not isinstance(parameter, torch.Tensor)):
+            named = keys.get(id(parameter), [])
+            if not named and (parts or not isinstance(parameter, torch.Tensor)):
                 shared[parameter] = parts
-            elif key is not None and isinstance(parts, dict):
+            for key in named if isinstance(parts, dict) else ():
                 plain = self._state_of(view.entries[key], names.join(name, key), parts)
                 if plain:
                     state[key] = plain
@@ -246,7 +250,7 @@ class Collector:
             for key, part in parts.items():
                 if isinstance(part, torch.Tensor):
                     component = self.encoder.key_component(key, prefix)
-                    self._tensor(part, names.join(prefix, component), in_container=False)
+                    self._tensor(entry.part_of(part), names.join(prefix, component), in_container=False)
                 else:
                     plain[key] = part
             return self.encoder.encode(plain, prefix) if plain else None
@@ -320,6 +324,10 @@ class Collector:
                 if found.role == "optimizer":
                     continue
                 found.owners = owners.get(found.described.tensor.untyped_storage().data_ptr(), ())
+
+
+def _tensor_of(value: TensorLike) -> torch.Tensor:
+    return value.tensor if isinstance(value, Sharded) else value
 
 
 def _union(first: tuple[int, ...], second: tuple[int, ...]) -> tuple[int, ...]:

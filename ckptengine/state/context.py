@@ -131,7 +131,7 @@ class Context:
     def parameter_named(self, name: str) -> ParameterEntry | None:
         """The live parameter whose full name is ``name``."""
         if self._by_name is None:
-            self._by_name = {entry.name: entry for entry in self.walk.parameters.values()}
+            self._by_name = {one.name: one for entries in self.walk.parameters.values() for one in entries}
         return self._by_name.get(name)
 
     def missing(self, name: str) -> None:
@@ -166,7 +166,7 @@ class Context:
         strides = destination.stride()
         if 0 in strides and any(step == 0 and n > 1 for step, n in zip(strides, destination.shape, strict=True)):
             destination = self._unexpanded(name, destination, source, described.pieces)
-        if isinstance(live, torch.Tensor) and (live.is_conj() or live.is_neg()):
+        if isinstance(live, torch.Tensor) and (live.is_conj() or live.is_neg() or live.dtype != destination.dtype):
             self.staged.append(lambda: live.detach().copy_(destination))
         self.targets.append(Target(source, destination, described.pieces))
         return True

@@ -8,27 +8,29 @@ through ``load_state_dict``.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from ckptengine.state import names
+from ckptengine.errors import UnsupportedValue
+from ckptengine.state import fsdp1, names
 from ckptengine.state.sharded import Sharded
 
 _WRAPPERS: dict[tuple[str, str], str] = {
     ("torch.nn.parallel", "DistributedDataParallel"): "module",
     ("torch.nn.parallel", "DataParallel"): "module",
-    ("torch.distributed.fsdp", "FullyShardedDataParallel"): "_fsdp_wrapped_module",
+    fsdp1.CLASS: "_fsdp_wrapped_module",
     ("torch.distributed.algorithms._checkpoint", "ActivationWrapper"): "_checkpoint_wrapped_module",
     ("torch._dynamo", "OptimizedModule"): "_orig_mod",
 }
 """Classes (package prefix and name) that are transparent: the attribute that holds the wrapped module."""
 
-_BENIGN_HOOKS = ("torch.distributed.fsdp._fully_shard", "torch.distributed.algorithms._checkpoint")
-"""Packages whose state-dict hooks only rename wrapper prefixes or reshard; both are done here."""
+_BENIGN_HOOKS = ("torch.distributed.fsdp._fully_shard", "torch.distributed.algorithms._checkpoint", fsdp1.HOOKS)
+"""Packages whose state-dict hooks only rename wrapper prefixes, reshard or gather shards; none of it is needed here."""
 
 _wrapper_of_type: dict[type, str | None] = {}
 _saves_plainly: dict[type, bool] = {}
@@ -37,13 +39,17 @@ _loads_plainly: dict[type, bool] = {}
 
 @dataclass(frozen=True, slots=True)
 class ModuleTensor:
-    """One entry: ``value`` is the live parameter or buffer itself, or a tensor that a hook made (not ``in_place``)."""
+    """One entry: ``value`` is the live parameter or buffer itself, or a tensor that a hook made (not ``in_place``).
+
+    ``stored`` is the dtype under which it is kept, where that is not its own.
+    """
 
     key: str
     raw_key: str
     value: torch.Tensor | Sharded
     role: str
     in_place: bool
+    stored: torch.dtype | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +60,24 @@ class Slot:
     key: str
 
 
+class Hanging(NamedTuple):
+    """A parameter where it hangs in a module: ``value`` is its live memory, the rest as in `fsdp1.FlatPart`."""
+
+    raw_key: str
+    key: str
+    value: torch.Tensor | Sharded
+    parameter: nn.Parameter
+    cut: fsdp1.Cut | None = None
+    here: bool = True
+
+
 @dataclass(slots=True)
 class ModuleView:
     """A module as entries.
 
     ``extras`` are the entries that are no tensors, by canonical key; ``extra_owner`` says which sub-module's
     ``set_extra_state`` takes one back.  ``loads``: restoring must call ``load_state_dict`` (with ``state_dict``).
-    ``parameters`` maps ``id`` of every live parameter to its canonical key.
+    ``live`` are its parameters, each under the first of its names.  ``handles``: FSDP1's.
     """
 
     module: nn.Module
@@ -68,8 +85,8 @@ class ModuleView:
     extras: dict[str, Any] = field(default_factory=dict)
     raw_extras: dict[str, str] = field(default_factory=dict)
     extra_owner: dict[str, nn.Module] = field(default_factory=dict)
-    parameters: dict[int, str] = field(default_factory=dict)
-    live: list[nn.Parameter] = field(default_factory=list)
+    live: list[Hanging] = field(default_factory=list)
+    handles: list[Any] = field(default_factory=list)
     state_dict: dict[str, Any] | None = None
     loads: bool = False
     saves_plainly: bool = True
@@ -109,18 +126,24 @@ def view(module: nn.Module) -> ModuleView:
     """Everything that ``module.state_dict()`` has, as live objects where they can be."""
     tree = list(walk(module))
     for raw, _, part in tree:
-        for hook in part._state_dict_pre_hooks.values():
+        for hook in pre_hooks(part):
             hook(part, raw, False)
-    found = ModuleView(module)
-    for _, canonical, part in tree:
-        for name, parameter in part._parameters.items():
-            if parameter is not None and id(parameter) not in found.parameters:
-                found.parameters[id(parameter)] = canonical + names.escape(name)
-                found.live.append(parameter)
+    found = ModuleView(module, handles=fsdp1.handles_of(part for _, _, part in tree))
     found.loads = not all(_part_loads_plainly(part) for _, _, part in tree)
     found.saves_plainly = all(_part_saves_plainly(part) for _, _, part in tree)
+    if found.handles and (found.loads or not found.saves_plainly):
+        odd = next(part for _, _, part in tree if not (_part_loads_plainly(part) and _part_saves_plainly(part)))
+        raise UnsupportedValue(
+            f"FSDP1 wraps a {type(odd).__qualname__}, which has a state_dict of its own or hooks on it; shard with "
+            f"torch.distributed.fsdp.fully_shard"
+        )
+    hanging = _hanging(tree, found.handles)
+    first: dict[int, Hanging] = {}
+    for one in itertools.chain.from_iterable(hanging):
+        first.setdefault(id(one.value), one)
+    found.live = list(first.values())
     if found.saves_plainly:
-        _view_plainly(found, tree)
+        _view_plainly(found, tree, hanging)
         if found.loads:
             found.state_dict = module.state_dict()
     else:
@@ -128,21 +151,56 @@ def view(module: nn.Module) -> ModuleView:
     return found
 
 
-def _view_plainly(found: ModuleView, tree: list[tuple[str, str, nn.Module]]) -> None:
+def pre_hooks(part: nn.Module) -> list[Any]:
+    """What ``state_dict()`` calls first, FSDP1's aside."""
+    hooks = part._state_dict_pre_hooks
+    return [hook for hook in hooks.values() if not _is_of(hook, (fsdp1.HOOKS,))] if hooks else []
+
+
+def _hanging(tree: list[tuple[str, str, nn.Module]], handles: list[Any]) -> list[list[Hanging]]:
+    """The parameters of each module of ``tree``, those behind flat ones first."""
+    flattened = fsdp1.flat_parts(handles)
+    flat = {id(handle.flat_param) for handle in handles}
+    found: list[list[Hanging]] = []
     for raw, canonical, part in tree:
-        for name, parameter in part._parameters.items():
-            if parameter is not None:
-                key = canonical + names.escape(name)
-                found.tensors.append(ModuleTensor(key, raw + name, parameter, "parameter", True))
+        behind = flattened.get(id(part), {})
+        found.append(
+            [Hanging(raw + name, canonical + names.escape(name), *one) for name, one in behind.items()]
+            + [
+                Hanging(raw + name, canonical + names.escape(name), parameter, parameter)
+                for name, parameter in part._parameters.items()
+                if parameter is not None and name not in behind and id(parameter) not in flat
+            ]
+        )
+    return found
+
+
+def _view_plainly(found: ModuleView, tree: list[tuple[str, str, nn.Module]], hanging: list[list[Hanging]]) -> None:
+    lowered = _lowered(tree) if found.handles else {}
+    for (raw, canonical, part), parameters in zip(tree, hanging, strict=True):
+        found.tensors += [ModuleTensor(one.key, one.raw_key, one.value, "parameter", True) for one in parameters]
         transient = part._non_persistent_buffers_set
         for name, buffer in part._buffers.items():
             if buffer is not None and name not in transient:
                 key = canonical + names.escape(name)
-                found.tensors.append(ModuleTensor(key, raw + name, buffer, "buffer", True))
+                low, before = lowered.get(key, (None, None))
+                stored = before if buffer.dtype == low else None
+                found.tensors.append(ModuleTensor(key, raw + name, buffer, "buffer", True, stored))
         if type(part).get_extra_state is not nn.Module.get_extra_state:
             found.extras[f"{canonical}_extra_state"] = part.get_extra_state()
             found.raw_extras[f"{canonical}_extra_state"] = f"{raw}_extra_state"
             found.extra_owner[f"{canonical}_extra_state"] = part
+    if any(entry.stored is not None for entry in found.tensors):
+        found.saves_plainly = False  # copies, to be made anew by every walk
+
+
+def _lowered(tree: list[tuple[str, str, nn.Module]]) -> dict[str, tuple[torch.dtype, torch.dtype]]:
+    """Buffers that FSDP1 keeps in a lower precision: that one, and the one they had.  Inner wrappers have the say."""
+    return {
+        canonical + ".".join(map(names.escape, name.split("."))): (low, before)
+        for _, canonical, part in tree
+        for name, low, before in fsdp1.lowered_buffers(part)
+    }
 
 
 def _view_state_dict(found: ModuleView, tree: list[tuple[str, str, nn.Module]]) -> None:
@@ -206,10 +264,11 @@ def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
     return local.data_ptr(), local.dtype, tuple(local.shape), tuple(local.stride())
 
 
-def _hook_is_benign(hook: Any) -> bool:
+def _is_of(hook: Any, packages: tuple[str, ...]) -> bool:
+    """Whether a hook comes from one of ``packages``."""
     function = getattr(hook, "hook", hook)  # torch wraps load pre-hooks in an object with this attribute
     function = getattr(function, "func", function)
-    return str(getattr(function, "__module__", "")).startswith(_BENIGN_HOOKS)
+    return str(getattr(function, "__module__", "")).startswith(packages)
 
 
 def _part_saves_plainly(part: nn.Module) -> bool:
@@ -219,7 +278,7 @@ def _part_saves_plainly(part: nn.Module) -> bool:
         own_state_dict = kind.state_dict is not nn.Module.state_dict
         plainly = not own_state_dict and kind._save_to_state_dict is nn.Module._save_to_state_dict
         _saves_plainly[kind] = plainly
-    return plainly and all(_hook_is_benign(hook) for hook in part._state_dict_hooks.values())
+    return plainly and all(_is_of(hook, _BENIGN_HOOKS) for hook in part._state_dict_hooks.values())
 
 
 def _part_loads_plainly(part: nn.Module) -> bool:
@@ -231,4 +290,4 @@ def _part_loads_plainly(part: nn.Module) -> bool:
         plainly = own.__module__.startswith("torch.nn.") and kind.load_state_dict is nn.Module.load_state_dict
         _loads_plainly[kind] = plainly
     hooks = (*part._load_state_dict_pre_hooks.values(), *part._load_state_dict_post_hooks.values())
-    return plainly and all(_hook_is_benign(hook) for hook in hooks)
+    return plainly and all(_is_of(hook, _BENIGN_HOOKS) for hook in hooks)

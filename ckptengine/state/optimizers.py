@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from ckptengine.errors import UnsupportedValue
 from ckptengine.state.encoding import where
+from ckptengine.state.fsdp1 import Cut
 from ckptengine.state.tensors import Described, describe
 
 NOT_VALUES = frozenset({"params", "param_names"})
@@ -24,7 +25,8 @@ HOW_NOT_WHAT = frozenset({"foreach", "fused", "capturable"})
 class ParameterEntry:
     """A parameter of the state: its full name, the name of the module (or top-level key) it is in, and its name there.
 
-    ``described`` is its layout, which its optimizer state follows.
+    ``described`` is its layout, which its optimizer state follows.  ``cut`` and ``here``: see
+    `ckptengine.state.fsdp1.FlatPart`.
     """
 
     parameter: torch.Tensor
@@ -32,6 +34,12 @@ class ParameterEntry:
     root: str
     key: str
     described: Described
+    cut: Cut | None = None
+    here: bool = True
+
+    def part_of(self, state: torch.Tensor) -> torch.Tensor:
+        """What of a state tensor of ``parameter`` is this one's."""
+        return state if self.cut is None or tuple(state.shape) != (self.cut.total,) else self.cut.of(state)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +66,7 @@ class OptimizerView:
         return (id(self.optimizer), id(inner)) if isinstance(inner, Optimizer) else (id(self.optimizer),)
 
 
-def view(optimizer: Optimizer, name: str, parameters: Mapping[int, ParameterEntry]) -> OptimizerView:
+def view(optimizer: Optimizer, name: str, parameters: Mapping[int, Sequence[ParameterEntry]]) -> OptimizerView:
     """Name every parameter of ``optimizer`` by where it sits in the state.
 
     All from one module: by its name in the module (``layers.0.weight``).  From several: by its full name in the state.
@@ -70,17 +78,17 @@ def view(optimizer: Optimizer, name: str, parameters: Mapping[int, ParameterEntr
         recorded = group.get("param_names")
         row: list[ParameterEntry] = []
         for position, parameter in enumerate(group["params"]):
-            entry = parameters.get(id(parameter))
-            if entry is None and recorded is not None:
+            found = parameters.get(id(parameter))
+            if found is None and recorded is not None:
                 key = str(recorded[position])
-                entry = ParameterEntry(parameter, key, "", key, describe(parameter, f"{name}.{key}"))
-            if entry is None:
+                found = [ParameterEntry(parameter, key, "", key, describe(parameter, f"{name}.{key}"))]
+            if found is None:
                 raise UnsupportedValue(
                     f"{where(name)}: parameter {position} of group {index} (shape {tuple(parameter.shape)}) is in no "
                     f"module or tensor of the state, so it has no name; put its module into the state too, or build "
                     f"the optimizer from model.named_parameters()"
                 )
-            row.append(entry)
+            row.extend(found)
         rows.append(row)
     one_root = len({entry.root for row in rows for entry in row}) <= 1
     groups: list[Group] = []

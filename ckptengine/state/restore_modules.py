@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ckptengine.state import fsdp1
 from ckptengine.state.context import Absent, Context, below, is_node
 from ckptengine.state.encoding import Json
 from ckptengine.state.modules import ModuleTensor, ModuleView
@@ -47,6 +49,7 @@ def match_module(context: Context, view: ModuleView, data: Json | Absent, name: 
     known = {*view.extras, *(entry.key for entry in view.tensors)}
     context.extra += [below(name, key) for key in extras if key not in known]
     context.actions["modules"] += setters
+    context.actions["modules"] += [functools.partial(fsdp1.settle, handle) for handle in view.handles]
     if view.state_dict is not None and (view.loads or replaced):
         state = view.state_dict
         context.actions["modules"].append(lambda: _load(view.module, state, replaced))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -66,10 +66,11 @@ def match_optimizer(context: Context, view: OptimizerView, data: Json | Absent, 
             context.lacking(told)
     _match_groups(context, view, saved, match)
     group_of = {key: group.live for group in view.groups for key in group.params}
+    plain = {key: mapping_items(context, saved.state.get(key, {})) or {} for key in view.entries}
+    flats = _Flats({id(entry.parameter) for key, entry in view.entries.items() if tensors[key] or plain[key]})
     for key, entry in view.entries.items():
-        _ParameterState(context, view, saved, entry, below(view.name, key), match, group_of[key]).plan(
-            tensors.get(key, {}), mapping_items(context, saved.state.get(key, {})) or {}
-        )
+        state = _ParameterState(context, view, saved, entry, below(view.name, key), match, group_of[key], flats)
+        state.plan(tensors[key], plain[key])
     for shared_key, part in saved.shared.items():
         live = view.optimizer.state.get(shared_key)
         _set_later(context, view.optimizer.state, shared_key, match(live, part, below(view.name, "state")))
@@ -198,6 +199,18 @@ def _match_groups(context: Context, view: OptimizerView, saved: SavedOptimizer, 
     context.extra += [below(view.name, key) for key in group_of if key not in live]
 
 
+@dataclass(frozen=True, slots=True)
+class _Flats:
+    """What parameters that are parts of one flat parameter share.
+
+    ``stateful``: ``id`` of each parameter of the optimizer of which some state is saved.  ``made``: the state that is
+    missing, by ``id`` of the parameter and state key: a tensor, or the encoding of a plain value.
+    """
+
+    stateful: set[int]
+    made: dict[tuple[int, Any], Any] = field(default_factory=dict)
+
+
 class _ParameterState:
     """The state of one parameter: what is live, what is saved, and how the one becomes the other."""
 
@@ -210,19 +223,24 @@ class _ParameterState:
         name: str,
         match: Match,
         group: dict[str, Any],
+        flats: _Flats,
     ) -> None:
         self.context, self.view, self.saved = context, view, saved
-        self.entry, self.name, self.match, self.group = entry, name, match, group
+        self.entry, self.name, self.match, self.group, self.flats = entry, name, match, group, flats
         self.live: dict[Any, Any] = view.optimizer.state.get(entry.parameter) or {}
         encoder = Encoder()
         self.live_keys = {encoder.key_component(key, name): key for key in self.live}
 
     def plan(self, tensors: dict[str, str], plain: dict[Any, Json]) -> None:
         context = self.context
+        if not self.entry.here:
+            context.used.update(tensors.values())
+            return
         selected = {key: name for key, name in tensors.items() if context.selection.covers(below(self.name, key))}
         if context.selection.covers(self.name) and self.saved.native and not tensors and not plain:
             if self.live:  # saved before the first step
-                context.actions["optimizers"].append(self._forget)
+                shared = id(self.entry.parameter) in self.flats.stateful
+                context.actions["optimizers"].append(self._clear if shared else self._forget)
             return
         for key, name in selected.items():
             self._tensor(key, name)
@@ -243,6 +261,12 @@ class _ParameterState:
     def _forget(self) -> None:
         self.view.optimizer.state.pop(self.entry.parameter, None)
 
+    def _clear(self) -> None:
+        """A part of a flat parameter whose other parts have state; its own is what a new one would be."""
+        for part in self.live.values():
+            if isinstance(part, torch.Tensor) and self.entry.part_of(part) is not part:
+                self.entry.part_of(part).zero_()
+
     def _tensor(self, key: str, stored_name: str) -> None:
         context = self.context
         source = context.stored(stored_name)
@@ -252,14 +276,34 @@ class _ParameterState:
         live_key = self.live_keys.get(key)
         live = self.live.get(live_key) if live_key is not None else None
         if isinstance(live, torch.Tensor):
-            context.fill(name, describe_state(live, name, self.entry.described, meta_ok=True), live, source)
+            self._fill(live, name, source)
         elif key == "master" and not self.saved.native:
             context.used |= {stored_name, source}  # the parameter itself was filled from it where it is fp32
+        elif self.entry.cut is not None:
+            self._fill(self._flat_state(key, source, self.entry.cut.total), name, source)
         else:
             context.used |= {stored_name, source}
             self._attach_later(_key_of(key), self._create(key, source))
 
+    def _fill(self, live: torch.Tensor, name: str, source: str) -> None:
+        own = self.entry.part_of(live)
+        self.context.fill(name, describe_state(own, name, self.entry.described, meta_ok=True), own, source)
+
+    def _flat_state(self, key: str, source: str, total: int) -> torch.Tensor:
+        """Missing state of a flat parameter, made once; each of its parts fills its own elements."""
+        place = id(self.entry.parameter), key
+        if place not in self.flats.made:
+            dtype, shape = self.context.saved.tensors[source]
+            made = torch.zeros((total,) if shape else (), dtype=torch_dtype(dtype), device=self._device_for(key, shape))
+            counts = key == "step" and self._is_torchs() and not shape
+            self.flats.made[place] = made.float() if counts else made
+            self._attach_later(_key_of(key), lambda: self.flats.made[place])
+        found: torch.Tensor = self.flats.made[place]
+        return found
+
     def _plain(self, key: Any, part: Json, name: str) -> None:
+        if self.entry.cut is not None and self.flats.made.setdefault((id(self.entry.parameter), key), part) != part:
+            self.context.problems.append(f"{name}: differs among the parameters of one flat parameter of FSDP1")
         if key == "step" and not self.saved.native and self._is_torchs() and type(part) in (int, float):
             count = float(part)  # type: ignore[arg-type]
             self._attach_later(key, lambda: torch.tensor(count))  # torch itself counted in plain numbers once
@@ -298,12 +342,14 @@ class _ParameterState:
 
     def _create_scalar(self, key: str, source: str, dtype: str) -> Build:
         """A counter: on the CPU unless this group counts on the device; torch's own optimizers count in floats."""
-        on_device = bool(self.group.get("capturable") or self.group.get("fused"))
-        device = self.entry.described.tensor.device if key != "step" or on_device else torch.device("cpu")
-        tensor = self.context.fresh(source, device)
+        tensor = self.context.fresh(source, self._device_for(key, ()))
         if key == "step" and self._is_torchs() and not tensor.is_floating_point():
             return lambda: tensor.to(torch.float32)
         return lambda: tensor
+
+    def _device_for(self, key: str, shape: tuple[int, ...]) -> torch.device:
+        on_device = bool(shape or key != "step" or self.group.get("capturable") or self.group.get("fused"))
+        return self.entry.described.tensor.device if on_device else torch.device("cpu")
 
 
 def _key_of(component: str) -> Any:

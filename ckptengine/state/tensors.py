@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Partial as TorchPartial
 from torch.distributed.tensor import Replicate as TorchReplicate
 from torch.distributed.tensor import Shard as TorchShard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec
 from torch.distributed.tensor.placement_types import Placement as TorchPlacement
 from torch.distributed.tensor.placement_types import _StridedShard as TorchStridedShard
 
@@ -78,6 +79,11 @@ def describe(value: torch.Tensor | Sharded, name: str, *, meta_ok: bool = False)
     return Described(local, _dtype(local, name), shape, None, whole(shape))
 
 
+def converted(described: Described, dtype: torch.dtype) -> Described:
+    """A copy of it in another dtype."""
+    return described._replace(tensor=described.tensor.to(dtype), dtype=_DTYPE_NAMES[dtype])
+
+
 @lru_cache(maxsize=4096)
 def whole(shape: tuple[int, ...]) -> tuple[Piece, ...]:
     """The one piece of a tensor that is held entirely; none of an empty one."""
@@ -127,8 +133,8 @@ def _is_plain_subclass(tensor: torch.Tensor) -> bool:
     return kind.__torch_dispatch__ is _DISABLED
 
 
-def sharding_of(tensor: DTensor, name: str) -> Sharding:
-    """The layout of a DTensor; `UnsupportedValue` for placements that do not say which elements a rank holds."""
+def sharding_of(tensor: DTensor | DTensorSpec, name: str) -> Sharding:
+    """The layout of a DTensor, or of its spec; `UnsupportedValue` for placements that do not say who holds what."""
     return _sharding(tensor.device_mesh, tuple(tensor.placements), tensor.ndim, name)
 
 

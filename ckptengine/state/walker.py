@@ -124,7 +124,7 @@ class _Remembered:
 def _module_probes(view: modules.ModuleView) -> _Probes:
     probes = _Probes()
     for raw, _, part in modules.walk(view.module):
-        if part._state_dict_pre_hooks:
+        if modules.pre_hooks(part):
             probes.pre_hooked.append((part, raw))
         dicts = (part._parameters, part._buffers, part._modules, part._state_dict_hooks, part._state_dict_pre_hooks)
         probes.sizes += [(sized, len(sized)) for sized in (*dicts, part._non_persistent_buffers_set)]
@@ -212,7 +212,7 @@ class _Recollector(Collector):
         if view is None or probes is None or view.module is not module:
             raise _Changed
         for part, raw in probes.pre_hooked:
-            for hook in part._state_dict_pre_hooks.values():
+            for hook in modules.pre_hooks(part):
                 hook(part, raw, False)
         probes.check()
         self._visited += 1

@@ -1,6 +1,6 @@
 """One rank of two under torch.distributed (gloo): FSDP2 training, saves, and a rank that is stopped or killed.
 
-    python rank_job.py RANK PORT ROOT SCENARIO
+python rank_job.py RANK PORT ROOT SCENARIO
 """
 
 from __future__ import annotations

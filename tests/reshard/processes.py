@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -35,8 +36,12 @@ SCENARIOS: dict[str, list[tuple[str, int]]] = {
     "ddp": [("ddp", 2), ("ddp", 2), ("fsdp", 2), ("single", 1)],
     "hsdp": [("hsdp", 4), ("hsdp", 4), ("ddp", 3), ("fsdp", 4), ("tp-fsdp", 4)],
     "tp-fsdp": [("tp-fsdp", 4), ("tp-pp", 4), ("fsdp", 3), ("hsdp", 4), ("tp-fsdp", 4)],
+    "fsdp1": [("fsdp1", 4), ("fsdp1", 4), ("fsdp1-flat", 2), ("fsdp", 3), ("single", 1)],
+    "fsdp1-flat": [("fsdp1-flat", 3), ("fsdp1-flat", 3), ("fsdp1-hybrid", 4), ("ddp", 2)],
+    "fsdp1-more": [("fsdp1-hybrid", 4), ("fsdp1-hybrid", 4), ("fsdp1-tp", 4), ("fsdp1-none", 2), ("fsdp1-zero2", 3)],
+    "fsdp1-tp": [("fsdp1-tp", 4), ("fsdp1-tp", 4), ("tp-fsdp", 4), ("fsdp1-flat-none", 2), ("fsdp1-flat-zero2", 4)],
 }
-"""Each phase restores what the first one saved."""
+"""Each phase restores what the first one saved, and saves it again before it goes on."""
 
 
 class Block(nn.Module):
@@ -127,6 +132,8 @@ def build(kind: str, rank: int, world: int) -> tuple[nn.Module, Step]:
     net = Net(range(BLOCKS))
     if kind == "single":
         return net, whole_step(net, 0, 1)
+    if kind.startswith("fsdp1"):
+        return fsdp1(kind, net, rank, world)
     if kind == "ddp":
         wrapped = nn.parallel.DistributedDataParallel(net)
         return wrapped, whole_step(wrapped, rank, world)
@@ -144,6 +151,33 @@ def build(kind: str, rank: int, world: int) -> tuple[nn.Module, Step]:
     return net, whole_step(net, part, parts)
 
 
+def fsdp1(kind: str, net: Net, rank: int, world: int) -> tuple[nn.Module, Step]:
+    """FSDP1 after an eval forward, so that a restore finds whole parameters that were gathered before it."""
+    options: dict[str, Any] = {"sharding_strategy": ShardingStrategy.FULL_SHARD}
+    part, parts = rank, world
+    if kind.endswith("hybrid"):
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("r", "s"))
+        options = {"sharding_strategy": ShardingStrategy.HYBRID_SHARD, "device_mesh": mesh}
+    elif kind.endswith("tp"):
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+        tensor_parallel(net, mesh["tp"])
+        options["device_mesh"], part, parts = mesh["dp"], rank // 2, 2
+    elif kind.endswith("zero2"):
+        options["sharding_strategy"] = ShardingStrategy.SHARD_GRAD_OP
+    elif kind.endswith("none"):
+        options["sharding_strategy"] = ShardingStrategy.NO_SHARD
+    wrapped = FullyShardedDataParallel(
+        net,
+        auto_wrap_policy=ModuleWrapPolicy({Block}),
+        use_orig_params="flat" not in kind,
+        device_id=torch.device("cpu"),
+        **options,
+    )
+    with torch.no_grad():
+        wrapped(batch(0, part, parts)[0])
+    return wrapped, whole_step(wrapped, part, parts)
+
+
 def phase(kind: str, world: int, rank: int, folder: Path, number: int) -> list[float]:
     """Restore where there is something, train to `LAST`, save on the way if this is the first phase."""
     net, step = build(kind, rank, world)
@@ -152,6 +186,8 @@ def phase(kind: str, world: int, rank: int, folder: Path, number: int) -> list[f
     with ce.Checkpointer({"model": net, "optim": optimizer}, folder / "run", random=False) as checkpointer:
         start = checkpointer.restore() or 0
         assert start == (0 if number == 0 else SAVED_AT), (start, number)
+        if number:
+            ce.save({"model": net, "optim": optimizer}, folder / f"again-{number}", SAVED_AT)
         for at in range(start + 1, LAST + 1):
             optimizer.zero_grad()
             loss = step(at)
@@ -163,7 +199,7 @@ def phase(kind: str, world: int, rank: int, folder: Path, number: int) -> list[f
             if number == 0 and at == SAVED_AT:
                 checkpointer.save(at).wait()
         held = [p for p in net.parameters() if isinstance(p, DTensor)]
-        assert bool(held) == (kind not in ("single", "ddp"))
+        assert bool(held) == (kind not in ("single", "ddp") and not kind.startswith("fsdp1"))
     return losses
 
 

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+import ckptengine as ce
+
 from .processes import LAST, SAVED_AT, SCENARIOS
 
 TOLERANCE = 2e-5
 """Relative: sums are taken in another order under another parallelism."""
-FAST = ("fsdp", "tp-pp", "single")
+FAST = ("fsdp", "tp-pp", "single", "fsdp1", "fsdp1-flat")
 
 
 def losses_of(scenario: str, folder: Path) -> list[list[float]]:
@@ -36,6 +38,12 @@ def check(scenario: str, folder: Path) -> None:
         if (kind, world) == SCENARIOS[scenario][0]:
             assert losses == stayed, (kind, world)
         assert losses == pytest.approx(stayed, rel=TOLERANCE), (kind, world)
+    with ce.open(folder / "run", SAVED_AT) as saved:
+        digests = {name: saved.digest(name) for name in saved.names()}
+    for number in range(1, len(others) + 1):
+        with ce.open(folder / f"again-{number}") as again:
+            again.verify()
+            assert {name: again.digest(name) for name in again.names()} == digests, SCENARIOS[scenario][number]
 
 
 @pytest.mark.parametrize("scenario", FAST)

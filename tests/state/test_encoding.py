@@ -266,7 +266,9 @@ def test_unknown_types_are_refused_with_path_and_remedy():
         encode({"a": {"b": [Custom(1)]}})
 
 
-@pytest.mark.parametrize("value", [lambda: 0, object(), open, int, (i for i in ()), 1 .__add__, Custom, NotImplemented])
+@pytest.mark.parametrize(
+    "value", [lambda: 0, object(), open, int, (i for i in ()), (1).__add__, Custom, NotImplemented]
+)
 def test_unsupported(value):
     with pytest.raises(UnsupportedValue, match="'x'"):
         encode({"x": value})

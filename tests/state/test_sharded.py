@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ckptengine.errors import LayoutError, StateMismatch, UnsupportedValue
 from ckptengine.layout.sharding import Irregular, Sharding
@@ -148,18 +145,6 @@ def test_optimizer_state_of_a_hand_sharded_parameter_follows_it():
 
 
 # DTensors: a fake process group plays one rank after another
-
-
-@pytest.fixture
-def as_rank() -> Iterator[object]:
-    def start(rank: int, world: int) -> None:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
-
-    yield start
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def local_part(full: torch.Tensor, mesh, placements) -> torch.Tensor:

@@ -27,7 +27,7 @@ class TensorLeaf:
     this rank only, and is complete once those of all ranks are merged.
 
     ``eager``: must be copied before `save` returns, because something other than an optimizer may change or free it
-    (buffers, CPU scalars, memory shared with numpy, tensors of objects, storages that are resized).
+    (buffers, CPU scalars, memory shared with numpy, tensors of objects).
     ``owners``: ``id`` of each optimizer whose step overwrites it.
     """
 

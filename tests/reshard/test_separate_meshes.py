@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import ckptengine as ce
-from ckptengine.errors import RanksDisagree, ReplicasDiffer
+from ckptengine.errors import LayoutError, RanksDisagree, ReplicasDiffer
 from ckptengine.layout.mesh import Mesh
-from ckptengine.layout.placement import Shard
+from ckptengine.layout.placement import Flat, Shard
 from ckptengine.layout.sharding import Sharding
 
 from .simulated import save_all
@@ -59,3 +59,19 @@ def test_sides_that_drifted_apart_are_told(tmp_path: Path) -> None:
 def test_meshes_that_do_not_lie_side_by_side_are_refused(meshes: dict[int, tuple[int, ...]], tmp_path: Path) -> None:
     with pytest.raises(RanksDisagree, match="another sharding"):
         save_all([part(rank, meshes=meshes) for rank in range(3)], tmp_path)
+
+
+def flat(rank: int) -> dict[str, object]:
+    """Ten elements in a flat buffer from element 6 on, of which each of four ranks has 5: the first holds none."""
+    layout = Sharding(Mesh((4,), ("dp",)), (Flat(offset=6, part=5),))
+    start, stop = max(0, 5 * rank - 6), max(0, min(10, 5 * rank - 1))
+    return {"w": ce.Sharded(torch.arange(10.0)[start:stop], (10,), layout=layout, rank=rank)}
+
+
+def test_ranks_of_a_mesh_that_hold_nothing_need_not_have_the_tensor(tmp_path: Path) -> None:
+    save_all([{}, *map(flat, (1, 2, 3))], tmp_path)
+    with ce.open(tmp_path) as checkpoint:
+        checkpoint.verify()
+        assert torch.equal(checkpoint.read("w"), torch.arange(10.0))
+    with pytest.raises(LayoutError, match=r"ranks \[1\], which do not have it"):
+        save_all([flat(0), {}, flat(2), flat(3)], tmp_path)

@@ -279,6 +279,20 @@ def test_at_any_moment_between_steps(as_rank, original, strategy):
 
 
 @WAYS
+def test_an_update_shows_in_the_version_counters(as_rank, original):
+    as_rank(0, 2)
+    module = fsdp1(original)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, foreach=False)
+    leaves = [leaf for leaf in flatten({"model": module, "optim": optimizer}, random=False).tensors if leaf.owners]
+    held = [leaf for leaf in leaves if leaf.tensor.numel()]
+    before = [leaf.tensor._version for leaf in held]
+    module(torch.ones(2, 5)).sum().backward()
+    assert [leaf.tensor._version for leaf in held] == before
+    optimizer.step()
+    assert all(leaf.tensor._version > version for leaf, version in zip(held, before, strict=True))
+
+
+@WAYS
 @pytest.mark.parametrize("strategy", [FULL, ZERO2], ids=["full", "ZeRO-2"])
 def test_what_was_gathered_before_a_restore_is_let_go(as_rank, original, strategy):
     saved = whole()

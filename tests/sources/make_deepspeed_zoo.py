@@ -8,6 +8,8 @@ copy is compared with the weight that DeepSpeed made of it.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 import sys
 import traceback
@@ -15,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ADAMW = ("exp_avg", "exp_avg_sq")
+SIZES = {"width": 11, "inner": 17, "vocabulary": 37}
 
 # case -> (ranks, options)
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
@@ -72,6 +74,8 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "zero3_dp2_offload": (
         2, {"stage": 3, "zero": {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}}),
     "zero1_dp2_autocast": (2, {"stage": 1, "dtype": "fp32", "config": {"torch_autocast": {"enabled": True}}}),
+    "stage0_dp2_bf16_fused": (2, {"stage": 0, "fused": True, "tied": True, "frozen": True}),
+    "stage0_dp1_fp16_fused_reversed": (1, {"stage": 0, "dtype": "fp16", "fused": True, "groups": "reversed"}),
     "stage0_dp2_bf16": (2, {"stage": 0, "odd": True, "tied": True}),
     "stage0_dp2_fp16": (2, {"stage": 0, "dtype": "fp16", "frozen": True}),
     "stage0_dp2_fp32_frozen": (2, {"stage": 0, "dtype": "fp32", "frozen": True, "tied": True}),
@@ -100,10 +104,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 def main(out: Path, wanted: list[str]) -> int:
-    import deepspeed  # noqa: F401  (imported once; the ranks are forks)
-    import torch
-
-    torch.set_num_threads(1)
+    preload()
     failed = []
     for number, case in enumerate(CASES):
         if wanted and case not in wanted:
@@ -113,6 +114,14 @@ def main(out: Path, wanted: list[str]) -> int:
             failed.append(case)
     print("failed:", *failed)
     return bool(failed)
+
+
+def preload() -> None:
+    """Import once what every rank, which is a fork, would import by itself for seconds."""
+    importlib.import_module("torch").set_num_threads(1)
+    for module in ("torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer"):
+        with contextlib.suppress(ImportError):  # older versions have no Muon
+            importlib.import_module(module)
 
 
 def run(out: Path, case: str, port: int) -> bool:
@@ -207,6 +216,12 @@ def build(deepspeed: Any, torch: Any, options: dict[str, Any]) -> Any:
     }  # fmt: skip
     if options.get("accumulate"):
         config["data_types"] = {"grad_accum_dtype": options["accumulate"]}
+    if dtype == "fp16":  # which DeepSpeed allows on the newest processors only, for their speed
+        deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
+    if options.get("scalar") or options.get("transposed"):  # which DeepSpeed cannot broadcast; ranks are equal anyway
+        deepspeed.DeepSpeedEngine._broadcast_model = lambda self: None
+    if options.get("fused"):  # DeepSpeed's own needs a GPU
+        deepspeed.runtime.engine.FusedAdam = torch.optim.AdamW
     model = pipeline(torch, options) if "pipeline" in options else model_of(torch, options)
     freeze(model, options)
     optimizer = optimizer_of(torch, model, options)
@@ -295,7 +310,8 @@ def _group_step(torch: Any) -> Any:
 
 def model_of(torch: Any, options: dict[str, Any]) -> Any:
     nn = torch.nn
-    width, vocabulary, tied, odd, experts = (11, 37, *(options.get(key) for key in ("tied", "odd", "moe")))
+    width, inner, vocabulary = (options.get(key, size) for key, size in SIZES.items())
+    tied, odd, experts = (options.get(key) for key in ("tied", "odd", "moe"))
 
     class Block(nn.Module):
         def __init__(self) -> None:
@@ -307,8 +323,8 @@ def model_of(torch: Any, options: dict[str, Any]) -> Any:
                 expert = nn.Sequential(nn.Linear(width, 13), nn.GELU(), nn.Linear(13, width))
                 residual = bool(options.get("residual"))
                 self.moe = MoE(width, expert, num_experts=4, ep_size=experts, min_capacity=4, use_residual=residual)
-            self.up = nn.Linear(width, 17)
-            self.down = nn.Linear(17, width)
+            self.up = nn.Linear(width, inner)
+            self.down = nn.Linear(inner, width)
             self.register_buffer("scale", torch.full((3,), 0.5))
             self.register_buffer("mask", torch.ones(2), persistent=False)
 
@@ -322,7 +338,15 @@ def model_of(torch: Any, options: dict[str, Any]) -> Any:
             super().__init__()
             self.embed = nn.Embedding(vocabulary, width)
             self.position = nn.Parameter(torch.randn(5, width) * 0.1)
-            self.blocks = nn.ModuleList(Block() for _ in range(2))
+            self.blocks = nn.ModuleList(Block() for _ in range(options.get("blocks", 2)))
+            if options.get("shared"):
+                self.blocks.append(self.blocks[0])
+            if options.get("scalar"):
+                self.scalar = nn.Parameter(torch.tensor(1.5))
+            if options.get("transposed"):
+                self.turned = nn.Parameter((torch.randn(width, 3) * 0.1).t())
+            if options.get("empty"):
+                self.empty = nn.Parameter(torch.empty(0, 3))
             if odd:
                 self.gain = nn.Parameter(torch.ones(1, 1, 1))
                 self.one = nn.Parameter(torch.ones(1))
@@ -339,6 +363,10 @@ def model_of(torch: Any, options: dict[str, Any]) -> Any:
                 x = block(x)
             if odd:
                 x = x * self.gain + self.one * self.cube.sum()
+            if options.get("scalar"):
+                x = x * self.scalar
+            if options.get("transposed"):
+                x = x + self.turned[1]
             return nn.functional.cross_entropy(self.head(x).float().view(-1, vocabulary), labels.view(-1))
 
     return Model()
@@ -348,7 +376,7 @@ def pipeline(torch: Any, options: dict[str, Any]) -> Any:
     from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 
     nn = torch.nn
-    width, vocabulary = 11, 37
+    width, _, vocabulary = (options.get(key, size) for key, size in SIZES.items())
 
     class Head(nn.Embedding):
         def forward(self, x: Any) -> Any:
@@ -381,7 +409,7 @@ def train(engine: Any, torch: Any, options: dict[str, Any]) -> None:
     generator = torch.Generator().manual_seed(torch.distributed.get_rank())
 
     def batch() -> Any:
-        data = torch.randint(0, 37, (1, 6), generator=generator)
+        data = torch.randint(0, options.get("vocabulary", SIZES["vocabulary"]), (1, 6), generator=generator)
         return data[:, :-1], data[:, 1:]
 
     for _ in range(options.get("steps", 3)):
@@ -410,7 +438,7 @@ def gather(engine: Any, torch: Any, options: dict[str, Any]) -> dict[str, Any]:
     if options["stage"] == 3:
         found |= _weights3(engine, torch, found, options)
     else:
-        kept = {name for name, p in engine.module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+        kept = {name for name, p in engine.module.named_parameters() if not p.requires_grad}
         dropped = kept if options.get("save", {}).get("exclude_frozen_parameters") else set()
         state = engine.module.state_dict()
         found |= {f"model.{name}": tensor.detach() for name, tensor in state.items() if name not in dropped}
@@ -516,13 +544,16 @@ def _weights3(engine: Any, torch: Any, states: dict[str, Any], options: dict[str
                 found[f"model.{name}"] = master
             elif not options.get("save", {}).get("exclude_frozen_parameters"):
                 found[f"model.{name}"] = parameter.detach().clone()
-    lasting = set(engine._get_buffer_names())
-    return found | {f"model.{n}": b.detach() for n, b in engine.module.named_buffers() if n in lasting}
+    lasting = engine.module.state_dict().keys()
+    buffers = engine.module.named_buffers(remove_duplicate=False)
+    return found | {f"model.{name}": buffer.detach() for name, buffer in buffers if name in lasting}
 
 
 def _unsharded(engine: Any, torch: Any) -> dict[str, Any]:
     """Masters and states without ZeRO."""
     inner, found = engine.optimizer, {}
+    if hasattr(inner, "fp32_groups_flat"):
+        return _whole_flats(engine, torch)
     if hasattr(inner, "fp32_groups"):
         base = inner.optimizer
         pairs = [
@@ -540,6 +571,20 @@ def _unsharded(engine: Any, torch: Any) -> dict[str, Any]:
         for key, value in base.state.get(master, {}).items():
             if value is not None:
                 found[f"optim.{name}.{key}"] = value.detach() if torch.is_tensor(value) else _scalar(torch, value)
+    return found
+
+
+def _whole_flats(engine: Any, torch: Any) -> dict[str, Any]:
+    """The same with one flat buffer for each group."""
+    inner, found = engine.optimizer, {}
+    for parameters, flat in zip(inner.fp16_groups, inner.fp32_groups_flat, strict=True):
+        position = 0
+        for parameter in parameters:
+            name, stop = engine.param_names[parameter], position + parameter.numel()
+            for key, value in {"master": flat, **inner.optimizer.state[flat]}.items():
+                part = value.detach()[position:stop].view(parameter.shape) if value.dim() else value
+                found[f"optim.{name}.{key}"] = part
+            position = stop
     return found
 
 

@@ -7,8 +7,9 @@ from typing import Any
 
 from ckptengine.errors import NotFound, UnreadableFormat
 from ckptengine.sources.deepspeed.folder import StepFolder
+from ckptengine.sources.deepspeed.fusedopt import any_optimizer
 from ckptengine.sources.deepspeed.header import ModelStates, load_dict
-from ckptengine.sources.deepspeed.plainopt import NAMELESS, Entries, plain_optimizer, pools_of
+from ckptengine.sources.deepspeed.plainopt import NAMELESS, Entries, Pool, Pools, pools_of
 from ckptengine.sources.deepspeed.weights import expert_weights
 from ckptengine.sources.files import InlineFiles
 from ckptengine.sources.held import Whole
@@ -18,12 +19,17 @@ _NUMBER = re.compile(r"(.*\bdeepspeed_experts\.)(\d+)\..*")
 
 
 def whole_optimizer(
-    folder: StepFolder, mp: int, model: ModelStates, inline: InlineFiles
+    folder: StepFolder, mp: int, model: ModelStates, inline: InlineFiles, layers: tuple[Pool, int] | None = None
 ) -> tuple[Entries, list[dict[Any, Any]]]:
-    """(parameter, state, what is held) and the parameter groups with names, experts under their global numbers."""
+    """(parameter, state, what is held) and the parameter groups with names, experts under their global numbers.
+
+    ``layers`` has, for a pipeline stage, its parameters and how many the stages before it have.
+    """
     files = {ep: path for (rank, ep), path in folder.expert_optim.items() if rank == mp}
+    if not files and layers is not None:
+        return any_optimizer(model.optimizer or {}, Pools(layers[0]), inline, layers[1])
     if not files:
-        return plain_optimizer(model.optimizer or {}, pools_of(model), inline)
+        return any_optimizer(model.optimizer or {}, pools_of(model), inline)
     missing = sorted(set(range(max(files) + 1)) - set(files))
     if missing:
         raise NotFound(f"{folder.files.root} has no expp_rank_{missing[0]}_mp_rank_{mp:02d}_optim_states.pt")
@@ -34,7 +40,7 @@ def whole_optimizer(
         outer = load_dict(folder.files, files[ep]).get("optimizer")
         if not isinstance(outer, dict):
             raise UnreadableFormat(f"{folder.files.root}/{files[ep]} holds no optimizer")
-        entries, named = plain_optimizer(outer, pools_of(model, experts[ep]), inline)
+        entries, named = any_optimizer(outer, pools_of(model, experts[ep]), inline)
         if ep == 0:
             found, groups = entries, named
             continue

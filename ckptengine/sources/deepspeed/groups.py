@@ -9,14 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from ckptengine.errors import Damaged, UnreadableFormat
 from ckptengine.sources.files import InlineFiles
-from ckptengine.sources.held import Chunk, Held, Number, Whole, cut_evenly, flat, number
+from ckptengine.sources.held import Chunk, Flat, Held, Whole, cut_evenly, flat, number
 from ckptengine.sources.stored import StoredTensor
 
 Chunks = Callable[[Sequence[StoredTensor]], list[Chunk]]
+Item = TypeVar("Item")
 MASTER = "master"
 
 
@@ -103,6 +104,20 @@ def even_group(
     return Group(tuple(members), tuple(masters), tuple(states), options)
 
 
+def dealt(names: Sequence[Item], ranks: int) -> list[Item]:
+    """The order of round-robin gradients: a group's parameters are dealt out to the ranks like cards."""
+    return [names[at] for at in _dealing(len(names), ranks)]
+
+
+def dealt_back(names: Sequence[Item], ranks: int) -> list[Item]:
+    """The inverse of `dealt`."""
+    return [name for _, name in sorted(zip(_dealing(len(names), ranks), names, strict=True), key=lambda pair: pair[0])]
+
+
+def _dealing(count: int, ranks: int) -> list[int]:
+    return [at for rank in range(ranks) for at in range(rank, count, ranks)]
+
+
 @dataclass(frozen=True, slots=True)
 class _Even:
     position: int
@@ -172,7 +187,6 @@ class _Sliced:
 def sliced(name: str, shape: tuple[int, ...], pieces: Sequence[StoredTensor]) -> Held:
     """A tensor of which each rank holds an equally long (padded) piece of its own, as ZeRO-3's frozen ones."""
     size = math.prod(shape)
+    if not size:
+        return Flat(pieces[0].dtype, shape, ())
     return flat(name, shape, _Sliced(0, size, -(-size // max(1, len(pieces))))(pieces))
-
-
-__all__ = ["MASTER", "Group", "Member", "Number", "check_mapping", "entries", "even_group", "sliced", "sliced_group"]

@@ -39,6 +39,13 @@ class ModelStates:
         value = self.rest.get("dp_world_size")
         return value if type(value) is int and value > 0 else None
 
+    @property
+    def round_robin(self) -> bool:
+        """Whether flat groups have another order than the optimizer's groups, which the slice mappings ignore."""
+        config = self.rest.get("ds_config")
+        zero = config.get("zero_optimization") if isinstance(config, dict) else None
+        return isinstance(zero, dict) and zero.get("round_robin_gradients") is True
+
 
 def load_dict(files: Files, path: str) -> dict[Any, Any]:
     """The dictionary of a torch file; `UnreadableFormat` when it holds something else."""

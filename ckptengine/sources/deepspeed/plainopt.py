@@ -47,37 +47,49 @@ def pools_of(model: ModelStates, experts: Pool = ()) -> Pools:
 
 
 def plain_optimizer(
-    outer: Mapping[Any, Any], pools: Pools, inline: InlineFiles
+    outer: Mapping[Any, Any], pools: Pools, inline: InlineFiles, first: int = 0
 ) -> tuple[Entries, list[dict[Any, Any]]]:
     """(parameter, state, what is held) and the parameter groups with names.
 
     Positions become names where shapes or values leave only one way to map them; elsewhere a parameter is called
-    ``state.<position>``.
+    ``state.<position>``, counted from ``first`` on.
     """
-    inner = outer.get("optimizer_state_dict", outer)
-    if not isinstance(inner, dict) or not isinstance(inner.get("param_groups"), list):
-        return [], []
-    states = inner.get("state")
-    by_position: dict[Any, Any] = states if isinstance(states, dict) else {}
-    groups = [group for group in inner["param_groups"] if isinstance(group, dict)]
+    groups, by_position = groups_and_states(outer)
     masters = _masters(outer, groups)
     names = _names(pools, groups, by_position, masters, inline)
+
+    def name_of(position: Any) -> str:
+        return names.get(position) or (f"{NAMELESS}.{first + position}" if type(position) is int else str(position))
+
     found: list[tuple[str, str, Held]] = []
     for position, tensor in masters.items():
-        found.append((names.get(position, f"{NAMELESS}.{position}"), MASTER, Whole(tensor)))
+        found.append((name_of(position), MASTER, Whole(tensor)))
     for position, state in by_position.items():
         if isinstance(state, dict):
-            found += _entries(names.get(position, f"{NAMELESS}.{position}"), state, inline)
-    named = [
-        {**group, "params": [names.get(p, f"{NAMELESS}.{p}") for p in int_list(group.get("params")) or []]}
-        for group in groups
-    ]
-    return found, named
+            found += _entries(name_of(position), state, inline)
+    return found, [{**group, "params": [name_of(at) for at in group.get("params") or []]} for group in groups]
+
+
+def positions_in(outer: Mapping[Any, Any]) -> int:
+    """How many parameters an optimizer has."""
+    return sum(len(group.get("params") or []) for group in groups_and_states(outer)[0])
+
+
+def groups_and_states(outer: Mapping[Any, Any]) -> tuple[list[dict[Any, Any]], dict[Any, Any]]:
+    """The parameter groups of the optimizer inside, and its states by position."""
+    inner = outer.get("optimizer_state_dict", outer)
+    if not isinstance(inner, dict) or not isinstance(inner.get("param_groups"), list):
+        return [], {}
+    states = inner.get("state")
+    groups = [group for group in inner["param_groups"] if isinstance(group, dict)]
+    return groups, states if isinstance(states, dict) else {}
 
 
 def plain_rest(model: ModelStates) -> dict[Any, Any]:
     """What the optimizer keeps beside states and groups, such as the loss scale."""
-    return {key: value for key, value in (model.optimizer or {}).items() if key not in _TENSORS}
+    outer = model.optimizer or {}
+    found: dict[Any, Any] = {"fused": True} if "fp32_groups_flat" in outer else {}
+    return found | {key: value for key, value in outer.items() if key not in _TENSORS}
 
 
 _TENSORS = {"optimizer_state_dict", "fp32_groups", "fp32_groups_flat", "state", "param_groups"}
@@ -133,7 +145,7 @@ def _rounds_to(trained: Pool, names: Mapping[int, str], masters: Mapping[int, St
     weights = dict(trained)
     for position, name in names.items():
         weight, master = weights[name], masters.get(position)
-        if master is None or master.dtype != "float32" or weight.dtype not in _HALVES:
+        if master is None or master.dtype != "float32" or weight.dtype not in HALVES:
             continue
         if bytes(cast(_first(master, files), master.dtype, weight.dtype)) != _first(weight, files):
             return False
@@ -163,7 +175,7 @@ def _by_value(trained: Pool, masters: Mapping[int, StoredTensor], count: int, fi
     known: dict[tuple[str, tuple[int, ...], bytes], list[str]] = {}
     for name, tensor in trained:
         known.setdefault((tensor.dtype, tensor.shape, _first(tensor, files)), []).append(name)
-    dtypes = {tensor.dtype for _, tensor in trained if tensor.dtype in _HALVES}
+    dtypes = {tensor.dtype for _, tensor in trained if tensor.dtype in HALVES}
     names: dict[int, str] = {}
     for position, master in masters.items():
         start = _first(master, files)
@@ -180,11 +192,11 @@ def _first(tensor: StoredTensor, files: Files) -> bytes:
     if not tensor.size or not tensor.is_contiguous:
         return b""
     file, offset = tensor.at()
-    return files.read(file, offset, min(tensor.size, _COMPARED) * itemsize(tensor.dtype))
+    return files.read(file, offset, min(tensor.size, COMPARED) * itemsize(tensor.dtype))
 
 
-_HALVES = ("bfloat16", "float16")
-_COMPARED = 4096
+HALVES = ("bfloat16", "float16")
+COMPARED = 4096
 
 
 def _shape(state: object, master: StoredTensor | None) -> tuple[int, ...] | None:

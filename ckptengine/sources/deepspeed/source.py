@@ -19,10 +19,12 @@ from ckptengine.sources.deepspeed.expertopt import whole_optimizer
 from ckptengine.sources.deepspeed.folder import StepFolder, check_ranks, read_folder
 from ckptengine.sources.deepspeed.groups import MASTER, entries
 from ckptengine.sources.deepspeed.header import ModelStates, read_model_states
-from ckptengine.sources.deepspeed.plainopt import plain_rest
+from ckptengine.sources.deepspeed.plainopt import Pool, plain_rest
 from ckptengine.sources.deepspeed.recorded import recorded_rules
+from ckptengine.sources.deepspeed.stages import stage_layers
 from ckptengine.sources.deepspeed.universal import read_universal
 from ckptengine.sources.deepspeed.weights import (
+    TIED,
     Weights,
     expert_weights,
     module_weights,
@@ -56,9 +58,19 @@ class RankParts:
             self.weights.setdefault(name, held)  # replicated over pipeline stages
         self.aliases |= weights.aliases
 
-    def add_states(self, found: Iterable[tuple[str, str, Held]]) -> None:
+    def add_states(self, found: Iterable[tuple[str, str, Held]], where: str) -> None:
+        """``where`` names the stage's files for what it holds as well as a stage before, though it is not tied."""
         for name, key, held in found:
+            if (name, key) in self.states and not name.startswith(TIED):
+                raise _held_again(where, f"{key} of {name}")
             self.states.setdefault((name, key), held)
+
+
+def _held_again(where: str, what: str) -> UnreadableFormat:
+    return UnreadableFormat(
+        f"{where} holds {what!r} again, though the files say that it is another pipeline stage; files of another run "
+        "lie between them"
+    )
 
 
 class DeepSpeedSource:
@@ -209,12 +221,12 @@ class _Reader:
             if mp == 0:
                 self._rest = partitions.rest
         elif model.optimizer is not None:
-            found, groups = whole_optimizer(folder, mp, model, self._inline)
+            found, groups = whole_optimizer(folder, mp, model, self._inline, self._stage(mp))
             if mp == 0:
                 self._rest = plain_rest(model)
         if collect_groups:
             self._merge_groups(groups)
-        part.add_states(found)
+        part.add_states(found, f"{folder.files.root}: mp_rank {mp:02d}")
         if stage3:
             masters = {name: held for name, key, held in found if key == MASTER}
             part.add_weights(stage3_weights(folder, mp, models, masters))
@@ -222,10 +234,7 @@ class _Reader:
             weights = module_weights(models[0])
             twice = next((name for name in weights.held if name in part.weights), None)
             if twice is not None:
-                raise UnreadableFormat(
-                    f"{folder.files.root}: mp_rank {mp:02d} holds {twice!r} again, though the files say that it is "
-                    "another pipeline stage; files of another run lie between them"
-                )
+                raise _held_again(f"{folder.files.root}: mp_rank {mp:02d}", twice)
             part.add_weights(weights)
         part.add_weights(expert_weights(folder, mp, autoep_layers(model)))
 
@@ -236,6 +245,14 @@ class _Reader:
             return model.module
         held = pipeline_weights(self._folder, mp % self._tp_degree(model), sizes).held
         return {name: part.tensor for name, part in held.items() if isinstance(part, Whole)}
+
+    def _stage(self, mp: int) -> tuple[Pool, int] | None:
+        """The parameters of a pipeline stage, and how many the stages before it have; None without layer files."""
+        if not self._folder.layers:
+            return None
+        tp_degree = self._tp_degree(self._models[mp][0])
+        stages = [self._models[rank][0] for rank in range(mp % tp_degree, self._ranks, tp_degree)]
+        return stage_layers(stages, pipeline_weights(self._folder, mp % tp_degree, {}))[mp // tp_degree]
 
     def _merge_groups(self, groups: Sequence[dict[Any, Any]]) -> None:
         """Pipeline stages have the same groups with other parameters."""
@@ -250,7 +267,7 @@ class _Reader:
         universal = read_universal(self._folder, first, self._inline)
         self._groups, self._rest = universal.named_groups, universal.rest
         whole = RankParts()
-        whole.add_states(universal.entries)
+        whole.add_states(universal.entries, self._folder.files.root)
         masters = {name: held for name, key, held in universal.entries if key == MASTER}
         if not self._folder.model:
             models = self._models[0]

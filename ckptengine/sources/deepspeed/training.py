@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -56,9 +57,14 @@ class Group:
         return sum(member.size for member in self.members)
 
     @property
+    def first(self) -> Trained | None:
+        """The first parameter that has elements."""
+        return next((member for member in self.members if member.size), None)
+
+    @property
     def keys(self) -> tuple[str, ...]:
         """The states that every parameter of the group has."""
-        return tuple(self.members[0].states) if self.members else ()
+        return tuple(self.first.states) if self.first is not None else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +120,23 @@ def training_of(job: Job) -> Training:
     )
 
 
+def without_empty(training: Training) -> Training:
+    """Without the trained parameters that have no elements, which ZeRO and 16-bit training count as not trained."""
+    groups = [
+        Group(group.options, tuple(member for member in group.members if member.size)) for group in training.groups
+    ]
+    left = {member.name for group in groups for member in group.members}
+    empty = [member.name for member in training.trained if member.name not in left and member.name in training.weights]
+    kept = tuple(group for group in groups if group.members)
+    return dataclasses.replace(training, groups=kept, frozen=(*training.frozen, *empty)) if empty else training
+
+
 def check_counters(job: Job, training: Training) -> None:
     """Refuse groups whose parameters count differently, since a flat group has one counter; reads single numbers."""
     for number, group in enumerate(training.groups):
-        for key, first in (group.members[0].scalars if group.members else {}).items():
+        for key, first in (group.first.scalars if group.first is not None else {}).items():
             seen: dict[object, bytes] = {}
-            for member in group.members:
+            for member in filter(lambda member: member.size, group.members):
                 place = [(f.file, f.offset) for f in job.tensor(member.scalars[key]).fragments]
                 if str(place) in seen:
                     continue
@@ -179,11 +196,12 @@ def _groups(
         if members
     ]
     for number, group in enumerate(groups):
-        for member in group.members:
-            if set(member.states) != set(group.keys) or set(member.scalars) != set(group.members[0].scalars):
+        first = group.first or group.members[0]
+        for member in filter(lambda member: member.size, group.members):
+            if set(member.states) != set(group.keys) or set(member.scalars) != set(first.scalars):
                 raise UnusableRequest(
                     f"group {number} of the optimizer: {member.name} has the states {_listed(member)} and "
-                    f"{group.members[0].name} has {_listed(group.members[0])}; DeepSpeed keeps the same for all"
+                    f"{first.name} has {_listed(first)}; DeepSpeed keeps the same for all"
                 )
     return groups
 

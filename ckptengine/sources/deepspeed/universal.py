@@ -12,7 +12,7 @@ from typing import Any
 
 from ckptengine.errors import Damaged, UnreadableFormat
 from ckptengine.sources.deepspeed.folder import StepFolder
-from ckptengine.sources.deepspeed.groups import MASTER
+from ckptengine.sources.deepspeed.groups import MASTER, dealt_back
 from ckptengine.sources.deepspeed.header import ModelStates, int_list, load_dict
 from ckptengine.sources.files import InlineFiles
 from ckptengine.sources.held import Chunk, Held, Whole, flat, number
@@ -106,7 +106,10 @@ def _numbers(state: Mapping[Any, Any], inline: InlineFiles) -> Iterator[tuple[st
 
 def _groups(optimizer: Mapping[Any, Any], model: ModelStates) -> list[dict[Any, Any]]:
     groups = optimizer.get("param_groups", _inner(optimizer).get("param_groups"))
-    shapes = model.shapes or []
+    shapes = [list(shapes) for shapes in model.shapes or ()]
+    counts = int_list(optimizer.get("partition_count"))
+    if model.round_robin and counts and "zero_stage" in optimizer:
+        shapes = [dealt_back(names, count) for names, count in zip(shapes, counts, strict=False)]
     made: list[dict[Any, Any]] = []
     for position, group in enumerate(groups if isinstance(groups, list) else []):
         if not isinstance(group, dict):

@@ -13,7 +13,7 @@ from ckptengine.sources.deepspeed.header import ModelStates, load_dict, tensors_
 from ckptengine.sources.held import Held, Whole
 from ckptengine.sources.stored import StoredTensor
 
-_TIED = "tied_modules."
+TIED = "tied_modules."
 
 
 @dataclass(slots=True)
@@ -58,11 +58,30 @@ def stage3_weights(folder: StepFolder, mp: int, models: Sequence[ModelStates], m
         if len(held) != len(models):
             raise NotFound(f"{folder.files.root}: some ranks' files lack their piece of the frozen parameter {name!r}")
         weights.held[name] = sliced(name, shape, held)
-    for name, tensor in first.module.items():
-        if name not in weights.held and (name in first.buffers or tensor.size):
-            weights.held[name] = Whole(tensor)
+    weights.held |= {name: Whole(tensor) for name, tensor in first.module.items() if name in first.buffers}
     weights.tie(first.shared)
+    weights.tie(_other_names(first, weights))
+    for name, tensor in first.module.items():
+        if name not in weights.held and tensor.size:
+            weights.held[name] = Whole(tensor)
     return weights
+
+
+def _other_names(model: ModelStates, weights: Weights) -> dict[str, str]:
+    """Other names of parameters and buffers: the module holds the same tensor, or the same placeholder, under both.
+
+    What a module that is used twice holds is not among the ``shared_params``.
+    """
+    owners: dict[tuple[object, ...], list[str]] = {}
+    for name, tensor in model.module.items():
+        if name in weights.held and name not in weights.aliases:
+            owners.setdefault(tensor.identity, []).append(name)
+    found: dict[str, str] = {}
+    for name, tensor in model.module.items():
+        known = owners.get(tensor.identity, ())
+        if name not in weights.held and len(known) == 1:
+            found[name] = known[0]
+    return found
 
 
 def pipeline_weights(folder: StepFolder, tp: int, sizes: Mapping[str, int]) -> Weights:
@@ -89,9 +108,9 @@ def _ties(sizes: Mapping[str, int]) -> dict[str, dict[str, int]]:
     """``tied_modules.<key>`` -> the sizes of its parameters by their own names."""
     ties: dict[str, dict[str, int]] = {}
     for name, size in sizes.items():
-        if name.startswith(_TIED) and name.count(".") > 1:
-            key, _, own = name[len(_TIED) :].partition(".")
-            ties.setdefault(_TIED + key, {})[own] = size
+        if name.startswith(TIED) and name.count(".") > 1:
+            key, _, own = name[len(TIED) :].partition(".")
+            ties.setdefault(TIED + key, {})[own] = size
     return ties
 
 
@@ -100,7 +119,7 @@ def _fits(tensors: Mapping[str, StoredTensor], parts: Mapping[str, int]) -> bool
 
 
 def _prefixes(weights: Weights) -> set[str]:
-    return {".".join(name.split(".")[:2]) + "." for name in weights.held if name.startswith(_TIED)}
+    return {".".join(name.split(".")[:2]) + "." for name in weights.held if name.startswith(TIED)}
 
 
 def expert_weights(folder: StepFolder, mp: int, layers: Layers | None = None) -> Weights:

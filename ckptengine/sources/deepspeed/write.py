@@ -7,22 +7,26 @@ Where the source has no settings of the groups, stages 1 and 2 are written as el
 
 With ``ep`` the experts of DeepSpeed's own MoE layers lie on that many expert-parallel ranks (ZeRO-1 and -2).
 
-Options: ``sub_group_size`` (ZeRO-3; default 1,000,000,000, DeepSpeed's own), ``frozen`` (a regular expression of the
-parameters that are not trained; everything else that is not trained is a buffer), ``precision`` (``fp32``, ``bf16``
-or ``fp16``: what the job trains in, where neither 16-bit weights nor the source's DeepSpeed config say it).
+Options: ``sub_group_size`` (ZeRO-3; default 1,000,000,000, DeepSpeed's own), ``round_robin_gradients`` and
+``parameter_alignment`` (ZeRO-1 and -2; true or false, else what the source's DeepSpeed config says), ``frozen`` (a
+regular expression of the parameters that are not trained; everything else that is not trained is a buffer),
+``precision`` (``fp32``, ``bf16`` or ``fp16``: what the job trains in, where neither 16-bit weights nor the source's
+DeepSpeed config say it), ``fused`` (stage 0 in 16 bits: true where the job's Adam is DeepSpeed's or Apex's fused one).
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ckptengine.errors import UnusableRequest
-from ckptengine.sources.deepspeed.classes import fragment_address, loss_scaler, zero_stage
+from ckptengine.sources.deepspeed.classes import scaling, zero_stage
 from ckptengine.sources.deepspeed.modelfile import ds_version, model_states
-from ckptengine.sources.deepspeed.training import STEP, Group, Trained, check_counters, training_of
+from ckptengine.sources.deepspeed.training import STEP, Group, Trained, check_counters, training_of, without_empty
 from ckptengine.sources.deepspeed.write_experts import Share, experts_of, without_experts
-from ckptengine.sources.deepspeed.write_plain import precision_of
+from ckptengine.sources.deepspeed.write_flat import arranged, config_as_written, flat_order, sliced
+from ckptengine.sources.deepspeed.write_plain import is_fused, precision_of
 from ckptengine.sources.emit import Tensor
 from ckptengine.sources.torchrecords import Run, TorchFile, memory_bytes, read_bytes
 from ckptengine.sources.writer import Document, Job, Target, Unit
@@ -74,12 +78,17 @@ class _Plan:
         self._dp = layout.dp
         self._stage = 1 if layout.zero is None else layout.zero
         self._training = training_of(job)
+        self.folder = f"global_step{job.step or 0}"
+        precision = precision_of(job, self._training)
+        if self._stage or precision != "float32":
+            self._training = without_empty(self._training)
+        self._order = flat_order(job, self._training, self._stage, precision)
+        config = config_as_written(self._training.values.get("ds_config", {}), self._order)
+        self._training = dataclasses.replace(self._training, values={**self._training.values, "ds_config": config})
+        self._half = precision == "float16"
         if not self._training.groups:
             raise UnusableRequest("there is no parameter that an optimizer could train; write safetensors instead")
         self._experts = experts_of(self._training, layout.ep, layout.dp, self._stage)
-        self.folder = f"global_step{job.step or 0}"
-        precision = precision_of(job, self._training)
-        self._half = precision == "float16"
         prefix = "bf16_" if precision == "bfloat16" else ""
         made = range(self._dp) if self._stage else ()
         optim = [f"{self.folder}/{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in made]
@@ -96,7 +105,7 @@ class _Plan:
     def check(self) -> None:
         """Refuse what DeepSpeed could not go on from."""
         training = self._training
-        if self._stage:
+        if self._stage or is_fused(self._job, training, self._stage):
             check_counters(self._job, training)
         if self._stage not in (1, 2) and not training.has_settings and any(m.states for m in training.trained):
             raise UnusableRequest(
@@ -138,28 +147,27 @@ class _Plan:
         states: dict[int, dict[str, Any]] = {}
         paddings: list[int] = []
         mappings: list[dict[str, Any]] = []
+        gaps: list[list[int]] = []
         shares = self._shares(rank)
         for number, share in enumerate(shares):
-            group = share.group
-            unit = -(-group.size // (2 * share.count)) * 2
-            start = min(share.position * unit, group.size)
-            stop = min(start + unit, group.size)
-            masters.append(file.flat("float32", stop - start, _even(group.members, start, stop, "")))
-            runs = {key: _even(group.members, start, stop, key) for key in group.keys}
+            flat = arranged(share.group.members, share.count, self._order)
+            unit = -(-flat.size // (2 * share.count)) * 2
+            start = min(share.position * unit, flat.size)
+            stop = min(start + unit, flat.size)
+            masters.append(file.flat("float32", stop - start, flat.runs(start, stop, "")))
+            runs = {key: flat.runs(start, stop, key) for key in share.group.keys}
             held = unit if self._training.has_settings else stop - start
-            states[number] = self._states(file, group.members, held, runs)
+            states[number] = self._states(file, flat.members, held, runs)
             paddings.append(unit - (stop - start))
-            mappings.append(_mapping(group.members, start, stop))
+            mappings.append(flat.mapping(start, stop))
+            gaps.append(list(flat.gaps))
         return {
-            "loss_scaler": loss_scaler(self._training.optim, half=self._half),
-            "dynamic_loss_scale": self._training.optim.get("dynamic_loss_scale", self._half),
-            "overflow": False,
-            "clip_grad": self._training.optim.get("clip_grad", 0.0),
+            **scaling(self._training.optim, half=self._half, all_of_it=False),
             **self._base(states),
             "single_partition_of_fp32_groups": masters,
             "zero_stage": zero_stage(self._stage),
             "group_paddings": paddings,
-            "param_alignment_paddings": [[0] * len(share.group.members) for share in shares],
+            "param_alignment_paddings": gaps,
             "partition_count": [share.count for share in shares],
             "ds_version": ds_version(self._training),
             "param_slice_mappings": mappings,
@@ -182,15 +190,13 @@ class _Plan:
             numbers.append([])
             for members in self._sub_groups(group):
                 unit = sum(-(-member.size // self._dp) for member in members)
-                masters.append(file.flat("float32", unit, _sliced(members, rank, self._dp, "")))
-                runs = {key: _sliced(members, rank, self._dp, key) for key in group.keys}
+                masters.append(file.flat("float32", unit, sliced(members, rank, self._dp, "")))
+                runs = {key: sliced(members, rank, self._dp, key) for key in group.keys}
                 numbers[-1].append(len(states))
                 states[len(states)] = self._states(file, members, unit, runs)
         return {
             "zero_stage": zero_stage(3),
-            "loss_scaler": loss_scaler(self._training.optim, half=self._half),
-            "dynamic_loss_scale": self._training.optim.get("dynamic_loss_scale", self._half),
-            "overflow": False,
+            **scaling(self._training.optim, half=self._half, all_of_it=True),
             "partition_count": self._dp,
             "optimizer_state_dict": {"state": states, "param_groups": self._param_groups(numbers)},
             "fp32_flat_groups": masters,
@@ -216,7 +222,7 @@ class _Plan:
     def _member_groups(self) -> list[Sequence[Trained]]:
         groups = self._training.groups
         if self._stage != 3:
-            return [share.group.members for share in self._shares(0)]
+            return [arranged(share.group.members, share.count, self._order).members for share in self._shares(0)]
         return [members for group in groups for members in self._sub_groups(group)]
 
     def _sub_groups(self, group: Group) -> list[Sequence[Trained]]:
@@ -233,44 +239,6 @@ class _Plan:
             made[-1].append(member)
             held += -(-member.size // self._dp)
         return [*made]
-
-
-def _tensor_of(member: Trained, key: str) -> str:
-    return member.states[key] if key else member.master
-
-
-def _even(members: Sequence[Trained], start: int, stop: int, key: str) -> list[Run]:
-    """The runs of elements ``start:stop`` of a group's parameters laid one after another."""
-    runs: list[Run] = []
-    position = 0
-    for member in members:
-        first, last = max(start, position), min(stop, position + member.size)
-        if first < last:
-            runs.append(Run(_tensor_of(member, key), first - position, last - position))
-        position += member.size
-    return runs
-
-
-def _sliced(members: Sequence[Trained], rank: int, ranks: int, key: str) -> list[Run]:
-    """A rank's piece of every parameter, each filled up with zeros to the common length."""
-    runs: list[Run] = []
-    for member in members:
-        piece = -(-member.size // ranks)
-        start, stop = min(rank * piece, member.size), min((rank + 1) * piece, member.size)
-        runs += [Run(_tensor_of(member, key), start, stop), Run("", 0, piece - (stop - start))]
-    return runs
-
-
-def _mapping(members: Sequence[Trained], start: int, stop: int) -> dict[str, Any]:
-    """Where each parameter lies in a rank's partition, for those that do."""
-    made: dict[str, Any] = {}
-    position = 0
-    for member in members:
-        first, last = max(start, position), min(stop, position + member.size)
-        if first < last:
-            made[member.name] = fragment_address(first - start, last - first)
-        position += member.size
-    return made
 
 
 WRITER = DeepSpeedWriter

@@ -8,6 +8,7 @@ from typing import Any
 from ckptengine.errors import UnusableRequest
 from ckptengine.sources.deepspeed.classes import scale_of
 from ckptengine.sources.deepspeed.training import Trained, Training
+from ckptengine.sources.deepspeed.write_flat import FlatOrder, arranged
 from ckptengine.sources.emit import Tensor
 from ckptengine.sources.torchrecords import Run, TorchFile
 from ckptengine.sources.writer import Job
@@ -42,11 +43,21 @@ def _enabled(config: object, section: str) -> bool:
     return isinstance(held, dict) and held.get("enabled") is True
 
 
+def is_fused(job: Job, training: Training, stage: int) -> bool:
+    """Whether the job's Adam is a fused one: 16-bit training without ZeRO then keeps one flat buffer for each group."""
+    asked = job.options.get("fused", training.optim.get("fused", False))
+    if not isinstance(asked, bool):
+        raise UnusableRequest(f"option fused = {asked!r} is neither true nor false")
+    return asked and stage == 0 and precision_of(job, training) != "float32"
+
+
 def whole_optimizer(job: Job, training: Training, file: TorchFile) -> dict[str, Any]:
     """What a stage-0 model file holds under ``optimizer``; its storages go into ``file``.
 
     In 16-bit training that is the base optimizer's state beside fp32 copies and the loss scale, else that state itself.
     """
+    if is_fused(job, training, 0):
+        return _fused_optimizer(job, training, file)
     groups: list[dict[str, Any]] = []
     states: dict[int, dict[str, Any]] = {}
     for group in training.groups:
@@ -63,6 +74,34 @@ def whole_optimizer(job: Job, training: Training, file: TorchFile) -> dict[str, 
         "optimizer_state_dict": base,
         "fp32_groups": copies,
     }
+
+
+def _fused_optimizer(job: Job, training: Training, file: TorchFile) -> dict[str, Any]:
+    """The same with one flat parameter for each group."""
+    half = precision_of(job, training) == "float16"
+    states: dict[int, dict[str, Any]] = {}
+    copies: list[Tensor] = []
+    for number, group in enumerate(training.groups):
+        flat = arranged(group.members, 1, FlatOrder())
+        copies.append(file.flat("float32", flat.size, flat.runs(0, flat.size, "")))
+        states[number] = {
+            key: file.flat(job.tensor(name).dtype, 1, [Run(name, 0, 1)], ())
+            for key, name in group.members[0].scalars.items()
+        } | {key: file.flat("float32", flat.size, flat.runs(0, flat.size, key)) for key in group.keys}
+    groups = [{**group.options, "params": [number]} for number, group in enumerate(training.groups)]
+    return {
+        **scale_of(training.optim, half=half, steps=job.step or 0),
+        "optimizer_state_dict": {"state": {at: state for at, state in states.items() if state}, "param_groups": groups},
+        "fp32_groups_flat": copies,
+        "clip_grad": _clipping(training),
+    }
+
+
+def _clipping(training: Training) -> float:
+    """The gradient clipping, without which such a job does not load."""
+    config = training.values.get("ds_config")
+    known = training.optim.get("clip_grad", config.get("gradient_clipping", 0.0) if isinstance(config, dict) else 0.0)
+    return float(known) if isinstance(known, int | float) else 0.0
 
 
 def _state(job: Job, file: TorchFile, member: Trained) -> dict[str, Any]:

@@ -1,22 +1,25 @@
 """Write a universal checkpoint that DeepSpeed loads: ``--to deepspeed-universal``.
 
 The target holds ``latest_universal`` and ``global_step<N>_universal/`` with one folder per parameter beneath ``zero/``.
-Without a layout it is loaded by every stage of DeepSpeed 0.17 and later; ``zero=3`` writes the flat tensors that older
-versions of ZeRO-3 expect, ``zero=1`` and ``zero=2`` what those stages do.
+Without a layout it is loaded by every stage of DeepSpeed 0.17 and later (of other optimizers than Adam by ZeRO-1 and
+-2 only, since ZeRO-3 knows no other states); ``zero=3`` writes the flat tensors that older versions of ZeRO-3 expect,
+``zero=1`` and ``zero=2`` what those stages do.
 
 Options: ``frozen`` and ``precision`` as for ``--to deepspeed``.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ckptengine.errors import UnusableRequest
 from ckptengine.layout.dtypes import itemsize
-from ckptengine.sources.deepspeed.classes import loss_scaler, zero_stage
+from ckptengine.sources.deepspeed.classes import scaling, zero_stage
 from ckptengine.sources.deepspeed.modelfile import ds_version, model_states
-from ckptengine.sources.deepspeed.training import Trained, Training, training_of
+from ckptengine.sources.deepspeed.training import STEP, Trained, training_of, without_empty
+from ckptengine.sources.deepspeed.write_flat import FlatOrder, config_as_written
 from ckptengine.sources.deepspeed.write_plain import precision_of
 from ckptengine.sources.emit import Tensor
 from ckptengine.sources.stream import group_by_size
@@ -24,6 +27,7 @@ from ckptengine.sources.torchrecords import Run, TorchFile, memory_bytes, read_b
 from ckptengine.sources.writer import Document, Job, Target, Unit
 
 VERSION = 0.4
+ADAM = ("exp_avg", "exp_avg_sq")
 UNIT_BYTES = 64 << 20
 """Parameters are written together until their states have this size."""
 
@@ -68,14 +72,17 @@ class _Plan:
             raise UnusableRequest(f"a universal checkpoint has no ranks; leave {beyond[0]} out of the layout")
         self._job = job
         self._stage = job.layout.zero
-        self._training: Training = training_of(job)
+        training = without_empty(training_of(job))
+        config = config_as_written(training.values.get("ds_config", {}), FlatOrder())
+        self._training = dataclasses.replace(training, values={**training.values, "ds_config": config})
         if not self._training.groups:
             raise UnusableRequest("there is no parameter that an optimizer could train; write safetensors instead")
+        self._check()
         self.folder = f"global_step{job.step or 0}_universal"
         self._models: dict[str, tuple[int, int]] = {}
         if self._stage != 3:
             self._models[f"{self.folder}/mp_rank_00_model_states.pt"] = (self._stage or 1, 0)
-        if self._stage in (None, 0, 3):
+        if self._stage == 3 or (self._stage in (None, 0) and self._is_adam()):
             ranks = range(job.layout.dp)
             names = [f"{self.folder}/zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in ranks]
             self._models |= {name: (3, rank) for rank, name in enumerate(names)}
@@ -83,6 +90,26 @@ class _Plan:
         bundles = group_by_size(list(self._members), self._bytes_of, UNIT_BYTES)
         self._bundles = {f"parameters-{number:05d}": names for number, names in enumerate(bundles)}
         self.keys = [*self._models, *self._bundles]
+
+    def _check(self) -> None:
+        """Refuse states that DeepSpeed does not take from a universal checkpoint, and would go on without."""
+        for member in self._training.trained:
+            single = next((tensor for key, tensor in member.scalars.items() if key != STEP), None)
+            if single is not None:
+                raise UnusableRequest(
+                    f"{single} is a single number beside the step, and DeepSpeed takes none of those from a universal "
+                    "checkpoint; write it with --to deepspeed"
+                )
+        if self._stage == 3 and not self._is_adam():
+            raise UnusableRequest(
+                f"ZeRO-3 takes {' and '.join(ADAM)} from a universal checkpoint, and this optimizer's states are "
+                f"others; write it with --to deepspeed"
+            )
+
+    def _is_adam(self) -> bool:
+        """Whether the states are those that ZeRO-3 loads; a job of that stage finds no checkpoint elsewhere."""
+        trained = self._training.trained
+        return all(set(member.states) <= set(ADAM) for member in trained)
 
     def files(self, key: str) -> dict[str, tuple[TorchFile, object]]:
         """The files of a unit: their storages and values by path."""
@@ -106,10 +133,7 @@ class _Plan:
         half = precision_of(self._job, training) == "float16"
         state = {n: self._step(file, group.members) for n, group in enumerate(training.groups)}
         return {
-            "loss_scaler": loss_scaler(training.optim, half=half),
-            "dynamic_loss_scale": training.optim.get("dynamic_loss_scale", half),
-            "overflow": False,
-            "clip_grad": training.optim.get("clip_grad", 0.0),
+            **scaling(training.optim, half=half, all_of_it=False),
             "zero_stage": zero_stage(self._stage or 1),
             "group_paddings": [0] * len(groups),
             "param_alignment_paddings": [[0] * len(group.members) for group in training.groups],

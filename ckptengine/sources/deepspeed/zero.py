@@ -10,7 +10,7 @@ from typing import Any
 from ckptengine.errors import Damaged, UnreadableFormat
 from ckptengine.sources.deepspeed.autoep import autoep_layers, is_expert, on_rank, whole_name
 from ckptengine.sources.deepspeed.folder import StepFolder
-from ckptengine.sources.deepspeed.groups import Group, check_mapping, even_group, sliced_group
+from ckptengine.sources.deepspeed.groups import Group, check_mapping, dealt, dealt_back, even_group, sliced_group
 from ckptengine.sources.deepspeed.header import (
     ModelStates,
     Shapes,
@@ -82,7 +82,13 @@ def _read(folder: StepFolder, path: str) -> _RankFile:
 
 def _stage12(files: list[_RankFile], model: ModelStates, counts: list[int], module_of: ModuleOf) -> Partitions:
     masters = [file.list_of("single_partition_of_fp32_groups") for file in files]
-    shapes = model.shapes if model.shapes is not None else _mapped_shapes(files, module_of)
+    shuffled = "zero_stage" in files[0].state and model.round_robin  # the BF16_Optimizer takes no notice of it
+    shapes = model.shapes
+    if shapes is None:
+        shapes = _mapped_shapes(files, module_of)
+        if shuffled:
+            pairs = zip(shapes, counts, strict=True)
+            shapes = [{name: group[name] for name in dealt(list(group), count)} for group, count in pairs]
     if any(len(held) != len(shapes) for held in masters):
         raise UnreadableFormat(f"{files[0].path} does not hold {len(shapes)} groups, as the model file says")
     bases = [_base(file, len(shapes)) for file in files]
@@ -104,21 +110,14 @@ def _stage12(files: list[_RankFile], model: ModelStates, counts: list[int], modu
                 _unit(files, masters, bases, ranks, g),
                 options,
             )
-            if renamed is names and not _round_robin(model):
+            if renamed is names and not shuffled:
                 check_mapping(f"{files[0].path}, group {g}", group, [_mapping(files[rank], g) for rank in ranks])
             groups.append(group)
-            shown += (whole_name(name) for name in renamed)
+            shown += map(whole_name, dealt_back(list(renamed), len(ranks)) if shuffled else renamed)
         shown = list(dict.fromkeys(shown))
         named.append({**{key: value for key, value in options.items() if key != "params"}, "params": shown})
     rest = {key: value for key, value in files[0].state.items() if key not in _TENSOR_KEYS}
     return Partitions(tuple(groups), tuple(named), rest)
-
-
-def _round_robin(model: ModelStates) -> bool:
-    """With round-robin gradients the slice mappings wrongly follow another order than the flat groups."""
-    config = model.rest.get("ds_config")
-    zero = config.get("zero_optimization") if isinstance(config, dict) else None
-    return isinstance(zero, dict) and zero.get("round_robin_gradients") is True
 
 
 _TENSOR_KEYS = {

@@ -47,7 +47,11 @@ class DcpItems:
 
     def value(self, item: Item) -> object:
         """The plain value of an object's item; `DROPPED` when it is a tensor."""
-        return plain(TorchZip(self._files, item.path, item.offset, item.nbytes).load())
+        return plain(self.load(item))
+
+    def load(self, item: Item) -> object:
+        """The object of an item, its tensors as `StoredTensor`."""
+        return TorchZip(self._files, item.path, item.offset, item.nbytes).load()
 
     def _is_zip(self, item: Item) -> bool:
         head = self._files.read(item.path, item.offset, min(9, item.nbytes))

@@ -1,9 +1,9 @@
-"""The distributed optimizer's states in ``dp_reshardable`` checkpoints: flat buckets per model-parallel rank.
+"""The distributed optimizer's states in buckets, which name no parameter: ``dp_reshardable`` and its predecessors.
 
-A bucket names no parameter.  Megatron puts a rank's parameters into its buckets in the reverse order of the module,
-each from a multiple of `ALIGNMENT` elements on.  Which parameters those are follows from how the weights beside them
-are cut; the bounds of what was stored one by one, the buckets' lengths and a sample of the fp32 copies, rounded to the
-weights, must all agree with that, else the checkpoint is refused.
+Megatron puts a rank's parameters into its buckets in the reverse order of the module, each from a multiple of 64
+elements on.  Which parameters those are follows from how the weights beside them are cut; the bounds of what was stored
+one by one, the buckets' lengths and a sample of the fp32 copies, rounded to the weights, must all agree with that, else
+the checkpoint is refused.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import math
 import random
 import re
 from bisect import bisect_right
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 
 from ckptengine.errors import UnreadableFormat
 from ckptengine.layout.box import Box
@@ -21,9 +22,9 @@ from ckptengine.layout.dtypes import itemsize
 from ckptengine.layout.flat import flat_boxes
 from ckptengine.layout.tensor import Fragment
 from ckptengine.sources.dcp.metadata import Chunk, TensorRecord
-from ckptengine.sources.megatron.module_order import Parameter, stages
+from ckptengine.sources.megatron.module_order import TIED, Degrees, Model, models
+from ckptengine.sources.megatron.stages import Bucket, Buffer, Dealing, Ranks, Slot, align
 
-ALIGNMENT = 64
 MAX_CHECKED = 2000
 """Of more slots than these, so many drawn at random are compared with the weights."""
 
@@ -34,37 +35,12 @@ REMEDY = (
 )
 _BUCKET = re.compile(
     r"(?:chained_(\d+)\.)?optimizer\.distributed\.dp_group_idx_(\d+)"
-    r"\.gbuf_idx_(\d+)\.dtype_(.+)\.bucket_idx_(\d+)\.([^.]+)"
+    r"\.gbuf_idx_(\d+)\.dtype_(.+?)(?:\.bucket_idx_(\d+))?\.([^.]+)"
 )
 _DTYPE = re.compile(r"\(?torch\.(\w+)")
 
-Agrees = Callable[["Slot"], bool]
+Agrees = Callable[[Slot], bool]
 """Whether the fp32 copies at a slot, rounded, are the weight that lies there."""
-
-
-@dataclass(slots=True)
-class Bucket:
-    """One bucket: its length in elements, and the key of each state's tensor."""
-
-    length: int
-    keys: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """Where the elements of one rank's part of a parameter lie: from ``start`` on in ``bucket``."""
-
-    parameter: Parameter
-    bucket: Bucket
-    start: int
-
-
-@dataclass(frozen=True, slots=True)
-class Buffer:
-    """The buckets of one model-parallel rank, virtual stage and element type."""
-
-    dtype: str
-    buckets: tuple[Bucket, ...]
 
 
 def is_bucket(key: str) -> bool:
@@ -72,8 +48,11 @@ def is_bucket(key: str) -> bool:
     return _BUCKET.fullmatch(key) is not None
 
 
-def buffers_of(records: Mapping[str, TensorRecord]) -> dict[tuple[int, int], list[Buffer]]:
-    """(optimizer of a chain, model-parallel rank) -> its buffers, in order."""
+def buffers_of(records: Mapping[str, TensorRecord]) -> dict[int, dict[int, list[Buffer]]]:
+    """The buffers of each model-parallel rank, in order, for each optimizer of a chain.
+
+    A buffer without numbered buckets is one that was put together from several, without the gaps between them.
+    """
     found: dict[tuple[int, int], dict[tuple[int, str], dict[int, Bucket]]] = {}
     for key, record in records.items():
         match = _BUCKET.fullmatch(key)
@@ -84,16 +63,18 @@ def buffers_of(records: Mapping[str, TensorRecord]) -> dict[tuple[int, int], lis
             raise UnreadableFormat(f"the buffer {key!r} of the distributed optimizer is not known; {REMEDY}")
         place = found.setdefault((int(match[1] or 0), int(match[2])), {})
         buckets = place.setdefault((int(match[3]), dtype[1]), {})
-        bucket = buckets.setdefault(int(match[5]), Bucket(record.shape[0]))
+        bucket = buckets.setdefault(int(match[5] or 0), Bucket(record.shape[0]))
+        if match[5] is not None and not bucket.keys:
+            bucket.add_bounds(record.chunks)
         bucket.keys[MASTER if match[6] == "param" else match[6]] = key
         if bucket.length != record.shape[0]:
             raise UnreadableFormat(f"the states of a bucket have different lengths at {key!r}; {REMEDY}")
-    made: dict[tuple[int, int], list[Buffer]] = {}
-    for place_of, buffers in sorted(found.items()):
+    made: dict[int, dict[int, list[Buffer]]] = {}
+    for (chain, rank), buffers in sorted(found.items()):
         rows = []
         for (_, dtype_name), buckets in sorted(buffers.items()):
             rows.append(Buffer(dtype_name, tuple(bucket for _, bucket in sorted(buckets.items()))))
-        made[place_of] = rows
+        made.setdefault(chain, {})[rank] = rows
     return made
 
 
@@ -103,92 +84,85 @@ def find_slots(records: Mapping[str, TensorRecord], arguments: Mapping[str, obje
     ``arguments`` are those of Megatron where the checkpoint has them: parallel degrees are taken from them.
     """
     weights = {key: record for key, record in records.items() if "optimizer." not in key}
-    ranks = buffers_of(records)
+    chains = buffers_of(records)
     slots: list[Slot] = []
-    for chain in sorted({chain for chain, _ in ranks}):
-        mine = {rank: buffers for (other, rank), buffers in ranks.items() if other == chain}
-        is_chained = len({other for other, _ in ranks}) > 1
-        slots += _of_chain(weights, records, mine, arguments, agrees, chain if is_chained else None)
+    for chain, ranks in chains.items():
+        experts = chain > 0 if len(chains) > 1 else None  # the first one has all but the experts
+        slots += _of_chain(weights, ranks, arguments, agrees, experts)
     return slots
 
 
 def _of_chain(
     weights: Mapping[str, TensorRecord],
-    records: Mapping[str, TensorRecord],
-    ranks: Mapping[int, Sequence[Buffer]],
+    ranks: Ranks,
     arguments: Mapping[str, object],
     agrees: Agrees,
-    chain: int | None,
+    experts: bool | None,
 ) -> list[Slot]:
-    if sorted(ranks) != list(range(len(ranks))):
-        raise UnreadableFormat(f"buckets of a model-parallel rank are missing: there are those of {sorted(ranks)}")
-    lengths = {len(buffers) for buffers in ranks.values()}
-    if len(lengths) > 1:
-        raise UnreadableFormat(f"model-parallel ranks have different numbers of buffers; {REMEDY}")
-    for layout in stages(weights, arguments, len(ranks), chain):
-        made: list[Slot] = []
-        for rank, buffers in ranks.items():
-            placed = _place(list(layout.parameters(rank, len(buffers))), buffers, records)
-            if placed is None:
-                break
-            made += placed
-        else:
-            sample = made if len(made) <= MAX_CHECKED else random.Random(0).sample(made, MAX_CHECKED)
-            if all(agrees(slot) for slot in sample):
-                return made
+    degrees = list(_degrees(arguments, 1 + max(ranks), experts))
+    chunks = _known(arguments, "virtual_pipeline_model") if "pipeline_model_parallel_size" in arguments else None
+    widest = max(len(buffers) for buffers in ranks.values())
+    candidates = [(model, each) for model in models(weights, experts) for each in degrees]
+    for model, each in candidates:
+        counts = [chunks or 1] if "pipeline_model_parallel_size" in arguments else range(1, widest + 1)
+        for count in counts if each.pp > 1 else (1,):
+            for slots in Dealing(model, each, count, ranks):
+                sample = slots if len(slots) <= MAX_CHECKED else random.Random(0).sample(slots, MAX_CHECKED)
+                if all(map(agrees, sample)):
+                    return slots
+    for model, each in candidates:  # with parameters that are not trained
+        found = _aligned(model, each, ranks, agrees)
+        if found is not None:
+            return found
     raise UnreadableFormat(
         "the distributed optimizer's buckets (dp_reshardable) do not fit the weights in any order of parameters that "
         f"is known, so its states cannot be named; {REMEDY}"
     )
 
 
-def _place(
-    chunks: Sequence[Sequence[Parameter]], buffers: Sequence[Buffer], records: Mapping[str, TensorRecord]
-) -> list[Slot] | None:
-    """Slots of the virtual stages' parameters, each stage one buffer for each element type; None where they do not fit.
-
-    Buffers of one stage follow one another in the order in which their types first occur.
-    """
+def _aligned(model: Model, degrees: Degrees, ranks: Ranks, agrees: Agrees) -> list[Slot] | None:
+    """Slots where only some parameters are trained, told by their contents; None where that leaves any doubt."""
     slots: list[Slot] = []
-    position = 0
-    for parameters in chunks:
-        dtypes = list(dict.fromkeys(parameter.dtype for parameter in parameters))
-        here = buffers[position : position + len(dtypes)]
-        position += len(dtypes)
-        if sorted(buffer.dtype for buffer in here) != sorted(dtypes):
-            return None
-        for buffer in here:
-            filled = _fill([p for p in parameters if p.dtype == buffer.dtype][::-1], buffer, records)
-            if filled is None:
-                return None
-            slots += filled
-    return slots if position == len(buffers) else None
+    for pp in range(degrees.pp):
+        for rank, tp, ep in degrees.ranks(pp):
+            order = [p for block in range(len(model.blocks)) for p in model.parameters(block, tp, ep, degrees)]
+            if pp and TIED in model.weights and any(after for _, after in model.copies):
+                order.append(replace(model.part(TIED, None, tp, degrees.tp), is_copy=True))
+            for buffer in ranks.get(rank, ()):
+                found = align([p for p in order if p.dtype == buffer.dtype][::-1], buffer, agrees)
+                if found is None:
+                    return None
+                slots += found
+    held = Counter((slot.parameter.key, box) for slot in slots for box in slot.parameter.boxes)
+    twice = {key for (key, _), count in held.items() if count > 1} - {TIED}
+    replicas = {slot.parameter.key for slot in slots if slot.parameter.is_copy}
+    parts: dict[str, set[Box]] = defaultdict(set)
+    for key, box in held:
+        parts[key].add(box)
+    partly = [key for key, boxes in parts.items() if len(boxes) < len({c.offsets for c in model.weights[key].chunks})]
+    return None if twice - replicas or partly else slots
 
 
-def _fill(parameters: Sequence[Parameter], buffer: Buffer, records: Mapping[str, TensorRecord]) -> list[Slot] | None:
-    slots: list[Slot] = []
-    rest = iter(buffer.buckets)
-    bucket, end = next(rest, None), 0
-    bounds = _bounds(bucket, records)
-    for parameter in parameters:
-        if bucket is not None and end == bucket.length:
-            bucket, end = next(rest, None), 0
-            bounds = _bounds(bucket, records)
-        if bucket is None:
-            return None
-        start = -(-end // ALIGNMENT) * ALIGNMENT
-        end = start + parameter.size
-        if start not in bounds or end not in bounds:  # parameters were stored one by one
-            return None
-        slots.append(Slot(parameter, bucket, start))
-    is_full = bucket is not None and end == bucket.length and next(rest, None) is None
-    return slots if is_full else None
+def _degrees(arguments: Mapping[str, object], ranks: int, experts: bool | None) -> Iterator[Degrees]:
+    """Degrees for at least so many ranks: those of the arguments, or any with that product."""
+    tp, pp = _known(arguments, "tensor_model"), _known(arguments, "pipeline_model")
+    ep = _known(arguments, "expert_model") if experts else 1
+    if experts:
+        tp = _known(arguments, "expert_tensor") or tp
+    if tp and pp and ep:
+        yield Degrees(tp, ep, pp)
+        return
+    for one in range(1, ranks + 1):
+        for two in range(1, ranks // one + 1):
+            three = ranks // (one * two)
+            fits = one * two * three == ranks
+            if fits and tp in (None, one) and ep in (None, two) and pp in (None, three):
+                yield Degrees(one, two, three)
 
 
-def _bounds(bucket: Bucket | None, records: Mapping[str, TensorRecord]) -> set[int]:
-    """Where the pieces that were stored of a bucket begin and end."""
-    chunks = records[next(iter(bucket.keys.values()))].chunks if bucket is not None else ()
-    return {at for c in chunks for at in (c.offsets[0], c.offsets[0] + c.shape[0])}
+def _known(arguments: Mapping[str, object], axis: str) -> int | None:
+    size = arguments.get(f"{axis}_parallel_size")
+    return size if isinstance(size, int) and size > 0 else None
 
 
 def state_fragments(

@@ -1,37 +1,62 @@
-"""Which parts of which parameters a model-parallel rank trained, in the order of its module.  Pure.
+"""The parameters of a model in the order of its modules, and which parts of them a rank trained.  Pure.
 
-A ``torch_dist`` checkpoint says how each weight was cut, but not which rank held what.  `stages` lists the ways in
-which that can have been; the caller tells by sizes and contents which one it was.
+A ``torch_dist`` checkpoint says how each weight was cut, but neither what order the modules had nor which rank held
+what.  `models` lists the orders in question; the caller tells by sizes and contents which one it was.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ckptengine.layout.box import Box
 from ckptengine.sources.dcp.metadata import TensorRecord
 
 _STACKED = re.compile(r"((?:.*\.)?layers\.)(?!\d)(.+)")
-_NUMBERED = re.compile(r"((?:.*\.)?layers\.)(\d+)\.(.+)")
+_NUMBERED = re.compile(r"((?:.*?\.)?layers\.)(\d+)\.(.+)")
 _BUFFERS = re.compile(r".*(\.expert_bias|inv_freq|_extra_state.*|local_tokens_per_expert)")
-_TIED = "embedding.word_embeddings.weight"
-_OUTPUT = "output_layer.weight"
+TIED = "embedding.word_embeddings.weight"
+OUTPUTS = {"output_layer.weight", "lm_head.output_layer.weight"}
 MAX_LAYERS = 4096
-_KNOWN_ORDERS: tuple[tuple[str, ...], ...] = (
-    ("input_layernorm", "linear_qkv.layer_norm", "linear_proj", "linear_q", "linear_k", "q_layernorm", "k_layernorm",
-     "pre_mlp_layernorm", "linear_fc1.layer_norm", "router", "experts", "linear_fc1", "linear_fc2"),
-    ("linear_proj", "linear_qkv.layer_norm", "linear_q", "linear_k", "q_layernorm", "k_layernorm",
-     "pre_mlp_layernorm", "linear_fc1.layer_norm", "router", "experts", "linear_fc1", "linear_fc2"),
+
+_ATTENTION = (
+    r"linear_proj", r"linear_(qkv|q_down_proj|q_proj|q)\b", r"linear_q_up_proj", r"linear_kv_down_proj",
+    r"linear_(kv_up_proj|kv)\b", r"q_layernorm", r"kv?_layernorm",
 )  # fmt: skip
+_MLP = (
+    r"pre_mlp_layernorm|mlp\.linear_fc1\.layer_norm", r"router", r"\.experts\.", r"shared_experts\.gate",
+    r"shared_experts\.linear_fc1", r"shared_experts\.linear_fc2", r"mlp\.linear_fc1", r"mlp\.linear_fc2",
+    r"\bfinal_layernorm",
+)  # fmt: skip
+_HEAD = (r"\benorm", r"\bhnorm", r"eh_proj")
+_REST = (
+    *(f"self_attention\\.{part}" for part in _ATTENTION),
+    r"pre_cross_attn",
+    *(f"cross_attention\\.{part}" for part in _ATTENTION),
+    *_MLP,
+)
+_LAYER_ORDERS: tuple[tuple[str, ...], ...] = (
+    (*_HEAD, r"input_layernorm|self_attention\.linear_q\w*\.layer_norm", *_REST),
+    (*_HEAD, r"input_layernorm", r"self_attention\.linear_proj", r"self_attention\.linear_q\w*\.layer_norm", *_REST),
+)
 """The order of a layer's modules: with norms of their own, and with norms fused into the layers that follow them."""
+
+_MODEL_ORDER = (
+    r".*\bword_embeddings", r".*\bposition_embeddings", r".*embedding", r".*encoder\.layers", r".*encoder\.",
+    r".*decoder\.layers", r".*decoder\.", r"mtp\.layers", r".*lm_head\.dense", r".*lm_head\.layer_norm",
+    r".*output_layer", r".*binary_head",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A rank's part of a parameter: the boxes of the weight under ``key`` that it is made of, one after another."""
+    """A rank's part of a parameter: the boxes of the weight under ``key`` that it is made of, one after another.
+
+    ``is_copy``: another rank holds the same one.
+    """
 
     key: str
     dtype: str
@@ -43,154 +68,144 @@ class Parameter:
         return sum(box.size for box in self.boxes)
 
 
-@dataclass(frozen=True, slots=True)
-class _Module:
-    """The model's keys in order: before the layers, of each layer, after them."""
+Entry = tuple[str, int | None]
+"""A key, and the index on its first dimension where that is made of layers."""
 
-    before: tuple[str, ...]
-    layers: tuple[tuple[tuple[str, int | None], ...], ...]
-    after: tuple[str, ...]
+Copies = tuple[bool, bool]
+"""Whether there is a copy of the embedding before and after the blocks of a stage."""
+
+NO_COPIES: Copies = (False, False)
+
+
+@dataclass(frozen=True, slots=True)
+class Degrees:
+    """Tensor-, expert- and pipeline-parallel degree; ranks count tensor-parallel first, pipeline last."""
+
+    tp: int
+    ep: int
+    pp: int
+
+    @property
+    def size(self) -> int:
+        return self.tp * self.ep * self.pp
+
+    def ranks(self, pp: int) -> Iterator[tuple[int, int, int]]:
+        """(rank, tensor-parallel rank, expert-parallel rank) of those on a pipeline stage."""
+        for ep, tp in itertools.product(range(self.ep), range(self.tp)):
+            yield tp + self.tp * (ep + self.ep * pp), tp, ep
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model's parameters in order, as blocks that lie on one rank each: a layer, or a parameter outside of layers."""
+
+    weights: Mapping[str, TensorRecord]
+    blocks: tuple[tuple[Entry, ...], ...]
+    one_by_one: bool
     _boxes: dict[tuple[str, int], dict[tuple[int, ...], list[Box]]] = field(default_factory=dict)
 
-    def boxes(self, weights: Mapping[str, TensorRecord], key: str, axes: int) -> dict[tuple[int, ...], list[Box]]:
+    @property
+    def copies(self) -> tuple[Copies, ...]:
+        """The copies of the embedding that a later stage may have: before its layers, to predict more than one token;
+        after them, as an output layer that is tied to it.
+        """
+        if TIED not in self.weights:
+            return (NO_COPIES,)
+        after = (False,) if self.weights.keys() & OUTPUTS else (False, True)
+        before = (False, True) if any(key.startswith("mtp.") for key in self.weights) else (False,)
+        return tuple(itertools.product(before, after))
+
+    def parameters(self, block: int, tp: int, ep: int, degrees: Degrees) -> list[Parameter]:
+        """A rank's parts of the parameters of a block."""
+        found: list[Parameter] = []
+        experts = [entry for entry in self.blocks[block] if is_expert(entry[0])]
+        for key, layer in self.blocks[block]:
+            if not is_expert(key):
+                found.append(self.part(key, layer, tp, degrees.tp))
+            elif (key, layer) == experts[0]:
+                found += self._of_experts(experts, tp, ep, degrees)
+        return found
+
+    def part(self, key: str, layer: int | None, tp: int, tps: int, expert: int | None = None) -> Parameter:
+        """A tensor-parallel rank's part of a parameter: every ``tps``-th piece of it, or all of it."""
+        at = tuple(number for number in (layer, expert) if number is not None)
+        boxes = self._boxes_of(key, len(at)).get(at, [])
+        mine = boxes if len(boxes) % tps else boxes[tp::tps]
+        return Parameter(key, self.weights[key].dtype, tuple(mine), tp > 0 and len(boxes) == 1)
+
+    def _of_experts(self, entries: Sequence[Entry], tp: int, ep: int, degrees: Degrees) -> Iterator[Parameter]:
+        """Experts one after another with all of their parameters, or one matrix of all experts after another."""
+        key, layer = entries[0]
+        count = self.weights[key].shape[0 if layer is None else 1] // degrees.ep
+        experts = range(ep * count, (ep + 1) * count)
+        matrices = [list(group) for _, group in itertools.groupby(entries, lambda entry: entry[0].rpartition(".")[0])]
+        for runs in [entries] if self.one_by_one else matrices:
+            for expert in experts:
+                yield from (self.part(name, at, tp, degrees.tp, expert) for name, at in runs)
+
+    def _boxes_of(self, key: str, axes: int) -> dict[tuple[int, ...], list[Box]]:
         """The boxes of a weight in order, by their offsets on the first ``axes`` dimensions (layers, experts)."""
         if (key, axes) not in self._boxes:
             found: dict[tuple[int, ...], list[Box]] = defaultdict(list)
-            for chunk in sorted(weights[key].chunks, key=lambda chunk: chunk.offsets):
+            for chunk in sorted(self.weights[key].chunks, key=lambda chunk: chunk.offsets):
                 if 0 not in chunk.shape:
                     found[chunk.offsets[:axes]].append(Box(chunk.offsets, chunk.shape))
             self._boxes[key, axes] = found
         return self._boxes[key, axes]
 
 
-@dataclass(frozen=True, slots=True)
-class Stages:
-    """One way in which a model may have lain on its model-parallel ranks."""
+def models(weights: Mapping[str, TensorRecord], experts: bool | None) -> Iterator[Model]:
+    """The orders that the modules of ``weights`` can have, likely ones first; ``experts``: only they, or all but they.
 
-    weights: Mapping[str, TensorRecord]
-    module: _Module
-    tp: int
-    pp: int
-    ep: int
-    first: int
-    experts: bool | None
-
-    def parameters(self, rank: int, buffers: int) -> Iterator[list[Parameter]]:
-        """The parameters of each virtual stage of a rank; ranks count tensor-parallel first, pipeline last."""
-        tp, rest = rank % self.tp, rank // self.tp
-        ep, pp = rest % self.ep, rest // self.ep
-        for chunk in range(self._chunks(buffers)):
-            yield self._chunk(tp, ep, pp, chunk, self._chunks(buffers))
-
-    def _chunks(self, buffers: int) -> int:
-        return buffers if self.pp > 1 and len(self.module.layers) % (self.pp * buffers) == 0 else 1
-
-    def _chunk(self, tp: int, ep: int, pp: int, chunk: int, chunks: int) -> list[Parameter]:
-        start, stop = self._layers(chunk * self.pp + pp, self.pp * chunks)
-        found: list[Parameter] = []
-        if pp == 0 and chunk == 0:
-            found += [self._part(key, None, tp) for key in self.module.before]
-        for layer in self.module.layers[start:stop]:
-            found += [self._part(key, index, tp) for key, index in layer if not _is_expert(key)]
-            found += self._of_experts([entry for entry in layer if _is_expert(entry[0])], tp, ep)
-        if pp == self.pp - 1 and chunk == chunks - 1:
-            found += [self._part(key, None, tp) for key in self.module.after]
-            if self.pp > 1 and self.experts is not True and _TIED in self.weights and _OUTPUT not in self.weights:
-                tied = self._part(_TIED, None, tp)
-                found.append(Parameter(tied.key, tied.dtype, tied.boxes, True))
-        return found
-
-    def _layers(self, stage: int, count: int) -> tuple[int, int]:
-        total = len(self.module.layers)
-        if self.first and count == self.pp and count > 1:
-            each = (total - self.first) // (count - 1)
-            return (0, self.first) if stage == 0 else (self.first + (stage - 1) * each, self.first + stage * each)
-        each = -(-total // count)
-        return min(stage * each, total), min((stage + 1) * each, total)
-
-    def _of_experts(self, entries: Sequence[tuple[str, int | None]], tp: int, ep: int) -> Iterator[Parameter]:
-        """Experts one after another, each with all of its parameters."""
-        if not entries:
-            return
-        key, layer = entries[0]
-        count = self.weights[key].shape[0 if layer is None else 1] // self.ep
-        for expert in range(ep * count, (ep + 1) * count):
-            yield from (self._part(key, layer, tp, expert) for key, layer in entries)
-
-    def _part(self, key: str, layer: int | None, tp: int, expert: int | None = None) -> Parameter:
-        at = tuple(number for number in (layer, expert) if number is not None)
-        boxes = self.module.boxes(self.weights, key, len(at))[at]
-        mine = boxes if len(boxes) % self.tp else boxes[tp :: self.tp]
-        return Parameter(key, self.weights[key].dtype, tuple(mine), tp > 0 and len(boxes) == 1)
-
-
-def stages(
-    weights: Mapping[str, TensorRecord], arguments: Mapping[str, object], ranks: int, chain: int | None
-) -> Iterator[Stages]:
-    """The ways in which the weights can have lain on ``ranks`` model-parallel ranks, likely ones first.
-
-    ``chain`` is the optimizer's number in a chain: the first has all but the experts, the others the experts.
+    The order in which the checkpoint names them is the module's, unless ranks shared out what they wrote.
     """
-    experts = None if chain is None else chain > 0
-    trained = {key: record for key, record in weights.items() if _BUFFERS.fullmatch(key) is None}
-    first = arguments.get("decoder_first_pipeline_num_layers")
-    for tp, ep, pp in _degrees(arguments, ranks, experts):
-        for order in (None, *_KNOWN_ORDERS):
-            module = _module(trained, order, experts)
-            if module is not None:
-                yield Stages(trained, module, tp, pp, ep, first if isinstance(first, int) else 0, experts)
+    trained = {
+        key: record
+        for key, record in weights.items()
+        if not is_buffer(key) and (experts is None or experts == is_expert(key))
+    }
+    seen = set()
+    for order in (None, *_LAYER_ORDERS):
+        blocks = _blocks(trained, order)
+        for one_by_one in (True, False) if any(map(is_expert, trained)) else (True,):
+            if blocks is not None and (blocks, one_by_one) not in seen:
+                seen.add((blocks, one_by_one))
+                yield Model(trained, blocks, one_by_one)
 
 
-def _degrees(arguments: Mapping[str, object], ranks: int, experts: bool | None) -> Iterator[tuple[int, int, int]]:
-    """Tensor-, expert- and pipeline-parallel degrees whose product is ``ranks``: those of the arguments, or any."""
-
-    def known(*names: str) -> int | None:
-        found = (arguments.get(f"{name}_parallel_size") for name in names)
-        return next((size for size in found if isinstance(size, int) and size > 0), None)
-
-    tp, pp = known("tensor_model"), known("pipeline_model")
-    ep = known("expert_model") if experts else 1
-    if experts:
-        tp = known("expert_tensor") or tp
-    for one in range(1, ranks + 1):
-        for two in range(1, ranks // one + 1):
-            three = ranks // (one * two)
-            fits = one * two * three == ranks
-            if fits and tp in (None, one) and ep in (None, two) and pp in (None, three):
-                yield one, two, three
-
-
-def _module(weights: Mapping[str, TensorRecord], order: Sequence[str] | None, experts: bool | None) -> _Module | None:
-    before: list[str] = []
-    after: list[str] = []
-    layers: dict[int, list[tuple[str, int | None, str]]] = {}
+def _blocks(weights: Mapping[str, TensorRecord], order: Sequence[str] | None) -> tuple[tuple[Entry, ...], ...] | None:
+    """The blocks in the order in which the weights are named, or by ``order``; None where layers make no sense."""
+    sections: dict[str, dict[int, list[tuple[Entry, str]]]] = {}
     for key, record in weights.items():
-        if experts is not None and experts != _is_expert(key):
-            continue
         if match := _STACKED.fullmatch(key):
             if not record.shape or record.shape[0] > MAX_LAYERS:
                 return None
             for layer in range(record.shape[0]):
-                layers.setdefault(layer, []).append((key, layer, match[2]))
+                sections.setdefault(match[1], {}).setdefault(layer, []).append(((key, layer), match[2]))
         elif match := _NUMBERED.fullmatch(key):
-            layers.setdefault(int(match[2]), []).append((key, None, match[3]))
+            sections.setdefault(match[1], {}).setdefault(int(match[2]), []).append(((key, None), match[3]))
         else:
-            (before if "embedding" in key else after).append(key)
-    if sorted(layers) != list(range(len(layers))):
-        return None
-    rows = [layers[number] for number in range(len(layers))]
-    if order is not None:
-        for row in rows:
-            row.sort(key=lambda entry: _rank(entry[2], order))
-        before.sort(key=lambda key: ("word_" not in key, "position" not in key))
-        after.sort(key=lambda key: ("final_" not in key, key.endswith("bias")))
-    return _Module(tuple(before), tuple(tuple((key, at) for key, at, _ in row) for row in rows), tuple(after))
+            sections[key] = {0: [((key, None), key)]}
+    names = sections if order is None else sorted(sections, key=lambda name: _rank(name, _MODEL_ORDER, re.match))
+    blocks = []
+    for name in names:
+        for _, row in sorted(sections[name].items()):
+            if order is not None:
+                row.sort(key=lambda entry: _rank(entry[1], order, re.search))
+            blocks.append(tuple(entry for entry, _ in row))
+    return tuple(blocks)
 
 
-def _is_expert(key: str) -> bool:
-    return ".experts." in key and ".shared_experts." not in key
+def is_buffer(key: str) -> bool:
+    """Whether ``key`` names something of a module that is not trained."""
+    return _BUFFERS.fullmatch(key) is not None
 
 
-def _rank(name: str, order: Sequence[str]) -> tuple[int, int]:
-    place = next((number for number, part in enumerate(order) if part in name), len(order))
-    return place, int(name.endswith("bias"))
+def is_expert(key: str) -> bool:
+    """Whether ``key`` names a part of an expert, shared ones left aside."""
+    return ".experts." in key
+
+
+def _rank(name: str, order: Sequence[str], matches: Callable[[str, str], object]) -> tuple[int, bool]:
+    place = next((number for number, part in enumerate(order) if matches(part, name)), len(order))
+    return place, name.endswith("bias")

@@ -8,6 +8,7 @@ buffers; shapes and sizes must agree with that, else the checkpoint is refused.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from ckptengine.layout.dtypes import itemsize
 from ckptengine.sources.files import InlineFiles
 from ckptengine.sources.held import Chunk, Held, Number, Whole, flat
 from ckptengine.sources.megatron.masters import ROUNDED, SAMPLE, rounds_to
+from ckptengine.sources.megatron.module_order import is_buffer
 from ckptengine.sources.megatron.rankfile import RankFile
 from ckptengine.sources.megatron.steps import common_step
 from ckptengine.sources.megatron.unpadded import Viewed, aligned, without_padding
@@ -24,6 +26,7 @@ from ckptengine.sources.stored import StoredTensor
 
 _SHARED = ("word_embeddings.weight", "output_layer.weight")
 MASTER = "master"
+TRAINED = ("float32", "bfloat16", "float16", "float64")
 Entry = tuple[str, str, Held]
 
 
@@ -66,7 +69,7 @@ def optimizer_states(
         held = buffers[number] if number < len(buffers) else None
         if isinstance(held, dict):
             found += made.from_buffers(held)
-        elif rank.buffers is None or made.has_states:  # else another expert-parallel rank has this one's buffers
+        elif not made.is_distributed:  # else another expert-parallel rank has this one's buffers
             found += made.from_states()
         groups += made.named_groups()
     return found, groups
@@ -82,41 +85,40 @@ class _Optimizer:
         self._outer = state
         inner = state.get("optimizer", state)
         self._inner: Mapping[Any, Any] = inner if isinstance(inner, dict) else {}
-        self._parameters = parameters
         self._inline = inline
         groups = self._inner.get("param_groups")
         self._groups = [group for group in groups if isinstance(group, dict)] if isinstance(groups, list) else []
+        self._trained = _trained(parameters)
+        self._sets = _buffer_sets(self._trained)
+        if self.is_distributed:
+            self._trained = [parameter for members in self._sets for parameter in members]
         self._members = [self._members_of(number, group) for number, group in enumerate(self._groups)]
 
     @property
-    def has_states(self) -> bool:
-        """Whether the states lie here, and not in buffers."""
-        return bool(self._inner.get("state"))
+    def is_distributed(self) -> bool:
+        """Whether the states lie in buffers: Megatron takes the positions out of the groups then."""
+        return not any("params" in group for group in self._groups)
 
     def named_groups(self) -> list[dict[Any, Any]]:
-        return [
-            {**group, "params": [parameter.name for parameter in members]}
-            for group, members in zip(self._groups, self._members, strict=True)
-        ]
+        """The groups with names; without any where the rule does not put every parameter into just one group."""
+        names = [[parameter.name for parameter in members] for members in self._members]
+        listed = Counter(name for group in names for name in group)
+        if listed != Counter({parameter.name: 1 for parameter in self._trained}):
+            return [{key: value for key, value in group.items() if key != "params"} for group in self._groups]
+        return [{**group, "params": held} for group, held in zip(self._groups, names, strict=True)]
 
     def from_states(self) -> Iterator[Entry]:
         """States by position, and fp32 copies by group and position."""
         states = self._inner.get("state")
-        masters = self._outer.get("fp32_from_fp16_params")
         by_position: Mapping[Any, Any] = states if isinstance(states, dict) else {}
         step = common_step(by_position.get("common_step"), self._inline)
         for number, (group, members) in enumerate(zip(self._groups, self._members, strict=True)):
-            positions = group.get("params")
-            if not isinstance(positions, list) or len(positions) != len(members):
-                count = len(positions) if isinstance(positions, list) else 0
-                raise UnreadableFormat(
-                    f"{self._rank.path}: group {number} of the optimizer has {count} parameters, but {len(members)} of "
-                    "the module's parameters belong to it; the states cannot be named"
-                )
-            copies = masters[number] if isinstance(masters, list) and number < len(masters) else []
-            for at, (position, parameter) in enumerate(zip(positions, members, strict=True)):
-                if isinstance(copies, list) and at < len(copies) and isinstance(copies[at], StoredTensor):
-                    yield self._entry(parameter, MASTER, copies[at])
+            positions = group.get("params", range(len(members)))
+            copies = iter(self._copies_of(number))
+            for position, parameter in zip(positions, members, strict=True):
+                copy = next(copies, None) if parameter.tensor.dtype != "float32" else None  # fp32 ones have none
+                if isinstance(copy, StoredTensor):
+                    yield self._entry(parameter, MASTER, copy)
                 state = by_position.get(position)
                 for key, value in state.items() if isinstance(state, dict) else ():
                     if isinstance(value, StoredTensor):
@@ -124,10 +126,16 @@ class _Optimizer:
                 if step is not None:
                     yield parameter.name, "step", Number(*step)
 
+    def _copies_of(self, number: int) -> Sequence[object]:
+        """The fp32 copies of a group's 16-bit parameters."""
+        copies = self._outer.get("fp32_from_fp16_params")
+        held = copies[number] if isinstance(copies, list) and number < len(copies) else ()
+        return held if isinstance(held, list) else ()
+
     def from_buffers(self, buffers: Mapping[Any, Any]) -> Iterator[Entry]:
         """States of the distributed optimizer: one flat buffer per state, virtual stage and element type."""
         step = common_step(self._groups, self._inline)
-        sets = self._buffer_sets()
+        sets = [members[::-1] for members in self._sets]
         held = [value for key, value in sorted(((k, v) for k, v in buffers.items() if type(k) is int))]
         if len(held) != len(sets):
             raise UnreadableFormat(f"{self._rank.path}: the optimizer has {len(held)} buffers, the module {len(sets)}")
@@ -155,30 +163,34 @@ class _Optimizer:
             )
         return parameter.name, key, Whole(value)
 
-    def _trained(self) -> list[Parameter]:
-        """Parameters in the module's order, each storage once (a tied one is trained under its first name)."""
-        floats = ("float32", "bfloat16", "float16", "float64")
-        seen: set[tuple[object, ...]] = set()
-        found = []
-        for parameter in self._parameters:
-            if parameter.tensor.dtype in floats and parameter.tensor.identity not in seen:
-                seen.add(parameter.tensor.identity)
-                found.append(parameter)
-        return found
-
     def _members_of(self, number: int, group: Mapping[str, Any]) -> list[Parameter]:
         """The parameters of a group.  Where the rule fails (frozen parameters, groups of the user's own), those whose
         weights are the group's fp32 copies, rounded, if there is just one such choice in the module's order.
         """
         members = self._of_group(group)
-        positions, masters = group.get("params"), self._outer.get("fp32_from_fp16_params")
-        copies = masters[number] if isinstance(masters, list) and number < len(masters) else None
-        if not isinstance(positions, list) or not isinstance(copies, list) or len(positions) == len(members):
+        positions, copies = group.get("params"), self._copies_of(number)
+        if not isinstance(positions, list):
             return members
-        trained = self._trained()
-        first = self._earliest(copies, trained)
-        last = self._earliest(copies[::-1], trained[::-1])
-        return first if first is not None and last is not None and first == last[::-1] else members
+        if len(positions) == len(members) and self._are_copies(copies, members):
+            return members
+        first = self._earliest(copies, self._trained)
+        last = self._earliest(copies[::-1], self._trained[::-1])
+        if len(positions) != len(copies) or first is None or last is None or first != last[::-1]:
+            raise UnreadableFormat(
+                f"{self._rank.path}: group {number} of the optimizer has {len(positions)} parameters, but "
+                f"{len(members)} of the module's parameters belong to it, or others; the states cannot be named"
+            )
+        return first
+
+    def _are_copies(self, copies: Sequence[object], members: Sequence[Parameter]) -> bool:
+        """Whether a sample of the members have the fp32 copies at their places; True where there are no copies."""
+        halves = [member for member in members if member.tensor.dtype != "float32"]
+        if not copies:
+            return True
+        if len(copies) != len(halves):
+            return False
+        sample = list(zip(copies, halves, strict=True))[:: max(1, len(halves) // SAMPLE)]
+        return all(isinstance(copy, StoredTensor) and self._is_copy(copy, member) for copy, member in sample)
 
     def _earliest(self, copies: Sequence[object], parameters: Sequence[Parameter]) -> list[Parameter] | None:
         rest, found = iter(parameters), []
@@ -195,21 +207,12 @@ class _Optimizer:
     def _of_group(self, group: Mapping[Any, Any]) -> list[Parameter]:
         """The parameters of a group, by the rule that Megatron groups them by."""
         decayed = group.get("wd_mult", group.get("pre_wd_mult"))
-        members = self._trained()
+        members = self._trained
         if decayed is not None and len(self._groups) > 1:
             members = [p for p in members if p.is_decayed == (decayed != 0)]
-        expert = group.get("is_expert_parallel")
-        return [p for p in members if expert is None or p.is_expert == expert or not self._has_experts()]
-
-    def _has_experts(self) -> bool:
-        return any(parameter.is_expert for parameter in self._parameters)
-
-    def _buffer_sets(self) -> list[list[Parameter]]:
-        """The parameters of each buffer, last first: there is one per virtual stage and element type."""
-        sets: dict[tuple[int, str], list[Parameter]] = {}
-        for parameter in self._trained():
-            sets.setdefault((parameter.chunk, parameter.tensor.dtype), []).append(parameter)
-        return [members[::-1] for members in sets.values()]
+        if not any(other.get("is_expert_parallel") for other in self._groups):
+            return members  # experts are in groups of their own where they are parallel only
+        return [p for p in members if p.is_expert == bool(group.get("is_expert_parallel"))]
 
     def _starts(self, members: Sequence[Parameter], tensors: Mapping[str, StoredTensor]) -> list[int]:
         """Where each parameter starts in a buffer without the padding at the end of its buckets.
@@ -241,6 +244,33 @@ class _Optimizer:
                 if not rounds_to(copies, self._inline.read(*weight.at(0), count * width), weight.dtype):
                     return False
         return True
+
+
+def _trained(parameters: Sequence[Parameter]) -> list[Parameter]:
+    """Parameters in the module's order, each storage once (a tied one is trained under its first name)."""
+    seen: set[tuple[object, ...]] = set()
+    found = []
+    for parameter in parameters:
+        is_new = parameter.tensor.identity not in seen and not is_buffer(parameter.local)
+        if parameter.tensor.dtype in TRAINED and is_new:
+            seen.add(parameter.tensor.identity)
+            found.append(parameter)
+    return found
+
+
+def _buffer_sets(trained: Sequence[Parameter]) -> list[list[Parameter]]:
+    """The parameters of each buffer of the distributed optimizer: one per virtual stage and element type.
+
+    What is trained is a view of its buffer, so that what has a storage of its own is frozen; unless the file was
+    written again by something that gave every tensor its own.
+    """
+    views = Counter(id(parameter.tensor.storage) for parameter in trained)
+    buffered = [p for p in trained if views[id(p.tensor.storage)] > 1 or p.tensor.storage.nbytes > p.tensor.nbytes]
+    sets: dict[tuple[object, ...], list[Parameter]] = {}
+    for parameter in buffered or trained:
+        storage = id(parameter.tensor.storage) if buffered else 0
+        sets.setdefault((parameter.chunk, parameter.tensor.dtype, storage), []).append(parameter)
+    return list(sets.values())
 
 
 def _candidates(members: Sequence[Parameter], total: int) -> Iterator[list[int]]:

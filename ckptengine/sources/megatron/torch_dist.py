@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ckptengine.errors import CheckpointError, Damaged, NotFound, UnreadableFormat
 from ckptengine.layout.box import Box
-from ckptengine.layout.dtypes import itemsize
 from ckptengine.layout.tensor import Fragment, LogicalTensor
-from ckptengine.sources.dcp.metadata import METADATA, Chunk, Item, TensorRecord, read_metadata
+from ckptengine.sources.dcp.metadata import METADATA, Item, TensorRecord, read_metadata
 from ckptengine.sources.dcp.source import DcpItems
 from ckptengine.sources.files import InlineFiles
-from ckptengine.sources.megatron.buckets import MASTER, REMEDY, Slot, find_slots, is_bucket, state_fragments
+from ckptengine.sources.megatron.distributed import DistributedStates, is_gathered
 from ckptengine.sources.megatron.flattened import is_flattened, unflatten
-from ckptengine.sources.megatron.masters import SAMPLE, rounds_to
 from ckptengine.sources.megatron.naming import canonical_names, wrapper_prefix
 from ckptengine.sources.megatron.steps import common_step
 from ckptengine.sources.plain import DROPPED, plain
@@ -26,9 +23,8 @@ from ckptengine.sources.torchzip import load_torch
 
 MANIFEST = "metadata.json"
 COMMON = "common.pt"
+COMMON_OBJECT = "common_state"
 MAX_MANIFEST_BYTES = 1 << 20
-_GROUPS = re.compile(r"(?:chained_\d+\.)?optimizer\.distributed\.dp_group_idx_\d+\.optimizer(?:/.*)?")
-_GATHERED = re.compile(r"(?:chained_\d+\.)?optimizer\.distributed\.dp_group_idx_\d+\.param_state(?:/.*)?")
 _BACKENDS = ("torch_dist",)
 
 
@@ -52,29 +48,27 @@ class TorchDistSource:
         self._objects = metadata.objects
         self._items = DcpItems(base)
         self._keys = canonical_names(metadata.tensors)
-        common = load_torch(base, COMMON) if base.exists(COMMON) else {}
-        if not isinstance(common, dict):
-            raise UnreadableFormat(f"{base.root}/{COMMON} does not hold a dictionary")
-        self._common: Mapping[Any, Any] = common
-        iteration = common.get("iteration")
+        self._common = self._read_common()
+        iteration = self._common.get("iteration")
         self.step = iteration if type(iteration) is int else opening.step
-        self._step = common_step(common.get("optimizer"), self._inline)
-        self._pieces: dict[tuple[str, tuple[int, ...]], Fragment] = {}
-        self._slots: dict[str, list[Slot]] = {}
-        self._bucketed: dict[str, tuple[str, str]] = {}
+        self._step = common_step(self._common.get("optimizer"), self._inline)
+        self._buckets: DistributedStates | None = None
         if not _leaves_out(opening):
-            self._read_buckets()
+            arguments = self._common.get("args")
+            self._buckets = DistributedStates(self._inline, self._items, self._records, self._objects, arguments)
+            self._step = self._step or common_step(self._buckets.groups, self._inline)
+        self._objects = {key: item for key, item in self._objects.items() if not is_gathered(key)}
         self._steps = self._step_names() if self._step is not None else {}
 
     def names(self) -> Sequence[str]:
-        return [*self._keys, *self._bucketed, *self._steps]
+        return [*self._keys, *self._bucketed(), *self._steps]
 
     def tensor(self, name: str) -> LogicalTensor:
         if name in self._steps and self._step is not None:
             dtype, path = self._step
             return LogicalTensor(name, dtype, (), [Fragment(Box((), ()), path, 0)])
-        if name in self._bucketed:
-            return self._from_buckets(name)
+        if self._buckets is not None and name in self._buckets.names:
+            return self._buckets.tensor(name)
         key = self._keys.get(name)
         if key is None:
             raise NotFound(f"{self.files.root} has no tensor {name!r}")
@@ -103,6 +97,22 @@ class TorchDistSource:
                 objects[key.removeprefix(prefix)] = value
         return {**values, "objects": objects} if objects else values
 
+    def _read_common(self) -> Mapping[Any, Any]:
+        """What all ranks share: a file of its own, or (from Megatron-core 0.17 on) one of the objects."""
+        files = self._inline
+        key = next((key for key in self._objects if key.partition("/")[0] == COMMON_OBJECT), None)
+        item = self._objects.pop(key) if key is not None else None
+        if files.exists(COMMON):
+            common, where = load_torch(files, COMMON), COMMON
+        elif item is not None:
+            common, where = self._items.load(item), f"{item.path} at byte {item.offset}"
+            common = common[0] if isinstance(common, list) and len(common) == 1 else common  # one per chunk
+        else:
+            raise NotFound(f"{files.root} has neither {COMMON} nor an object {COMMON_OBJECT!r}: files are missing")
+        if not isinstance(common, dict):
+            raise UnreadableFormat(f"{files.root}/{where} does not hold a dictionary")
+        return common
+
     def _value(self, key: str, item: Item | None) -> object:
         if item is None:
             raise Damaged(f"{self.files.root}: no file is recorded for the object {key!r}")
@@ -122,63 +132,11 @@ class TorchDistSource:
         shape = self._records[weight].shape
         return shape if is_flattened(record.shape, shape) else record.shape
 
-    # the distributed optimizer's buckets
-
-    def _read_buckets(self) -> None:
-        if any(map(_GATHERED.fullmatch, self._objects)):
-            raise UnreadableFormat(
-                f"{self.files.root} keeps the distributed optimizer's states as one object per model-parallel rank "
-                f"(dp_zero_gather_scatter), which is not read; {REMEDY}"
-            )
-        if not any(map(is_bucket, self._records)):
-            return
-        arguments = plain(self._common.get("args"))
-        try:
-            slots = find_slots(self._records, arguments if isinstance(arguments, dict) else {}, self._agrees)
-        except UnreadableFormat as error:
-            raise UnreadableFormat(f"{self.files.root}: {error}") from None
-        prefix = wrapper_prefix(self._records)
-        for slot in slots:
-            self._slots.setdefault(slot.parameter.key, [])
-            if not slot.parameter.is_copy:
-                self._slots[slot.parameter.key].append(slot)
-        for key, held in self._slots.items():
-            for state in held[0].bucket.keys if held else ():
-                self._bucketed[f"optim.{key.removeprefix(prefix)}.{state}"] = (key, state)
-        groups = [self._value(key, item) for key, item in self._objects.items() if _GROUPS.fullmatch(key)]
-        self._step = self._step or common_step(groups, self._inline)
-
-    def _from_buckets(self, name: str) -> LogicalTensor:
-        key, state = self._bucketed[name]
-        slots = self._slots[key]
-        stored = self._records[slots[0].bucket.keys[state]]
-        found = state_fragments(stored.dtype, slots, state, self._piece, self._records)
-        return LogicalTensor(name, stored.dtype, self._records[key].shape, list(found), meta={"key": key})
-
-    def _agrees(self, slot: Slot) -> bool:
-        """Whether the first elements of a slot's fp32 copies round to those of the weight."""
-        record = self._records[slot.parameter.key]
-        masters = slot.bucket.keys.get(MASTER)
-        if masters is None or self._records[masters].dtype != "float32":
-            return False
-        for copy in state_fragments("float32", [slot], MASTER, self._piece, self._records):
-            count = min(copy.box.size, SAMPLE)
-            chunk = next(c for c in record.chunks if Box(c.offsets, c.shape).intersect(copy.box) is not None)
-            weight = self._piece(slot.parameter.key, chunk).part(copy.box, itemsize(record.dtype))
-            data = self.files.read(copy.file, copy.offset, count * 4)
-            if not rounds_to(
-                data, self.files.read(weight.file, weight.offset, count * itemsize(record.dtype)), record.dtype
-            ):
-                return False
-        return True
-
-    def _piece(self, key: str, chunk: Chunk) -> Fragment:
-        if (key, chunk.offsets) not in self._pieces:
-            self._pieces[key, chunk.offsets] = self._items.fragment(key, self._records[key], chunk)
-        return self._pieces[key, chunk.offsets]
+    def _bucketed(self) -> Sequence[str]:
+        return list(self._buckets.names) if self._buckets is not None else []
 
     def _step_names(self) -> dict[str, None]:
-        names = [*self._keys, *self._bucketed]
+        names = [*self._keys, *self._bucketed()]
         parameters = dict.fromkeys(name[6:].rpartition(".")[0] for name in names if name.startswith("optim."))
         return {f"optim.{parameter}.step": None for parameter in parameters}
 

@@ -1,0 +1,119 @@
+"""States of the distributed optimizer that a ``torch_dist`` checkpoint keeps in buckets, by the parameters' names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ckptengine.errors import Damaged, UnreadableFormat
+from ckptengine.layout.box import Box
+from ckptengine.layout.dtypes import itemsize
+from ckptengine.layout.tensor import Fragment, LogicalTensor
+from ckptengine.sources.dcp.metadata import Chunk, Item, TensorRecord
+from ckptengine.sources.dcp.source import DcpItems
+from ckptengine.sources.files import InlineFiles
+from ckptengine.sources.megatron.buckets import MASTER, find_slots, is_bucket, state_fragments
+from ckptengine.sources.megatron.masters import SAMPLE, rounds_to
+from ckptengine.sources.megatron.naming import wrapper_prefix
+from ckptengine.sources.megatron.stages import Slot
+from ckptengine.sources.plain import plain
+from ckptengine.sources.stored import StoredTensor
+
+_GATHERED = re.compile(r"((?:chained_\d+\.)?optimizer\.distributed\.dp_group_idx_\d+)\.param_state(?:/.*)?")
+_GROUPS = re.compile(r"(?:chained_\d+\.)?optimizer\.distributed\.dp_group_idx_\d+\.optimizer(?:/.*)?")
+
+
+class DistributedStates:
+    """What the buckets of all model-parallel ranks hold; empty where there are none.
+
+    Raises `UnreadableFormat` where it is not certain which parameter lies where.
+    """
+
+    def __init__(
+        self,
+        files: InlineFiles,
+        items: DcpItems,
+        records: Mapping[str, TensorRecord],
+        objects: Mapping[str, Item | None],
+        arguments: object,
+    ) -> None:
+        self._files = files
+        self._items = items
+        self._records = dict(records)
+        self._pieces: dict[tuple[str, tuple[int, ...]], Fragment] = {}
+        self._slots: dict[str, list[Slot]] = {}
+        self.names: dict[str, tuple[str, str]] = {}
+        """Canonical name -> the weight's key and the state."""
+        for key, item in objects.items():
+            if (match := _GATHERED.fullmatch(key)) is not None:
+                self._add_gathered(match[1], key, item)
+        if any(map(is_bucket, self._records)):
+            self._find(records, plain(arguments))
+        self.groups = [self._load(key, item) for key, item in objects.items() if _GROUPS.fullmatch(key)]
+
+    def tensor(self, name: str) -> LogicalTensor:
+        """A state of a parameter; ``name`` is one of `names`."""
+        key, state = self.names[name]
+        slots = self._slots[key]
+        stored = self._records[slots[0].bucket.keys[state]]
+        found = state_fragments(stored.dtype, slots, state, self._piece, self._records)
+        return LogicalTensor(name, stored.dtype, self._records[key].shape, list(found), meta={"key": key})
+
+    def _find(self, weights: Mapping[str, TensorRecord], arguments: object) -> None:
+        try:
+            slots = find_slots(self._records, arguments if isinstance(arguments, dict) else {}, self._agrees)
+        except UnreadableFormat as error:
+            raise UnreadableFormat(f"{self._files.root}: {error}") from None
+        prefix = wrapper_prefix(weights)
+        for slot in slots:
+            if not slot.parameter.is_copy:
+                self._slots.setdefault(slot.parameter.key, []).append(slot)
+        for key, held in self._slots.items():
+            for state in held[0].bucket.keys:
+                self.names[f"optim.{key.removeprefix(prefix)}.{state}"] = (key, state)
+
+    def _add_gathered(self, group: str, key: str, item: Item | None) -> None:
+        """Buffers that lie in one object, as if each of their states were a tensor of its own."""
+        loaded = self._load(key, item)
+        loaded = loaded[0] if isinstance(loaded, list) and len(loaded) == 1 else loaded
+        for number, by_dtype in loaded.items() if isinstance(loaded, dict) else ():
+            for dtype, states in by_dtype.items() if isinstance(by_dtype, dict) else ():
+                for state, held in states.items() if isinstance(states, dict) else ():
+                    if not isinstance(held, StoredTensor) or len(held.shape) != 1:
+                        continue
+                    shown = f"{group}.gbuf_idx_{number}.dtype_{plain(dtype)}.{state}"
+                    chunk = Chunk((0,), held.shape, item)
+                    self._records[shown] = TensorRecord(held.dtype, held.shape, (chunk,))
+                    self._pieces[shown, (0,)] = held.fragment()
+
+    def _load(self, key: str, item: Item | None) -> Any:
+        if item is None:
+            raise Damaged(f"{self._files.root}: no file is recorded for the object {key!r}")
+        return self._items.load(item)
+
+    def _agrees(self, slot: Slot) -> bool:
+        """Whether the first elements of a slot's fp32 copies round to those of the weight."""
+        record = self._records[slot.parameter.key]
+        masters = slot.bucket.keys.get(MASTER)
+        if masters is None or self._records[masters].dtype != "float32":
+            return False
+        for copy in state_fragments("float32", [slot], MASTER, self._piece, self._records):
+            count = min(copy.box.size, SAMPLE)
+            chunk = next(c for c in record.chunks if Box(c.offsets, c.shape).intersect(copy.box) is not None)
+            weight = self._piece(slot.parameter.key, chunk).part(copy.box, itemsize(record.dtype))
+            data = self._files.read(copy.file, copy.offset, count * 4)
+            width = count * itemsize(record.dtype)
+            if not rounds_to(data, self._files.read(weight.file, weight.offset, width), record.dtype):
+                return False
+        return True
+
+    def _piece(self, key: str, chunk: Chunk) -> Fragment:
+        if (key, chunk.offsets) not in self._pieces:
+            self._pieces[key, chunk.offsets] = self._items.fragment(key, self._records[key], chunk)
+        return self._pieces[key, chunk.offsets]
+
+
+def is_gathered(key: str) -> bool:
+    """Whether an object holds the states of a model-parallel rank (``dp_zero_gather_scatter``)."""
+    return _GATHERED.fullmatch(key) is not None

@@ -82,7 +82,8 @@ class DistributedStates:
                 for state, held in states.items() if isinstance(states, dict) else ():
                     if not isinstance(held, StoredTensor) or len(held.shape) != 1:
                         continue
-                    shown = f"{group}.gbuf_idx_{number}.dtype_{plain(dtype)}.{state}"
+                    names = ", ".join(map(str, dtype)) if isinstance(dtype, tuple) else str(dtype)
+                    shown = f"{group}.gbuf_idx_{number}.dtype_(torch.{names}).{state}"
                     chunk = Chunk((0,), held.shape, item)
                     self._records[shown] = TensorRecord(held.dtype, held.shape, (chunk,))
                     self._pieces[shown, (0,)] = held.fragment()

@@ -178,29 +178,35 @@ def align(parameters: Sequence[Parameter], buffer: Buffer, agrees: Callable[[Slo
     """Parameters in the same order that fill all buckets where some of them may be left out; None unless just one
     such choice has the contents of all of its parameters.
 
-    Buckets of which nothing is known may have been several, put together without the gaps between them.
+    Buckets of which nothing is known may have been several, put together without the gaps between them; in each of them
+    parameters start at multiples of `ALIGNMENT` from its own beginning on.
     """
-    places: dict[tuple[int, int], tuple[int, _Path]] = {(0, 0): (1, None)}
+    places: dict[tuple[int, int, int], tuple[int, _Path]] = {(0, 0, 0): (1, None)}  # bucket, end, beginning modulo
     for parameter in parameters:
         found = dict(places)
-        for (number, end), (ways, path) in places.items():
+        for (number, end, base), (ways, path) in places.items():
             if end == buffer.buckets[number].length:
-                number, end = number + 1, 0
+                number, end, base = number + 1, 0, 0
             if number == len(buffer.buckets):
                 continue
             bucket = buffer.buckets[number]
-            aligned = -(-end // ALIGNMENT) * ALIGNMENT
-            for start in {aligned} if bucket.bounds is not None else {aligned, end}:
+            starts = {base + -(-(end - base) // ALIGNMENT) * ALIGNMENT: base}
+            if bucket.bounds is None:
+                starts.setdefault(end, end % ALIGNMENT)
+            for start, new in starts.items():
                 slot = Slot(parameter, bucket, start)
                 if bucket.fits(start, parameter.size) and agrees(slot):
-                    at = (number, start + parameter.size)
+                    at = (number, start + parameter.size, new)
                     known = found.get(at, (0, None))[0]
                     found[at] = (known + ways, (path, slot))
         places = found
-    last = (len(buffer.buckets) - 1, buffer.buckets[-1].length)
-    ways, path = places.get(last, (0, None))
+    number = len(buffer.buckets) - 1
+    last = [held for at, held in places.items() if at[:2] == (number, buffer.buckets[number].length)]
+    if sum(ways for ways, _ in last) != 1:
+        return None
     slots: list[Slot] = []
+    path = last[0][1]
     while path is not None:
         path, slot = path
         slots.append(slot)
-    return slots[::-1] if ways == 1 else None
+    return slots[::-1]

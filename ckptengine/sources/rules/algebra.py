@@ -169,6 +169,18 @@ def grouped(extent: int, widths: Sequence[int], groups: int) -> list[list[Segmen
     return parts
 
 
+def regrouped(extent: int, widths: Sequence[int], before: int, after: int) -> list[Segment]:
+    """A fused dimension of ``before`` groups, each one run of every part, put in order as ``after`` such groups."""
+    found: list[Segment] = []
+    for old, new in zip(grouped(extent, widths, before), grouped(extent, widths, after), strict=True):
+        for one, other in itertools.product(old, new):
+            low = max(one.target, other.target)
+            high = min(one.target + one.length, other.target + other.length)
+            if low < high:
+                found.append(Segment(one.source + low - one.target, other.source + low - other.target, high - low))
+    return found
+
+
 def _slab(shape: tuple[int, ...], dim: int, start: int, length: int) -> Box:
     return Box(_replaced((0,) * len(shape), dim, start), _replaced(shape, dim, length))
 

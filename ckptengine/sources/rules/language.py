@@ -70,6 +70,16 @@ class Join:
 
 
 @dataclass(frozen=True, slots=True)
+class Regroup:
+    """A fused dimension in another order: from ``before`` groups of one run of every part to ``after`` groups."""
+
+    dim: int
+    widths: tuple[Expression, ...]
+    before: Expression
+    after: Expression
+
+
+@dataclass(frozen=True, slots=True)
 class Unpadded:
     """Only the first ``extent`` indices of ``dim`` are real; 0 keeps them all."""
 
@@ -79,15 +89,19 @@ class Unpadded:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """How a whole tensor is shown.  The steps happen in the order of the fields."""
+    """How a whole tensor is shown.  The steps happen in the order of the fields.
+
+    ``stack`` are groups of the pattern, the outermost new dimension first.
+    """
 
     unstack: tuple[int, ...] = ()
     unpadded: Unpadded | None = None
+    regroup: Regroup | None = None
     split: Split | None = None
     transpose: tuple[int, ...] | None = None
     rename: str | None = None
     join: Join | None = None
-    stack: str | None = None
+    stack: tuple[str, ...] = ()
     tied: str | None = None
     drop: bool = False
 

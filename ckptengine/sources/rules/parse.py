@@ -18,6 +18,7 @@ from ckptengine.sources.rules.language import (
     Join,
     Layout,
     Part,
+    Regroup,
     Replicated,
     Rule,
     Rules,
@@ -34,7 +35,7 @@ MAX_EXTENDS = 8
 _PRESET = re.compile(r"([a-z0-9-]+)(?::(.*))?", re.ASCII)
 _TOP = {"version", "name", "about", "extends", "optional", "let", "rule"}
 _LAYOUT = {"replicated", "averaged", "shard", "parts", "widths", "expert", "pieces"}
-_VIEW = {"unstack", "unpadded", "split", "transpose", "rename", "join", "stack", "tied", "drop"}
+_VIEW = {"unstack", "unpadded", "regroup", "split", "transpose", "rename", "join", "stack", "tied", "drop"}
 _RULE = {"match", "optional", "about"} | _LAYOUT | _VIEW
 
 
@@ -170,11 +171,7 @@ def _layout(entry: dict[str, Any], where: str) -> Layout | None:
 def _view(entry: dict[str, Any], where: str, match: re.Pattern[str]) -> View | None:
     if not _VIEW & entry.keys():
         return None
-    stack = _typed(entry, "stack", (str, int), where, None)
-    if stack is not None and str(stack) not in {*match.groupindex, *map(str, range(1, match.groups + 1))}:
-        raise RuleError(f"{where}: stack = {stack!r} is not a group of {match.pattern!r}")
-    if stack is not None and "rename" not in entry:
-        raise RuleError(f"{where}: stack needs rename, the name of the stacked tensor")
+    stack = _stack(entry, where, match)
     if "join" in entry and "rename" not in entry:
         raise RuleError(f"{where}: join needs rename, the name of the fused tensor")
     if "split" in entry and ("rename" in entry or "join" in entry):
@@ -189,11 +186,12 @@ def _view(entry: dict[str, Any], where: str, match: re.Pattern[str]) -> View | N
     return View(
         unstack=unstack,
         unpadded=_unpadded(entry["unpadded"], f"{where}, unpadded") if "unpadded" in entry else None,
+        regroup=_regroup(entry["regroup"], f"{where}, regroup") if "regroup" in entry else None,
         split=_split(entry["split"], f"{where}, split") if "split" in entry else None,
         transpose=(1, 0) if transpose is True else tuple(transpose) if transpose else None,
         rename=_typed(entry, "rename", str, where, None),
         join=_join(entry["join"], f"{where}, join") if "join" in entry else None,
-        stack=None if stack is None else str(stack),
+        stack=stack,
         tied=_typed(entry, "tied", str, where, None),
         drop=_typed(entry, "drop", bool, where, False),
     )
@@ -206,6 +204,30 @@ def _unstack(entry: dict[str, Any], where: str) -> tuple[int, ...]:
     if len(listed) > len(INDEXES) or len(set(map(str, listed))) < len(listed) or ("unstack" in entry and not listed):
         raise RuleError(f"{where}: unstack is a dimension or two different ones")
     return tuple(_dim({"unstack": dim}, "unstack", where) for dim in listed)
+
+
+def _stack(entry: dict[str, Any], where: str, match: re.Pattern[str]) -> tuple[str, ...]:
+    """The groups of the pattern that become leading dimensions."""
+    given = _typed(entry, "stack", (str, int, list), where, [])
+    listed = given if isinstance(given, list) else [given]
+    if "stack" in entry and (not listed or len(listed) > len(INDEXES) or len({*map(str, listed)}) < len(listed)):
+        raise RuleError(f"{where}: stack is a group of the pattern or two different ones")
+    for group in listed:
+        known = {*match.groupindex, *map(str, range(1, match.groups + 1))}
+        if isinstance(group, bool) or not isinstance(group, str | int) or str(group) not in known:
+            raise RuleError(f"{where}: stack = {group!r} is not a group of {match.pattern!r}")
+    if listed and "rename" not in entry:
+        raise RuleError(f"{where}: stack needs rename, the name of the stacked tensor")
+    return tuple(map(str, listed))
+
+
+def _regroup(entry: object, where: str) -> Regroup:
+    table = _table(entry, {"dim", "parts", "from", "to"}, where)
+    widths = tuple(_expression(width, f"{where}, parts") for width in _typed(table, "parts", list, where))
+    if len(widths) < 2:
+        raise RuleError(f"{where}: parts are the relative widths of two parts or more")
+    before, after = (_expression(table.get(key, 1), f"{where}, {key}") for key in ("from", "to"))
+    return Regroup(_dim(table, "dim", where, 0), widths, before, after)
 
 
 def _unpadded(entry: object, where: str) -> Unpadded:

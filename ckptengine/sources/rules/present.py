@@ -16,12 +16,13 @@ from ckptengine.sources.rules.algebra import (
     grouped,
     index,
     narrow,
+    regrouped,
     remap,
     stack,
     transpose,
 )
 from ckptengine.sources.rules.captures import Captures
-from ckptengine.sources.rules.language import Rule, Rules, View
+from ckptengine.sources.rules.language import Regroup, Rule, Rules, View
 from ckptengine.sources.rules.names import Canonical, Names
 
 
@@ -45,11 +46,14 @@ class _Shown:
         return len(self.view.join.widths) if self.view is not None and self.view.join is not None else 1
 
 
+_Place = tuple[tuple[int, ...], int]
+
+
 @dataclass(slots=True)
 class _Recipe:
-    """What one shown tensor is made of: by stack index (0 when not stacked) and part (0 when not joined)."""
+    """What one shown tensor is made of: by its place on the stacked dimensions and by part (0 when not joined)."""
 
-    pieces: dict[tuple[int, int], _Shown] = field(default_factory=dict)
+    pieces: dict[_Place, _Shown] = field(default_factory=dict)
     gathered: bool = False
 
 
@@ -155,11 +159,11 @@ class _View:
                 shown = _Shown(name, canonical, rule, at, part if view.split else None)
                 if canonical.state == "":
                     self._renamed.setdefault(canonical.parameter, []).append(parameter)
-                if view.stack is None and view.join is None:
+                if not view.stack and view.join is None:
                     self._add(canonical.renamed(parameter), shown)
                 else:
-                    layer = captures.number(view.stack, rule) if view.stack is not None else 0
-                    self._add(canonical.renamed(parameter), shown, (layer, view.join.part if view.join else 0))
+                    layers = tuple(captures.number(group, rule) for group in view.stack)
+                    self._add(canonical.renamed(parameter), shown, (layers, view.join.part if view.join else 0))
 
     def _indices(self, name: str, canonical: Canonical, rule: Rule, view: View) -> Iterable[tuple[int, ...]]:
         if not view.unstack:
@@ -173,23 +177,28 @@ class _View:
             raise RuleError(f"{rule.where}: {source} has shape {list(shape)}, no dimension {beyond[0]} to unstack")
         return itertools.product(*(range(shape[dim]) for dim in view.unstack))
 
-    def _add(self, target: str, shown: _Shown, piece: tuple[int, int] | None = None) -> None:
+    def _add(self, target: str, shown: _Shown, piece: _Place | None = None) -> None:
         recipe = self._recipes.setdefault(target, _Recipe())
         if recipe.pieces and (piece is None or not recipe.gathered or piece in recipe.pieces):
             other = next(iter(recipe.pieces.values())).base
             raise RuleError(f"under the rules {self._rules.name} both {other!r} and {shown.base!r} become {target!r}")
         recipe.gathered = piece is not None
-        recipe.pieces[piece or (0, 0)] = shown
+        recipe.pieces[piece or ((), 0)] = shown
 
     def _complete(self, name: str, recipe: _Recipe) -> None:
-        layers = sorted({layer for layer, _ in recipe.pieces})
+        places = [place for place, _ in recipe.pieces]
+        if len({*map(len, places)}) > 1:
+            raise RuleError(f"under the rules {self._rules.name} the parts of {name} are stacked in different ways")
+        extents = [1 + max(numbers) for numbers in zip(*places, strict=True)]
         parts = max(shown.part_count for shown in recipe.pieces.values())
-        wanted = {(layer, part) for layer in range(layers[-1] + 1) for part in range(parts)}
-        missing = sorted(wanted - recipe.pieces.keys())
-        if missing:
+        needed = itertools.product(itertools.product(*map(range, extents)), range(parts))
+        missing = next((piece for piece in needed if piece not in recipe.pieces), None)
+        if missing is not None:
+            layer = ", ".join(map(str, missing[0])) or "0"
+            total = " x ".join(map(str, extents)) or "1"
             raise RuleError(
-                f"{name} cannot be put together under the rules {self._rules.name}: layer {missing[0][0]}, part "
-                f"{missing[0][1]} is missing (layers count from 0, {layers[-1] + 1} of them; {parts} part(s) each)"
+                f"{name} cannot be put together under the rules {self._rules.name}: layer {layer}, part "
+                f"{missing[1]} is missing (layers count from 0, {total} of them; {parts} part(s) each)"
             )
 
     def _only_name(self, name: str) -> str | None:
@@ -211,7 +220,7 @@ class _View:
         view = shown.view
         if view is None or shown.rule is None or not tensor.shape:
             return None
-        if not view.unstack and view.unpadded is None and view.split is None and view.transpose is None:
+        if not (view.unstack or view.unpadded or view.regroup or view.split or view.transpose):
             return None
         where = f"{shown.rule.where}, {shown.base} of shape {list(tensor.shape)}"
         placed = Placed(tensor.dtype, tensor.shape, tuple(tensor.fragments))
@@ -219,6 +228,8 @@ class _View:
             placed = index(placed, _dim(placed, dim, where), at)
         if view.unpadded is not None:
             placed = self._unpadded(placed, view, where)
+        if view.regroup is not None:
+            placed = self._regrouped(placed, view.regroup, where)
         if view.split is not None and shown.part is not None:
             dim = _dim(placed, view.split.dim, where)
             widths = [self._rules.value(part.width, self._values, where) for part in view.split.parts]
@@ -234,6 +245,15 @@ class _View:
             placed = transpose(placed, view.transpose)
         return placed
 
+    def _regrouped(self, placed: Placed, regroup: Regroup, where: str) -> Placed:
+        dim = _dim(placed, regroup.dim, where)
+        widths = [self._rules.value(width, self._values, where) for width in regroup.widths]
+        before, after = (self._rules.value(n, self._values, where) for n in (regroup.before, regroup.after))
+        try:
+            return remap(placed, dim, placed.shape[dim], regrouped(placed.shape[dim], widths, before, after))
+        except RuleError as error:
+            raise RuleError(f"{where}: {error}") from None
+
     def _unpadded(self, placed: Placed, view: View, where: str) -> Placed:
         assert view.unpadded is not None
         extent = self._rules.value(view.unpadded.extent, self._values, where)
@@ -243,20 +263,19 @@ class _View:
         return narrow(placed, dim, 0, extent) if extent else placed
 
     def _gather(self, name: str, recipe: _Recipe) -> Placed:
-        layers: dict[int, list[tuple[int, Placed]]] = {}
-        for (layer, part), shown in sorted(recipe.pieces.items()):
+        layers: dict[tuple[int, ...], list[Placed]] = {}
+        for (place, _), shown in sorted(recipe.pieces.items()):
             tensor = self._base.tensor(shown.base)
             placed = self._placed(tensor, shown) or Placed(tensor.dtype, tensor.shape, tuple(tensor.fragments))
             if not tensor.shape:
                 return placed  # counters are kept once
-            layers.setdefault(layer, []).append((part, placed))
-        first = recipe.pieces[0, 0]
-        made = [self._joined(name, first, [placed for _, placed in layers[layer]]) for layer in layers]
-        if first.view is None or first.view.stack is None:
-            return made[0]
-        if len({(placed.dtype, placed.shape) for placed in made}) > 1:
-            raise RuleError(f"{name} cannot be stacked: its layers have shapes {sorted({p.shape for p in made})}")
-        return stack(made)
+            layers.setdefault(place, []).append(placed)
+        first = next(iter(recipe.pieces.values()))
+        made = {place: self._joined(name, first, parts) for place, parts in layers.items()}
+        if len({(placed.dtype, placed.shape) for placed in made.values()}) > 1:
+            shapes = sorted({placed.shape for placed in made.values()})
+            raise RuleError(f"{name} cannot be stacked: its layers have shapes {shapes}")
+        return _stacked(made)
 
     def _joined(self, name: str, shown: _Shown, parts: list[Placed]) -> Placed:
         join = shown.view.join if shown.view is not None else None
@@ -285,6 +304,16 @@ class _VerifyingView(_View):
         """See `ckptengine.sources.port.Verifying`."""
         assert isinstance(self._base, Verifying)
         self._base.read_verified(path, offset, view)
+
+
+def _stacked(tensors: Mapping[tuple[int, ...], Placed]) -> Placed:
+    """Tensors by their places on new leading dimensions, in order, as one."""
+    if () in tensors:
+        return tensors[()]
+    rows: dict[int, dict[tuple[int, ...], Placed]] = {}
+    for (first, *rest), placed in tensors.items():
+        rows.setdefault(first, {})[tuple(rest)] = placed
+    return stack([_stacked(row) for row in rows.values()])
 
 
 def _templates(view: View) -> list[str]:

@@ -22,7 +22,7 @@ from ckptengine.layout.dtypes import itemsize
 from ckptengine.layout.flat import flat_boxes
 from ckptengine.layout.tensor import Fragment
 from ckptengine.sources.dcp.metadata import Chunk, TensorRecord
-from ckptengine.sources.megatron.module_order import TIED, Degrees, Model, models
+from ckptengine.sources.megatron.module_order import TIED, Degrees, Model, Parameter, models
 from ckptengine.sources.megatron.stages import Bucket, Buffer, Dealing, Ranks, Slot, align
 
 MAX_CHECKED = 2000
@@ -181,19 +181,55 @@ def state_fragments(
         pieces = sorted((c for c in records[key].chunks if c.shape[0]), key=lambda c: c.offsets[0])
         begins = [c.offsets[0] for c in pieces]
         pieces = pieces[max(0, bisect_right(begins, at) - 1) : bisect_right(begins, at + slot.parameter.size)]
-        for box in slot.parameter.boxes:
+        cut = turned if slot.parameter.is_turned else straight
+        for boxes in _side_by_side(slot.parameter):
+            size = sum(box.size for box in boxes)
             for piece in pieces:
-                low, high = max(at, piece.offsets[0]), min(at + box.size, piece.offsets[0] + piece.shape[0])
+                low, high = max(at, piece.offsets[0]), min(at + size, piece.offsets[0] + piece.shape[0])
                 if low < high:
-                    yield from _cut(read(key, piece), low - piece.offsets[0], box, low - at, high - at, dtype)
-            at += box.size
+                    stored = read(key, piece)
+                    if not stored.is_contiguous:
+                        raise UnreadableFormat("a bucket of the distributed optimizer is stored with gaps")
+                    offset = stored.offset + (low - piece.offsets[0]) * itemsize(dtype)
+                    yield from cut(boxes, low - at, high - at, stored.file, offset, itemsize(dtype))
+            at += size
 
 
-def _cut(stored: Fragment, skip: int, box: Box, first: int, last: int, dtype: str) -> Iterator[Fragment]:
-    """Elements ``first`` to ``last`` of ``box``, which begin ``skip`` elements into a stored 1-D piece."""
-    if not stored.is_contiguous:
-        raise UnreadableFormat("a bucket of the distributed optimizer is stored with gaps")
-    offset = stored.offset + skip * itemsize(dtype)
+def _side_by_side(parameter: Parameter) -> list[list[Box]]:
+    """The boxes of a parameter, those together that lie beside one another in memory."""
+    if not parameter.is_turned:
+        return [[box] for box in parameter.boxes]
+    found: dict[tuple[int, ...], list[Box]] = {}
+    for box in parameter.boxes:
+        found.setdefault(box.offsets[:-2], []).append(box)
+    return list(found.values())
+
+
+def straight(boxes: Sequence[Box], first: int, last: int, file: str, offset: int, width: int) -> Iterator[Fragment]:
+    """Elements ``first`` to ``last`` of one box, which lie in order from ``offset`` on."""
+    (box,) = boxes
     for part in flat_boxes(box.shape, first, last):
-        yield Fragment(part.shift(box.offsets), stored.file, offset)
-        offset += math.prod(part.shape) * itemsize(dtype)
+        yield Fragment(part.shift(box.offsets), file, offset)
+        offset += math.prod(part.shape) * width
+
+
+def turned(boxes: Sequence[Box], first: int, last: int, file: str, offset: int, width: int) -> Iterator[Fragment]:
+    """Elements ``first`` to ``last`` of matrices that lie side by side, the last dimension of all of them outermost."""
+    row = sum(box.shape[-2] for box in boxes)
+    whole = range(-(-first // row), last // row)
+    cuts = [(first, last)] if whole.stop < whole.start else [(first, whole.start * row), (whole.stop * row, last)]
+    column = 0
+    for box in boxes:
+        rows, ahead = box.shape[-2], box.offsets[:-2]
+        if whole:
+            part = Box((*ahead, box.offsets[-2], box.offsets[-1] + whole.start), (*box.shape[:-1], len(whole)))
+            at = offset + (whole.start * row + column - first) * width
+            yield Fragment(part, file, at, (*(0 for _ in ahead), 1, row))
+        for low, high in cuts:
+            line = low // row
+            begin, end = max(low - line * row, column), min(high - line * row, column + rows)
+            if begin < end:
+                corner = (*ahead, box.offsets[-2] + begin - column, box.offsets[-1] + line)
+                part = Box(corner, (*(1 for _ in ahead), end - begin, 1))
+                yield Fragment(part, file, offset + (line * row + begin - first) * width)
+        column += rows

@@ -99,13 +99,19 @@ class DistributedStates:
         masters = slot.bucket.keys.get(MASTER)
         if masters is None or self._records[masters].dtype != "float32":
             return False
+        width = itemsize(record.dtype)
         for copy in state_fragments("float32", [slot], MASTER, self._piece, self._records):
-            count = min(copy.box.size, SAMPLE)
             chunk = next(c for c in record.chunks if Box(c.offsets, c.shape).intersect(copy.box) is not None)
-            weight = self._piece(slot.parameter.key, chunk).part(copy.box, itemsize(record.dtype))
-            data = self._files.read(copy.file, copy.offset, count * 4)
-            width = count * itemsize(record.dtype)
-            if not rounds_to(data, self._files.read(weight.file, weight.offset, width), record.dtype):
+            weight = self._piece(slot.parameter.key, chunk)
+            if slot.parameter.is_turned:  # one column, whose elements lie apart in the weight
+                box = Box(copy.box.offsets, (*copy.box.shape[:-2], min(copy.box.shape[-2], SAMPLE // 8), 1))
+                copy = copy.part(box, 4)
+            count = min(copy.box.size, SAMPLE)
+            step = weight.box.shape[-1] if slot.parameter.is_turned else 1
+            part = weight.part(copy.box, width)
+            span = self._files.read(part.file, part.offset, ((count - 1) * step + 1) * width)
+            data = b"".join(span[at * width : (at + 1) * width] for at in range(0, len(span) // width, step))
+            if not rounds_to(self._files.read(copy.file, copy.offset, count * 4), data, record.dtype):
                 return False
         return True
 

@@ -55,13 +55,15 @@ _MODEL_ORDER = (
 class Parameter:
     """A rank's part of a parameter: the boxes of the weight under ``key`` that it is made of, one after another.
 
-    ``is_copy``: another rank holds the same one.
+    ``is_copy``: another rank holds the same one.  ``is_turned``: matrices lie there the other way round, those that
+    differ in their rows only side by side (experts fused for one matrix product).
     """
 
     key: str
     dtype: str
     boxes: tuple[Box, ...]
     is_copy: bool = False
+    is_turned: bool = False
 
     @property
     def size(self) -> int:
@@ -70,6 +72,10 @@ class Parameter:
 
 Entry = tuple[str, int | None]
 """A key, and the index on its first dimension where that is made of layers."""
+
+SINGLE, BY_MATRIX, FUSED = LAYOUTS = ("single", "by matrix", "fused")
+"""How experts lie on a rank: one after another with all of their parameters, one matrix of all of them after another,
+or each matrix of all of them as one parameter."""
 
 Copies = tuple[bool, bool]
 """Whether there is a copy of the embedding before and after the blocks of a stage."""
@@ -101,7 +107,7 @@ class Model:
 
     weights: Mapping[str, TensorRecord]
     blocks: tuple[tuple[Entry, ...], ...]
-    one_by_one: bool
+    experts: str
     _boxes: dict[tuple[str, int], dict[tuple[int, ...], list[Box]]] = field(default_factory=dict)
 
     @property
@@ -134,12 +140,19 @@ class Model:
         return Parameter(key, self.weights[key].dtype, tuple(mine), tp > 0 and len(boxes) == 1)
 
     def _of_experts(self, entries: Sequence[Entry], tp: int, ep: int, degrees: Degrees) -> Iterator[Parameter]:
-        """Experts one after another with all of their parameters, or one matrix of all experts after another."""
+        """The parameters of a rank's experts, laid out in one of `LAYOUTS`."""
         key, layer = entries[0]
         count = self.weights[key].shape[0 if layer is None else 1] // degrees.ep
         experts = range(ep * count, (ep + 1) * count)
+        if self.experts == FUSED:
+            for name, at in entries:
+                together = self.part(name, at, tp, degrees.tp, experts[0]).boxes
+                axis = 0 if at is None else 1
+                boxes = tuple(part for index in range(count) for box in together for part in _index(box, axis, index))
+                yield Parameter(name, self.weights[name].dtype, boxes, is_turned=True)
+            return
         matrices = [list(group) for _, group in itertools.groupby(entries, lambda entry: entry[0].rpartition(".")[0])]
-        for runs in [entries] if self.one_by_one else matrices:
+        for runs in [entries] if self.experts == SINGLE else matrices:
             for expert in experts:
                 yield from (self.part(name, at, tp, degrees.tp, expert) for name, at in runs)
 
@@ -167,10 +180,10 @@ def models(weights: Mapping[str, TensorRecord], experts: bool | None) -> Iterato
     seen = set()
     for order in (None, *_LAYER_ORDERS):
         blocks = _blocks(trained, order)
-        for one_by_one in (True, False) if any(map(is_expert, trained)) else (True,):
-            if blocks is not None and (blocks, one_by_one) not in seen:
-                seen.add((blocks, one_by_one))
-                yield Model(trained, blocks, one_by_one)
+        for layout in LAYOUTS if any(map(is_expert, trained)) else (SINGLE,):
+            if blocks is not None and (blocks, layout) not in seen:
+                seen.add((blocks, layout))
+                yield Model(trained, blocks, layout)
 
 
 def _blocks(weights: Mapping[str, TensorRecord], order: Sequence[str] | None) -> tuple[tuple[Entry, ...], ...] | None:
@@ -194,6 +207,15 @@ def _blocks(weights: Mapping[str, TensorRecord], order: Sequence[str] | None) ->
                 row.sort(key=lambda entry: _rank(entry[1], order, re.search))
             blocks.append(tuple(entry for entry, _ in row))
     return tuple(blocks)
+
+
+def _index(box: Box, dim: int, at: int) -> Iterator[Box]:
+    """The ``at``-th index of a dimension of a box, if there are so many."""
+    if at < box.shape[dim]:
+        offsets, shape = list(box.offsets), list(box.shape)
+        offsets[dim] += at
+        shape[dim] = 1
+        yield Box(tuple(offsets), tuple(shape))
 
 
 def is_buffer(key: str) -> bool:

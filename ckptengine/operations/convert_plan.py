@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from ckptengine.errors import UnusableRequest
 from ckptengine.layout.cover import prove_cover
@@ -18,8 +18,9 @@ from ckptengine.operations.convert_tensors import SourceTensors
 from ckptengine.operations.read import SCRATCH_BYTES, default_workers
 from ckptengine.sources.direct import BUFFER_BYTES
 from ckptengine.sources.files import is_url
-from ckptengine.sources.port import Source
-from ckptengine.sources.writer import Job, Layout, Unit, Writer, WritesFile
+from ckptengine.sources.port import HoldsEncodedValues, KnowsPaths, Source
+from ckptengine.sources.spelled import spelled
+from ckptengine.sources.writer import Job, Layout, Unit, Writer, WritesFile, no_path
 from ckptengine.version import version
 
 CHUNK_BYTES = 16 << 20
@@ -43,6 +44,9 @@ _WRITERS = {
 """Where each format's writer is: a module with a ``WRITER`` that makes one.  Imported when it is asked for."""
 
 FORMATS = tuple(_WRITERS)
+
+OWN_FORMATS = ("native", "zarr")
+"""Formats that keep canonical names; in all others tensors have the names that other tools know."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,13 +97,6 @@ class Planned:
     fingerprint: str
 
 
-@runtime_checkable
-class HoldsEncodedValues(Protocol):
-    """A source that keeps its values in the typed encoding."""
-
-    def encoded_values(self) -> object: ...
-
-
 def writer_of(format_name: str) -> Writer:
     """The writer of a format; `UnusableRequest` for one that this build cannot write."""
     path = _WRITERS.get(format_name)
@@ -129,6 +126,8 @@ def make_plan(
     bound that cannot be kept, and what the writer raises for what its format cannot hold.
     """
     writer = writer_of(to)
+    if to not in OWN_FORMATS:
+        source = spelled(source)
     names = list(source.names())
     tensors = SourceTensors(source)
     aliases = source.aliases()
@@ -153,6 +152,7 @@ def make_plan(
         provenance=_provenance(source, rules),
         rules=rules,
         target_name=_target_name(writer, target),
+        path=source.path if isinstance(source, KnowsPaths) else no_path,
     )
     units = writer.units(job)
     plan = Plan(

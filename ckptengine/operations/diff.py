@@ -17,6 +17,7 @@ from ckptengine.operations.convert_digests import blocks
 from ckptengine.operations.element_values import as_numbers
 from ckptengine.operations.read import BoxReader
 from ckptengine.sources.port import Source
+from ckptengine.sources.spelled import is_live, spelled
 
 CHUNK_BYTES = 16 << 20
 """Bytes of each side that are held at a time."""
@@ -101,8 +102,11 @@ def diff(a: Source, b: Source, *, values: bool = True, progress: Progress | None
     """Compare two sources.
 
     Tensors are equal when their bytes are: a NaN equals itself and -0.0 differs from 0.0 (with a largest difference of
-    0).  ``values`` compares what is not a tensor too.  Bounded memory: two chunks.
+    0).  ``values`` compares what is not a tensor too.  Bounded memory: two chunks.  Where only one of them is ours, its
+    names are taken without escapes, as other formats have them.
     """
+    if is_live(a) != is_live(b):
+        a, b = spelled(a), spelled(b)
     names_a, names_b = set(a.names()), set(b.names())
     both = [name for name in a.names() if name in names_b]
     differing: list[TensorDifference] = []

@@ -20,12 +20,11 @@ from ckptengine.errors import (
     UnreadableFormat,
     UnsupportedValue,
 )
-from ckptengine.operations.convert_plan import HoldsEncodedValues
 from ckptengine.operations.filling import Fill
 from ckptengine.snapshot import fence
 from ckptengine.sources.native import NativeSource, open_commit
-from ckptengine.sources.optimizers import numbered_groups
-from ckptengine.sources.port import Files, Source
+from ckptengine.sources.optimizers import numbered_groups, with_groups
+from ckptengine.sources.port import Files, HoldsEncodedValues, Source
 from ckptengine.state import random as streams
 from ckptengine.state.fill import Differences, Filling, SavedState, prepare
 from ckptengine.state.flatten import no_collection
@@ -289,16 +288,17 @@ def saved_state(source: Source, port: Coordinator, on_world_change: WorldPolicy)
         mine = _rank_values(source, port, on_world_change)
         digests = {record.name: record.crc for record in records}
         native = source.encoded_values()
-        numbers = numbered_groups(tensors, source.values) if native is None else {}
-        return SavedState(tensors, aliases, native, mine, digests, numbers)
+        offered = with_groups(source.values() or {}) if native is None else None
+        return SavedState(tensors, aliases, native, mine, digests, numbered_groups(tensors, offered), offered)
     tensors = {}
     for name in source.names():
         if name not in aliases:
             tensor = source.tensor(name)
             tensors[name] = (tensor.dtype, tensor.shape)
     encoded: Any = source.encoded_values() if isinstance(source, HoldsEncodedValues) else None
-    numbered = numbered_groups(tensors, source.values) if encoded is None else {}
-    return SavedState(tensors=tensors, aliases=aliases, values=encoded, rank_values=None, numbered=numbered)
+    values = with_groups(source.values() or {}) if encoded is None else None
+    numbered = numbered_groups(tensors, values)
+    return SavedState(tensors=tensors, aliases=aliases, values=encoded, numbered=numbered, offered=values)
 
 
 def _rank_values(source: NativeSource, port: Coordinator, policy: WorldPolicy) -> Any:

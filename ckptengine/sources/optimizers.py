@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +12,21 @@ _NUMBER = re.compile(r"(?:state\.)?\d+")
 _NUMBERED = re.compile(r"(?:^|\.)\d+\.[^.]+$")
 
 
+FLAT_GROUPS, FLAT_STATE = "param_groups.", "state."
+"""What the keys of torch's flattened optimizers begin with: ``param_groups.<parameter>.<option>`` and so on."""
+
+
 @dataclass(frozen=True, slots=True)
 class Optimizer:
-    """An optimizer by its path in the values.  ``parameters`` are the names in its groups, in their order."""
+    """An optimizer by its path in the values.  ``parameters`` are the names in its groups, in their order.
+
+    ``flat``: its values are flattened, and its groups made from what they say of each parameter.
+    """
 
     path: tuple[str, ...]
     groups: tuple[Mapping[str, Any], ...]
     parameters: tuple[str, ...]
+    flat: bool = False
 
     @property
     def prefix(self) -> str:
@@ -27,7 +35,7 @@ class Optimizer:
 
 
 def optimizers_in(values: object) -> list[Optimizer]:
-    """Every dict with ``param_groups`` whose groups list their ``params``; the values' own root is none."""
+    """Every dict with ``param_groups`` whose groups list their ``params``, or that is flattened; the root is none."""
     found: list[Optimizer] = []
     _walk(values, (), found)
     return found
@@ -36,17 +44,39 @@ def optimizers_in(values: object) -> list[Optimizer]:
 def _walk(values: object, path: tuple[str, ...], found: list[Optimizer]) -> None:
     if not isinstance(values, dict) or len(path) > MAX_DEPTH:
         return
-    groups = values.get("param_groups")
+    groups: Any = values.get("param_groups")
     proper = isinstance(groups, list) and all(
         isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups
     )
-    if path and proper and groups:
+    flat = not (proper and groups) and is_flat(values)
+    if flat:
+        groups = flat_groups(values)
+    if path and groups and (flat or proper):
         names = tuple(str(name) for group in groups for name in group["params"])
-        found.append(Optimizer(path, tuple(groups), names))
+        found.append(Optimizer(path, tuple(groups), names, flat))
         return
     for key, value in values.items():
         if isinstance(key, str):
             _walk(value, (*path, key), found)
+
+
+def is_flat(values: object) -> bool:
+    """Whether this is an optimizer as torch flattens it (``flatten_optimizer_state_dict``)."""
+    return isinstance(values, dict) and any(type(key) is str and key.startswith(FLAT_GROUPS) for key in values)
+
+
+def flat_groups(values: Mapping[Any, Any]) -> list[dict[str, Any]]:
+    """The groups of a flattened optimizer: parameters with equal options are one."""
+    options: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        if type(key) is str and key.startswith(FLAT_GROUPS):
+            parameter, dot, option = key[len(FLAT_GROUPS) :].rpartition(".")
+            if dot:
+                options.setdefault(parameter, {})[option] = value
+    groups: dict[str, dict[str, Any]] = {}
+    for parameter, row in options.items():
+        groups.setdefault(repr(row), {**row, "params": []})["params"].append(parameter)
+    return list(groups.values())
 
 
 def split_names(names: Iterable[str], optimizers: Iterable[Optimizer]) -> dict[str, tuple[Optimizer, str, str]]:
@@ -72,15 +102,30 @@ def split_names(names: Iterable[str], optimizers: Iterable[Optimizer]) -> dict[s
     return made
 
 
-def numbered_groups(tensors: Iterable[str], values: Callable[[], object]) -> dict[str, list[list[str]]]:
+def with_groups(values: object) -> object:
+    """Values in which flattened optimizers have ``param_groups`` too; the given ones stay as they are."""
+    flat = [optimizer for optimizer in optimizers_in(values) if optimizer.flat]
+    made: Any = values
+    for optimizer in flat:
+        made = _with(made, optimizer.path, list(optimizer.groups))
+    return made
+
+
+def _with(values: dict[str, Any], path: tuple[str, ...], groups: list[Any]) -> dict[str, Any]:
+    if not path:
+        return {**values, "param_groups": groups}
+    return {**values, path[0]: _with(values[path[0]], path[1:], groups)}
+
+
+def numbered_groups(tensors: Iterable[str], values: object) -> dict[str, list[list[str]]]:
     """Parameters by group of each optimizer that has numbers for names, as torch's ``state_dict`` has them.
 
-    ``values`` is called only where names of tensors look so.
+    ``values`` are looked at only where names of tensors look so.
     """
-    if not any(_NUMBERED.search(name) for name in tensors):
+    if values is None or not any(_NUMBERED.search(name) for name in tensors):
         return {}
     return {
         ".".join(optimizer.path): [[str(name) for name in group["params"]] for group in optimizer.groups]
-        for optimizer in optimizers_in(values())
+        for optimizer in optimizers_in(values)
         if all(_NUMBER.fullmatch(name) for name in optimizer.parameters)
     }

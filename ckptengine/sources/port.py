@@ -106,6 +106,24 @@ class Verifying(Protocol):
         ...
 
 
+@runtime_checkable
+class HoldsEncodedValues(Protocol):
+    """The optional ability of a source that keeps the typed encoding of a live state's values."""
+
+    def encoded_values(self) -> object:
+        """The encoding; None where the checkpoint was made from another format, and holds no live state's."""
+        ...
+
+
+@runtime_checkable
+class KnowsPaths(Protocol):
+    """The optional ability of a source that knows how tensors were nested, which names alone do not say."""
+
+    def path(self, name: str) -> tuple[object, ...] | None:
+        """The keys (strings) and list positions (ints) that lead to a tensor; None where they are not known."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Opening:
     """What an opener is given.

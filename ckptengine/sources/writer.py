@@ -34,6 +34,9 @@ Wanted = tuple[str, Box, memoryview]
 AXES = ("dp", "tp", "pp", "vpp", "ep", "etp", "cp")
 DEFAULT_ORDER = "tp-cp-ep-dp-pp"
 
+MAX_PATH = 100
+"""A nesting that is deeper is not kept."""
+
 
 class Sink(Protocol):
     """One file of the target that is being written, from its first byte to its last."""
@@ -125,6 +128,11 @@ class Unit:
     files: tuple[str, ...]
 
 
+def no_path(name: str) -> tuple[object, ...] | None:
+    """`ckptengine.sources.port.KnowsPaths.path` of a source that knows none."""
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """Everything a writer may know about what it writes.
@@ -134,6 +142,7 @@ class Job:
     is several times as fast where they lie near each other.  All may be called from several threads.  ``values`` are
     plain values; ``encoded_values`` their typed encoding where the source holds that, which loses nothing, else None.
     ``target_name`` is the last part of the target's path, for formats in which it says file or folder.
+    ``path(name)`` is `ckptengine.sources.port.KnowsPaths.path` of the source.
     """
 
     names: Sequence[str]
@@ -153,6 +162,18 @@ class Job:
     rules: object = None
     digests: Mapping[str, str] = field(default_factory=dict)
     target_name: str = ""
+    path: Callable[[str], tuple[object, ...] | None] = no_path
+
+    def place(self, name: str) -> tuple[object, ...]:
+        """The keys and list positions of a tensor in a nested state: as it was nested where that is known.
+
+        Elsewhere the first part of its name is a dict, as a module's state dict is one, and the rest the key in it.
+        """
+        path = self.path(name)
+        if path and len(path) <= MAX_PATH and ".".join(map(str, path)) == name:
+            return path
+        first, dot, rest = name.partition(".")
+        return (first, rest) if dot else (name,)
 
 
 class Writer(Protocol):

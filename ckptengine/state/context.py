@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -34,6 +35,9 @@ class SavedState:
     plain values stay as they are.  ``rank_values`` is this rank's own, None where there are none for it.  ``digests``
     are of the tensors' contents, where the checkpoint records them.  ``numbered`` has the parameters by group of each
     optimizer whose ``values`` are not offered and whose parameters have numbers instead of names.
+
+    ``offered`` are the plain values of a checkpoint of another format (None for one of a live state); its names are
+    then as other tools spell them, without escapes.
     """
 
     tensors: Mapping[str, tuple[str, tuple[int, ...]]]
@@ -42,6 +46,7 @@ class SavedState:
     rank_values: Json = None
     digests: Mapping[str, int] = field(default_factory=dict)
     numbered: Mapping[str, Sequence[Sequence[str]]] = field(default_factory=dict)
+    offered: object = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,10 +128,25 @@ class Context:
         """The stored tensor that ``name`` reads, an alias followed; None where there is none."""
         if self.rank_mark:
             name = name if name.endswith(self.rank_mark) else name + self.rank_mark
+        found = self._known(name)
+        if found is None and self.saved.offered is not None and "\\" in name:
+            found = next(filter(None, map(self._known, self._spellings(name))), None)
+        return found
+
+    def _known(self, name: str) -> str | None:
         if name in self.saved.tensors:
             return name
         owner = self.saved.aliases.get(name)
         return owner if owner in self.saved.tensors else None
+
+    def _spellings(self, name: str) -> Iterator[str]:
+        """What other formats call the tensor of a dict with dots in its keys, or of an optimizer's state dict."""
+        spelled = names.plain(name)
+        if spelled in self.walk.found:
+            return  # that is another one of the live state
+        yield spelled
+        for match in re.finditer(r"\.state\.", spelled):
+            yield f"{spelled[: match.start()]}.{spelled[match.end() :]}"
 
     def parameter_named(self, name: str) -> ParameterEntry | None:
         """The live parameter whose full name is ``name``."""

@@ -17,6 +17,7 @@ from ckptengine.state.context import ABSENT, Absent, Build, Context, OnMissing, 
 from ckptengine.state.encoding import Json
 from ckptengine.state.flatten import collect, no_collection
 from ckptengine.state.names import RankMark, split
+from ckptengine.state.offered import offer
 from ckptengine.state.restore_values import Matcher
 from ckptengine.state.selection import Selection
 from ckptengine.state.tensors import ON_META
@@ -119,7 +120,10 @@ def prepare(
     context.problems += [f"{name}: {ON_META}" for name in walk.on_meta if selection.covers(name)]
     data: Json | Absent = ABSENT if saved.values is None else saved.values
     with no_collection():
-        root = Matcher(context).match(state, data, "")
+        matcher = Matcher(context)
+        root = matcher.match(state, data, "")
+        if saved.offered is not None:
+            offer(context, state, saved.offered, matcher.is_structural)
     chosen = _streams(context, saved, random and selection.everything, random_policy)
     unused = _unused(context)
     problems = list(dict.fromkeys(context.problems))

@@ -115,3 +115,19 @@ def _component(name: str, mark: str, text: str) -> Component:
     if mark in "#@" and re.fullmatch(r"-?[0-9]{1,4000}" if mark == "#" else r"[0-9]{1,9}", text):
         return int(text) if mark == "#" else RankMark(int(text))
     raise UnreadableFormat(f"malformed name {name!r}: bad component \\{mark}{text}")
+
+
+def plain(name: str) -> str:
+    """``name`` as other formats have it: keys joined with dots, nothing escaped.
+
+    A name that is malformed, or belongs to one rank alone, stays as it is.
+    """
+    if "\\" not in name:
+        return name
+    try:
+        path = split(name)
+    except UnreadableFormat:
+        return name
+    if any(isinstance(part, RankMark) for part in path):
+        return name
+    return ".".join(part.text if isinstance(part, TypedKey) else str(part) for part in path)

@@ -15,6 +15,7 @@ from ckptengine.state.context import Absent, Build, Context, Target, below, is_n
 from ckptengine.state.decoding import Decoder, loads
 from ckptengine.state.dtypes import torch_dtype
 from ckptengine.state.encoding import Encoder, Json
+from ckptengine.state.offered import has_groups
 from ckptengine.state.optimizer_kinds import DEFINES_CLASS, another_algorithm, is_same_class
 from ckptengine.state.optimizers import HOW_NOT_WHAT, NOT_VALUES, OptimizerView, ParameterEntry, describe_state
 
@@ -55,7 +56,8 @@ def match_optimizer(context: Context, view: OptimizerView, data: Json | Absent, 
         return
     saved = saved.under(positions)
     tensors = _tensors_by_parameter(context, view, positions)
-    if not saved.native and not saved.groups and not any(tensors.values()):
+    stateless = not saved.groups and not has_groups(context.saved.offered, view.name)
+    if not saved.native and stateless and not any(tensors.values()):
         if context.selection.covers(view.name):
             context.lacking(f"{view.name}: the checkpoint has no state for this optimizer")
         return

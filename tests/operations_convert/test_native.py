@@ -7,7 +7,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.state_dict import get_state_dict
 
 import ckptengine as ce
 from ckptengine.operations.diff import diff
@@ -90,3 +94,75 @@ def test_conversion_starts_without_torch(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+def state_dicts() -> dict[str, object]:
+    """A state as users of torch DCP hold it: dicts whose keys have dots, and a dict with a list."""
+    torch.manual_seed(1)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.3)
+    model(torch.randn(4, 3)).sum().backward()
+    optimizer.step()
+    weights, states = get_state_dict(model, optimizer)
+    return {"model": weights, "optim": states, "a.b": torch.arange(3.0), "l": [torch.arange(2.0)], "epoch": 4}
+
+
+def zeros(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: zeros(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [zeros(part) for part in value]
+    return torch.zeros_like(value) if isinstance(value, torch.Tensor) else 0 if type(value) is int else value
+
+
+def leaves(value: object, path: tuple[object, ...] = ()) -> dict[tuple[object, ...], object]:
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {k: v for key, part in items for k, v in leaves(part, (*path, key)).items()}
+    return {path: value}
+
+
+def same(a: object, b: object) -> bool:
+    first, second = leaves(a), leaves(b)
+    return first.keys() == second.keys() and all(
+        torch.equal(x, second[key]) if isinstance(x, torch.Tensor) else x == second[key]  # type: ignore[arg-type]
+        for key, x in first.items()
+    )
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed")
+def test_dots_in_keys_are_no_nesting_elsewhere(tmp_path: Path) -> None:
+    state = state_dicts()
+    ce.save(state, tmp_path / "root", 5)
+    assert "model.0\\.weight" in ce.open(tmp_path / "root").names()
+    for to in ("dcp", "torch", "safetensors"):
+        plan = ce.convert(tmp_path / "root", tmp_path / to, to=to, verify=True)
+        assert (plan.verified, plan.unverified) == (plan.tensors, 0)
+        assert diff(open_any(tmp_path / "root"), open_any(tmp_path / to), values=False).same
+    found = zeros(state)
+    dcp.load(found, checkpoint_id=tmp_path / "dcp", no_dist=True)  # type: ignore[arg-type]
+    assert same(found, state)
+    assert load_file(tmp_path / "safetensors" / "model.safetensors").keys() == state["model"].keys()  # type: ignore[attr-defined]
+    loaded = torch.load(tmp_path / "torch" / "checkpoint.pt", weights_only=True)
+    assert torch.equal(loaded["a.b"], torch.arange(3.0))
+    assert loaded["model"].keys() == state["model"].keys()  # type: ignore[attr-defined]
+    assert loaded["optim"]["param_groups"][0]["param_names"] == ["0.weight", "0.bias", "1.weight", "1.bias"]
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed")
+@pytest.mark.parametrize("kind", ["dcp", "torch", "native", "zarr", "safetensors"])
+def test_state_dicts_are_filled_from_other_formats(tmp_path: Path, kind: str) -> None:
+    state = state_dicts()
+    dcp.save(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    if kind != "dcp":
+        ce.convert(tmp_path / "dcp", tmp_path / kind, to=kind)
+    found = zeros(state)
+    ce.load(found, tmp_path / kind)
+    assert same(found, state)
+
+
+def test_a_name_that_another_leaf_has_is_not_taken(tmp_path: Path) -> None:
+    torch.save({"x": {"a.b": torch.ones(2)}}, tmp_path / "x.pt")
+    live = {"x": {"a.b": torch.zeros(2), "a": {"b": torch.zeros(2)}}}
+    with pytest.raises(ce.CheckpointError, match="in the live state, not in the checkpoint"):
+        ce.load(live, tmp_path / "x.pt")

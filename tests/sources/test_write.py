@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
 from ckptengine.errors import AlreadyExists, CheckpointError, UnsupportedValue, UnusableRequest
 from ckptengine.layout.box import Box
@@ -79,6 +80,10 @@ def everything() -> dict[str, torch.Tensor]:
     return tensors() | {"model.head.weight": tensors()["model.emb.weight"]}
 
 
+def _zero(value: object) -> object:
+    return torch.zeros_like(value) if isinstance(value, torch.Tensor) else None
+
+
 def check_values(path: Path) -> None:
     values: Any = open_source(path).values()
     assert values["extra"] == VALUES
@@ -122,6 +127,11 @@ class TestSafetensors:
         with pytest.raises(UnusableRequest, match="shard_bytes"):
             convert(tmp_path / "y.pt", tmp_path / "out", to="safetensors", options={"shard_bytes": "5GB"})
         assert not (tmp_path / "out").exists()
+
+    def test_a_checkpoint_without_tensors(self, tmp_path: Path) -> None:
+        torch.save({"epoch": 3}, tmp_path / "x.pt")
+        convert(tmp_path / "x.pt", tmp_path / "out", to="safetensors", verify=True)
+        assert open_source(tmp_path / "out").values() == {"epoch": 3}
 
     def test_a_target_that_exists(self, source: Path, tmp_path: Path) -> None:
         (tmp_path / "out").mkdir()
@@ -199,6 +209,29 @@ class TestTorch:
         value = {"v": [protocol_value, (protocol_value,), {"k": protocol_value}], "e": [[], (), {}], 5: {1, 2}}
         assert pickle.loads(dumps(value)) == value
 
+    def test_nesting_is_kept_and_nothing_is_written_over(self, tmp_path: Path) -> None:
+        state: dict[str, Any] = {"a": {"b": {"c": counting(2)}, "l": [counting(3), {"t": counting(4)}, 5]}}
+        state |= {"": counting(6), "x": counting(7), "x.y": counting(8), "plain.dotted": counting(9)}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp.save(state, checkpoint_id=tmp_path / "in", no_dist=True)
+        convert(tmp_path / "in", tmp_path / "out.pt", to="torch", verify=True)
+        assert sorted(open_source(tmp_path / "in").names()) == sorted(open_source(tmp_path / "out.pt").names())
+        loaded = torch.load(tmp_path / "out.pt", weights_only=True)
+        assert loaded.keys() == state.keys()
+        assert torch.equal(loaded["a"]["b"]["c"], counting(2))
+        assert torch.equal(loaded["a"]["l"][1]["t"], counting(4))
+        assert (len(loaded["a"]["l"]), loaded["a"]["l"][2]) == (3, 5)
+
+    def test_a_name_that_begins_another_one(self, tmp_path: Path) -> None:
+        made = {"a.b": counting(2), "a": counting(3), ".": counting(4), "": counting(5)}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp.save(made, checkpoint_id=tmp_path / "in", no_dist=True)
+        convert(tmp_path / "in", tmp_path / "ours", to="native")  # which does not keep how they were nested
+        convert(tmp_path / "ours", tmp_path / "out.pt", to="torch", verify=True)
+        holds(open_source(tmp_path / "out.pt"), made)
+
     def test_values_that_torch_refuses(self, tmp_path: Path) -> None:
         class Source:
             pass
@@ -244,6 +277,35 @@ class TestDcp:
             assert torch.equal(found, tensor), name
         assert live["optim"]["param_groups"] == [{"lr": 0.1}, {"lr": 0.2}]
         assert live["extra"] == VALUES
+
+    @pytest.mark.parametrize("to", ["dcp", "torch"])
+    def test_flattened_optimizers_stay_flat(self, tmp_path: Path, to: str) -> None:
+        """As torchtitan has them: weights at the top, the optimizer's keys flattened."""
+        model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
+        optimizer = torch.optim.AdamW(model[0].parameters(), lr=0.3)
+        model(torch.randn(4, 3)).sum().backward()
+        optimizer.step()
+        states = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
+        state = {**model.state_dict(), "optimizer": states}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp.save(state, checkpoint_id=tmp_path / "in", no_dist=True)
+            torch.save(state, tmp_path / "in.pt")
+            for source in ("in", "in.pt"):
+                out = tmp_path / f"{source}-out"
+                convert(tmp_path / source, out, to=to, verify=True)
+                moment = open_source(tmp_path / source).tensor("optimizer.0.weight.exp_avg")
+                assert open_source(out).tensor("optimizer.0.weight.exp_avg").shape == moment.shape == (2, 3)
+                if to == "torch":
+                    live: dict[str, Any] = torch.load(out / "checkpoint.pt", weights_only=True)
+                    assert source == "in" or live.keys() == state.keys()
+                else:
+                    live = {"optimizer": {key: _zero(value) for key, value in states.items()}}
+                    dcp.load(live, checkpoint_id=out, no_dist=True)
+                assert live["optimizer"].keys() == states.keys()
+                for key, value in states.items():
+                    same = torch.equal(live["optimizer"][key], value) if torch.is_tensor(value) else None
+                    assert same if same is not None else live["optimizer"][key] == value, key
 
     def test_arrays_among_the_values(self, tmp_path: Path) -> None:
         array = np.arange(6, dtype=">i2").reshape(2, 3)

@@ -100,6 +100,10 @@ class DcpSource:
             raise NotFound(f"{error}; it holds a part of {name!r}: fetch the missing file") from error
         return LogicalTensor(name, record.dtype, record.shape, fragments, meta={"key": key})
 
+    def path(self, name: str) -> tuple[object, ...] | None:
+        """See `ckptengine.sources.port.KnowsPaths`: as torch flattened it."""
+        return self._metadata.paths.get(self._keys.get(name, ""))
+
     def aliases(self) -> Mapping[str, str]:
         """None: the format does not record what is tied."""
         return {}

@@ -24,7 +24,7 @@ from ckptengine.layout.dtypes import itemsize
 from ckptengine.layout.tensor import LogicalTensor
 from ckptengine.sources.dcp.metadata import METADATA
 from ckptengine.sources.emit import Call, Global, Instance, Pairs, Tensor, dumps, size, storage_of
-from ckptengine.sources.optimizers import Optimizer, optimizers_in, split_names
+from ckptengine.sources.optimizers import FLAT_STATE, Optimizer, optimizers_in, split_names
 from ckptengine.sources.stream import in_file_order, stream_boxes, stream_memory_bytes
 from ckptengine.sources.typed import plain_values
 from ckptengine.sources.writer import Document, Job, Sink, Target, Unit
@@ -214,11 +214,11 @@ def _keys(job: Job) -> tuple[dict[str, str], dict[str, Path]]:
     paths: dict[str, Path] = {}
     for name in job.names:
         state: tuple[Optimizer, str, str] | None = states.get(name)
-        first, dot, rest = name.partition(".")
-        path: Path = (first, rest) if dot else (name,)
+        path = job.place(name)
         if state is not None:
             optimizer, parameter, kind = state
-            path = (*optimizer.path, "state", parameter, kind)
+            state_path = (f"{FLAT_STATE}{parameter}.{kind}",) if optimizer.flat else ("state", parameter, kind)
+            path = (*optimizer.path, *state_path)
         keys[name] = ".".join(map(str, path))
         paths[keys[name]] = path
     return keys, paths

@@ -219,7 +219,8 @@ def _of_index(files: Files, path: str) -> dict[str, Header]:
 def _probe(opening: Opening) -> bool:
     if opening.entry is not None:
         return opening.entry.endswith((SUFFIX, INDEX_SUFFIX))
-    return any(name.endswith((SUFFIX, INDEX_SUFFIX)) for name in opening.files.entries())
+    names = opening.files.entries()
+    return OWN_FILE in names or any(name.endswith((SUFFIX, INDEX_SUFFIX)) for name in names)
 
 
 def _open(opening: Opening) -> Source:

@@ -10,6 +10,7 @@ from ckptengine.errors import Damaged, NotFound, UnreadableFormat
 from ckptengine.layout.tensor import LogicalTensor
 from ckptengine.sources.files import InlineFiles
 from ckptengine.sources.held import Number, number
+from ckptengine.sources.optimizers import FLAT_STATE, is_flat
 from ckptengine.sources.plain import plain, walk_leaves
 from ckptengine.sources.port import Files, Format, Opening, Source
 from ckptengine.sources.stored import StoredTensor
@@ -59,15 +60,17 @@ class TorchSource:
             self._roots = [{places[path]: root} for path, root in zip(paths, self._roots, strict=True)]
         self._numbers: dict[str, Number] = {}
         self._tensors: dict[str, StoredTensor | Placeholder] = {}
+        self._paths: dict[str, tuple[object, ...]] = {}
         self._aliases: dict[str, str] = {}
         first: dict[tuple[object, ...], str] = {}
         for root in self._roots:
             if own is None:
                 self._numbers |= _counters(root, (), inline)
-            for name, tensor in _named(root, own is not None):
+            for name, path, tensor in _named(root, own is not None):
                 if name in self._tensors:
                     raise Damaged(f"tensor {name!r} occurs twice in {files.root}")
                 self._tensors[name] = tensor
+                self._paths[name] = path
                 if isinstance(tensor, StoredTensor) and tensor.size and first.setdefault(tensor.identity, name) != name:
                     self._aliases[name] = first[tensor.identity]
 
@@ -93,6 +96,12 @@ class TorchSource:
     def aliases(self) -> Mapping[str, str]:
         """Names of the same elements of the same storage."""
         return self._aliases
+
+    def path(self, name: str) -> tuple[object, ...] | None:
+        """See `ckptengine.sources.port.KnowsPaths`."""
+        path = self._paths.get(name)
+        known = path is not None and all(type(part) is str for part in path)  # a number may be a key or a position
+        return path if known else None
 
     def values(self) -> object:
         """What is no tensor, nested as it was; of several files, the dicts merged.
@@ -121,15 +130,26 @@ def _own(files: Files, paths: Sequence[str]) -> dict[str, Any] | None:
     return dict(own)
 
 
-def _named(root: object, own: bool) -> list[tuple[str, StoredTensor | Placeholder]]:
+Named = tuple[str, tuple[object, ...], StoredTensor | Placeholder]
+"""A canonical name, the path that it was made of, and the tensor."""
+
+
+def _named(root: object, own: bool) -> list[Named]:
     found = list(walk_leaves(root))
     if isinstance(root, Placeholder):
-        return [(".".join(("model", *map(str, path))), tensor) for path, tensor in found]
-    if not own and all(len(path) == 1 for path, _ in found):
-        return [(f"model.{path[0]}", tensor) for path, tensor in found]
+        return [(".".join(("model", *map(str, path))), ("model", *path), tensor) for path, tensor in found]
+    if not own and all(len(path) == 1 for path, _ in found) and not is_flat(root):
+        return [(f"model.{path[0]}", ("model", path[0]), tensor) for path, tensor in found]
     groups: dict[tuple[Any, ...], Mapping[object, str]] = {}
+    flat: dict[tuple[Any, ...], bool] = {}
     named = []
     for path, tensor in found:
+        if path and type(path[-1]) is str and path[-1].startswith(FLAT_STATE):
+            key = path[:-1]
+            if key not in flat:
+                flat[key] = is_flat(_inside(root, key))
+            if flat[key]:
+                path = (*key, path[-1][len(FLAT_STATE) :])
         at = next((i for i, part in enumerate(path) if part == "state" and len(path) > i + 2), None)
         if at is not None:
             key = path[:at]
@@ -141,7 +161,7 @@ def _named(root: object, own: bool) -> list[tuple[str, StoredTensor | Placeholde
     names = [".".join(map(str, path)) for path, _ in named]
     if len(set(names)) != len(names):  # {"a.b": x, "a": {"b": y}}
         names = [".".join(str(part).replace("\\", "\\\\").replace(".", "\\.") for part in path) for path, _ in named]
-    return list(zip(names, (tensor for _, tensor in named), strict=True))
+    return [(name, path, tensor) for name, (path, tensor) in zip(names, named, strict=True)]
 
 
 def _counters(root: Any, key: tuple[str, ...], inline: InlineFiles) -> dict[str, Number]:
@@ -162,11 +182,7 @@ def _counters(root: Any, key: tuple[str, ...], inline: InlineFiles) -> dict[str,
 
 def _parameter_names(root: Any, key: tuple[Any, ...]) -> Mapping[object, str]:
     """Number -> name of an optimizer's parameters, from its param_groups; empty where there is no optimizer."""
-    inner = root
-    for part in key:
-        if not isinstance(inner, dict | list | tuple):
-            return {}
-        inner = inner[part]
+    inner = _inside(root, key)
     groups = inner.get("param_groups") if isinstance(inner, dict) else None
     if not isinstance(groups, list):
         return {}
@@ -179,6 +195,15 @@ def _parameter_names(root: Any, key: tuple[Any, ...]) -> Mapping[object, str]:
         known = isinstance(given, list) and len(given) == len(numbers)
         names |= {number: str(name) for number, name in zip(numbers, given if known else numbers, strict=True)}
     return names
+
+
+def _inside(root: Any, path: tuple[Any, ...]) -> Any:
+    """What is at a path of keys and positions; None where that leads through what is no container."""
+    for part in path:
+        if not isinstance(root, dict | list | tuple):
+            return None
+        root = root[part]
+    return root
 
 
 def _with_names(value: Any, depth: int, *, bare: bool) -> Any:

@@ -1,9 +1,9 @@
 """Write one file of torch.save, which ``torch.load(weights_only=True)`` loads.
 
-The file holds a dict: the first part of each tensor's name is a key, the rest a key of the dict under it, so that
-``load_state_dict(file["model"])`` works.  An optimizer whose groups are among the values is written as torch's own
-optimizers give themselves, parameters numbered, with their names under ``param_names``.  Values that torch would refuse
-to load are an error; numpy arrays become lists.
+The file holds what the source held, nested as it was.  Where the source does not say how, the first part of a tensor's
+name is a key and the rest a key of the dict under it, so that ``load_state_dict(file["model"])`` works.  An optimizer
+whose groups are among the values is written as torch's own optimizers give themselves, parameters numbered, with their
+names under ``param_names``.  Values that torch would refuse to load are an error; numpy arrays become lists.
 
 Options: ``weights_only`` (default False): only what lies under ``model.``, as a plain state dict.
 """
@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from ckptengine.errors import UnsupportedValue
+from ckptengine.errors import UnsupportedValue, UnusableRequest
 from ckptengine.layout.box import Box, row_major_strides
 from ckptengine.layout.dtypes import itemsize
 from ckptengine.sources.emit import Tensor, dumps, storage_of
-from ckptengine.sources.optimizers import Optimizer, optimizers_in, split_names
+from ckptengine.sources.optimizers import FLAT_STATE, Optimizer, optimizers_in, split_names
 from ckptengine.sources.stream import stream_boxes, stream_memory_bytes
 from ckptengine.sources.torchfile.source import OWN_RECORD, SUFFIXES
 from ckptengine.sources.typed import plain_values
@@ -30,6 +30,7 @@ from ckptengine.sources.zipwriter import ALIGNMENT, ZipWriter, zip_bytes
 FILE = "checkpoint.pt"
 VERSION = 1
 MAX_ARRAY_ITEMS = 1 << 20
+MAX_LIST_ITEMS = 1 << 24
 _WEIGHTS = "model."
 
 
@@ -110,16 +111,39 @@ def _nested(job: Job, tensors: Mapping[str, Tensor]) -> dict[Any, Any]:
     states = split_names(tensors, found)
     for optimizer in found:
         _set(root, optimizer.path, _torch_form(optimizer, root, tensors, states))
-    for name, tensor in tensors.items():
-        if name in states:
-            continue
-        first, dot, rest = name.partition(".")
-        inner = root.setdefault(first, {}) if dot else None
-        if isinstance(inner, dict):
-            inner[rest] = tensor
-        else:
-            root[name] = tensor
+    _put(job, root, {name: tensor for name, tensor in tensors.items() if name not in states})
     return root
+
+
+def _put(job: Job, root: dict[Any, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Tensors at their places; where something else is there or on the way, under their whole names.
+
+    `UnusableRequest` where that is taken too: nothing replaces anything here.
+    """
+    for name, tensor in sorted(tensors.items(), key=lambda item: "." in item[0]):  # what has one place only comes first
+        if not _set_free(root, job.place(name), tensor) and not _set_free(root, (name,), tensor):
+            raise UnusableRequest(
+                f"{name!r} is both a tensor and a value, and a nested state has one place for them; convert to dcp"
+            )
+
+
+def _set_free(node: Any, path: Sequence[Any], tensor: Tensor) -> bool:
+    """Put a tensor at a path of keys and list positions, if nothing is there; containers on the way are made."""
+    part, rest = path[0], path[1:]
+    if isinstance(node, list) and type(part) is int and part < MAX_LIST_ITEMS:
+        node += [None] * (part + 1 - len(node))
+        free = node[part] is None  # what a tensor leaves in a list of values
+    elif isinstance(node, dict) and type(part) is str:
+        free = part not in node
+    else:
+        return False
+    if rest:
+        if free:
+            node[part] = [] if type(rest[0]) is int else {}
+        return _set_free(node[part], rest, tensor)
+    if free:
+        node[part] = tensor
+    return free
 
 
 def _torch_form(
@@ -128,18 +152,20 @@ def _torch_form(
     tensors: Mapping[str, Tensor],
     states: Mapping[str, tuple[Optimizer, str, str]],
 ) -> dict[Any, Any]:
-    """An optimizer's state dict as torch gives it: parameters by number, their names beside them."""
+    """An optimizer's state dict as torch gives it: parameters by number, their names beside them; or flattened."""
     node: Any = root
     for key in optimizer.path:
         node = node[key]
+    own = {(parameter, kind): tensors[n] for n, (owner, parameter, kind) in states.items() if owner is optimizer}
+    if optimizer.flat:
+        return {**node, **{f"{FLAT_STATE}{parameter}.{kind}": tensor for (parameter, kind), tensor in own.items()}}
     numbers = {name: number for number, name in enumerate(optimizer.parameters)}
     rest = node.get("state")
     state: dict[Any, Any] = {
         numbers.get(str(key), key): dict(parts) for key, parts in (rest if isinstance(rest, dict) else {}).items()
     }
-    for name, (owner, parameter, kind) in states.items():
-        if owner is optimizer:
-            state.setdefault(numbers.get(parameter, parameter), {})[kind] = tensors[name]
+    for (parameter, kind), tensor in own.items():
+        state.setdefault(numbers.get(parameter, parameter), {})[kind] = tensor
     groups = []
     for group in optimizer.groups:
         params = [str(name) for name in group["params"]]

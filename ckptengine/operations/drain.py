@@ -8,7 +8,6 @@ that have arrived are not sent a second time, not even by another process.
 
 from __future__ import annotations
 
-import asyncio
 import concurrent.futures
 import logging
 import queue
@@ -20,29 +19,17 @@ from dataclasses import dataclass
 
 from ckptengine.coordination.alone import Alone
 from ckptengine.coordination.port import Coordinator
-from ckptengine.errors import (
-    AlreadyExists,
-    CheckpointError,
-    Conflict,
-    Damaged,
-    RankTimeout,
-    SaveFailed,
-    Superseded,
-    UnusableRequest,
-)
+from ckptengine.errors import CheckpointError, Conflict, Damaged, RankTimeout, SaveFailed, UnusableRequest
+from ckptengine.operations.drain_commit import Named, publish
 from ckptengine.operations.peers import Peers
 from ckptengine.operations.progress import progress_log
 from ckptengine.operations.transfer import Budget, DrainFile, Moved, Throttle, Transfer
-from ckptengine.store import names
-from ckptengine.store.history import CommitRef, decode_attempt
 from ckptengine.tiers.loop import IoLoop
 from ckptengine.tiers.port import TierPort
 
 log = logging.getLogger("ckptengine")
 
 _POLL_S = 1.0
-_CLAIMING_S = 5.0
-"""How long a claim may be there without its record before it counts as that of a job that died in between."""
 _MAX_PENDING = 1024
 
 
@@ -55,14 +42,6 @@ class DrainSettings:
     parallel_parts: int = 16
     max_bytes_per_s: float | None = None
     rank_timeout_s: float = 1800.0
-
-
-@dataclass(frozen=True, slots=True)
-class Named:
-    """A small object: its name beneath the tier's root, and its content."""
-
-    name: str
-    data: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,7 +238,7 @@ class Drain:
             if job.manifest is not None:
                 if self._guard is not None:
                     self._guard(job.manifest)
-                self._loop.run(self._publish(job.manifest, job.companions))
+                self._loop.run(publish(self._target, job.manifest, job.companions))
         except CheckpointError as error:
             failure = error
         self._peers.agree(f"{job.key}/published", said, failure)
@@ -289,50 +268,6 @@ class Drain:
             for file in job.files
         ]
         return [await transfer.run() for transfer in transfers]
-
-    async def _publish(self, manifest: Named, companions: Sequence[Named]) -> None:
-        """Put the manifest, unless a newer attempt owns the target; look again before the step counts as there."""
-        await self._refuse_if_superseded(manifest)
-        for small in (*companions, manifest):
-            try:
-                await self._target.create(small.name, small.data)
-            except AlreadyExists:
-                entry = await self._target.stat(small.name)
-                same = entry is not None and entry.size_bytes == len(small.data)
-                if not same or await self._target.read(small.name, 0, len(small.data)) != small.data:
-                    raise Superseded(
-                        f"{self._target.label}/{small.name} exists with other content: another job writes there; "
-                        f"give each job a root of its own"
-                    ) from None
-        await self._refuse_if_superseded(manifest)
-
-    async def _refuse_if_superseded(self, manifest: Named) -> None:
-        match = names.MANIFEST_PATTERN.search(manifest.name)
-        if match is None:
-            raise UnusableRequest(f"{manifest.name} is not the name of a manifest")
-        for entry in await self._target.entries(f"{names.ATTEMPTS}/"):
-            claimed = names.ATTEMPT_PATTERN.search(entry.name)
-            if claimed is not None and int(claimed[1]) > int(match[1]):
-                if await self._builds_on(int(claimed[1]), manifest.name):
-                    continue
-                raise Superseded(
-                    f"{self._target.label}: attempt {int(claimed[1])} took over from attempt {int(match[1])}; "
-                    f"this job may not commit there any more"
-                )
-
-    async def _builds_on(self, attempt: int, manifest_name: str) -> bool:
-        """Whether a newer attempt counts this commit as its own past, as one that drains what another job left."""
-        folder, _, base = manifest_name.partition("/")
-        step, saved = names.STEP_PATTERN.match(folder), names.MANIFEST_PATTERN.match(base)
-        name = f"{names.ATTEMPTS}/{names.attempt_record(attempt, 0)}"
-        deadline_s = time.monotonic() + _CLAIMING_S
-        while (entry := await self._target.stat(name)) is None and time.monotonic() < deadline_s:
-            await asyncio.sleep(_POLL_S / 10)  # between its claim and its record
-        if step is None or saved is None or entry is None:
-            return False
-        data = await self._target.read(entry.name, 0, entry.size_bytes)
-        record = decode_attempt(data, attempt, f"{self._target.label}/{entry.name}")
-        return CommitRef(int(step[1]), int(saved[1]), int(saved[2])) in record.inherited
 
     def _settle(self, job: _Job, outcome: DrainReport | CheckpointError) -> None:
         with self._lock:

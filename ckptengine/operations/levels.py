@@ -19,28 +19,24 @@ from functools import partial
 from pathlib import Path
 
 from ckptengine.coordination.port import Coordinator, publish, receive
-from ckptengine.errors import (
-    AlreadyExists,
-    CheckpointError,
-    Superseded,
-    UnusableRequest,
-)
-from ckptengine.operations.drain import Drain, DrainReport, DrainSettings, Named
+from ckptengine.errors import AlreadyExists, CheckpointError, UnusableRequest
+from ckptengine.operations.announced import Announced
+from ckptengine.operations.drain import Drain, DrainReport, DrainSettings
+from ckptengine.operations.drain_commit import Named
 from ckptengine.operations.landing import landing_for
 from ckptengine.operations.left_behind import left_behind
 from ckptengine.operations.level import Landed, Level, Way
 from ckptengine.operations.levels_held import Held
+from ckptengine.operations.levels_keep import apply_keeps
+from ckptengine.operations.node import Node, among, node_of
 from ckptengine.operations.one_place import OnePlace
-from ckptengine.operations.rank_digest import rank_file_digest
-from ckptengine.operations.retain import apply_retention, plan_retention
+from ckptengine.operations.one_run import require_run, run_on
 from ckptengine.operations.tiered import TieredFiles
-from ckptengine.operations.transfer import DrainFile
 from ckptengine.policy.failure import FailurePolicy, Retry, Trouble
 from ckptengine.policy.interval import Interval, LastSave, Soonest
 from ckptengine.policy.keep import Keep
 from ckptengine.sources.files import open_files
 from ckptengine.sources.port import Files
-from ckptengine.store import names
 from ckptengine.store.history import CommitRef, History
 from ckptengine.store.manifest import Manifest
 from ckptengine.tiers.files import TierFiles
@@ -103,7 +99,9 @@ class Levels:
         except BaseException:
             self.close(0.0)
             raise
+        self._node: Node = node_of(port.rank, port.world)
         self._place = OnePlace(self._levels[-1].flat)
+        self._announced = Announced([level.flat for level in self._levels])
         for hop, (source, target) in enumerate(zip(self._levels, self._levels[1:], strict=False)):
             cap = target.spec.max_bytes_per_s
             target.drain = Drain(
@@ -117,6 +115,19 @@ class Levels:
                 hop=str(hop),  # not by the places, which ranks may call by different paths
             )
 
+    def meet(self, hosts: Sequence[str | None], run: str | None) -> None:
+        """Hear of every rank's machine (see `ckptengine.operations.node`), and what rank 0 finds as the root's run.
+
+        Raises `Conflict` where a tier in front of the root holds checkpoints of another run.
+        """
+        self._node = among(self._port.rank, hosts)
+        if self._node.leads:
+            require_run(run, self.labels[-1], [level.flat for level in self._levels[:-1]])
+
+    def run(self) -> str | None:
+        """The run that the root is of, for `meet`."""
+        return run_on(self._levels[-1].flat)
+
     # ---- where
 
     @property
@@ -125,6 +136,11 @@ class Levels:
         first = self._levels[0].tier
         assert isinstance(first, LocalTier)
         return first.root
+
+    @property
+    def rank(self) -> int:
+        """This rank's number."""
+        return self._port.rank
 
     @property
     def is_single(self) -> bool:
@@ -187,23 +203,25 @@ class Levels:
         self._number += 1
         now_s = time.monotonic()
         reach = self._reach(landed, now_s)
-        self._copy_manifest(landed)
-        for level in self._levels[: reach + 1]:
+        landed = self._with_manifest(landed)
+        self._put_own_manifest(self._levels[landed.at], landed)
+        for level in self._levels[landed.at : reach + 1]:
             level.last = LastSave(landed.step, now_s)
         way = Way(landed, reach, now_s, arrived, concurrent.futures.Future())
-        self._carry(way, 1)
+        self._carry(way, landed.at + 1)
         return way.done
 
     def resume(self, ref: CommitRef, manifest: Manifest) -> concurrent.futures.Future[int] | None:
-        """Carry on what an earlier job left where saves land; called by all ranks alike.  None: nothing to be done.
+        """Carry on to the root what an earlier job left on a tier; called by all ranks alike.  None: nothing to do.
 
-        Only where every rank finds its own file there, and the root does not have the step.
+        From the nearest tier where every file is found, by whichever ranks there are now; only where the root does not
+        have the step.
         """
         if self.is_single:
             return None
         self._resumed += 1
-        first, root, key = self._levels[0].flat, self._levels[-1].flat, f"resume/{self._resumed}"
-        left = left_behind(first, root, ref, manifest, port=self._port, key=key, timeout_s=self._timeout_s)
+        tiers, key = [level.flat for level in self._levels], f"resume/{self._resumed}"
+        left = left_behind(tiers, ref, manifest, port=self._port, key=key, timeout_s=self._timeout_s)
         return None if left is None else self.landed(left)
 
     def pending(self) -> dict[str, tuple[int, ...]]:
@@ -215,17 +233,7 @@ class Levels:
 
         Raises `Superseded` where another job has claimed it there first.
         """
-        for named in self._attempt_records(attempt):
-            for level in self._levels[1:]:
-                try:
-                    level.flat.create(named.name, named.data)
-                except AlreadyExists:
-                    entry = level.flat.stat(named.name)
-                    if entry is None or level.flat.read(named.name, 0, entry.size_bytes) != named.data:
-                        raise Superseded(
-                            f"{level.spec.label}: attempt {attempt} was claimed by another job; start this one again, "
-                            f"or give it a root of its own"
-                        ) from None
+        self._announced.everywhere(attempt)
 
     def drain(self, timeout_s: float | None = None) -> bool:
         """Finish carrying within ``timeout_s``, give up the rest; nothing more can land.  Whether all was carried."""
@@ -240,7 +248,7 @@ class Levels:
     def close(self, timeout_s: float | None = None) -> bool:
         """`drain`, then let everything go.  Whether all was carried."""
         finished = self.drain(timeout_s)
-        if self._has_own_landing and finished and not self._stranded and len(self._levels) > 1 and self._leads_node():
+        if self._has_own_landing and finished and not self._stranded and len(self._levels) > 1 and self._node.leads:
             # While the root is still held: another job may use this place next.
             shutil.rmtree(self.landing, ignore_errors=True)
         self._held.release()
@@ -285,16 +293,14 @@ class Levels:
                 self._strand(way, number - 1, error)
                 return
             level.costs = level.costs.add(0.0, time.monotonic() - way.started_s)
+            self._put_own_manifest(level, landed)
             way.arrived(number)
             self._carry(way, number + 1)
 
         try:
-            file = f"{names.step_dir(landed.step)}/{names.rank_file(self._port.rank, landed.attempt, landed.save)}"
-            digest = self._loop.run(rank_file_digest(source.tier, file, landed.record), self._timeout_s)
             named = self._named(landed)
-            companions = self._attempt_records(landed.attempt) if named is not None else ()
-            files = [DrainFile(file, landed.record.nbytes, digest)]
-            carried = level.drain.submit(landed.step, files, named, companions)
+            companions = self._announced.of(landed.attempt) if named is not None else ()
+            carried = level.drain.submit(landed.step, landed.drain_files(), named, companions)
         except CheckpointError as error:
             self._strand(way, number - 1, error)
             return
@@ -325,69 +331,37 @@ class Levels:
     def _named(self, landed: Landed) -> Named | None:
         if self._port.rank != 0 or landed.manifest is None:
             return None
-        return Named(_manifest_name(landed), landed.manifest)
+        return Named(landed.manifest_name, landed.manifest)
 
-    def _copy_manifest(self, landed: Landed) -> None:
-        """Give a node's own first tier a manifest of its own, where it has none."""
+    def _with_manifest(self, landed: Landed) -> Landed:
+        """``landed`` with the manifest on every rank that sees to its node's own tiers."""
         if self.is_single or self._port.world == 1:
-            return
+            return landed
         key = f"manifest/{self._number}"
         if self._port.rank == 0:
             assert landed.manifest is not None
             publish(self._port, key, landed.manifest.decode("latin-1"))
+            self._port.delete(f"manifest/{self._number - 1}")  # every rank has come to this one
+            return landed
+        if not self._node.leads:
+            return landed
+        return replace(landed, manifest=str(receive(self._port, key, self._timeout_s)).encode("latin-1"))
+
+    def _put_own_manifest(self, level: Level, landed: Landed) -> None:
+        """Give a tier that this node has for itself a manifest of its own, where it has none."""
+        if self._port.rank == 0 or landed.manifest is None or not level.is_directory or level is self._levels[-1]:
             return
-        data = str(receive(self._port, key, self._timeout_s)).encode("latin-1")
-        if self._leads_node():
-            try:
-                self._levels[0].flat.create(_manifest_name(landed), data)
-            except AlreadyExists:
-                return  # the tier is shared with rank 0's node, which has just put it
+        try:
+            level.flat.create(landed.manifest_name, landed.manifest)
+            level.own = True
+        except AlreadyExists:
+            return  # the tier is shared with rank 0's node, which has just put it
+        except CheckpointError as refused:
+            # What ranks do here must stay alike, so that nobody waits for this one.
+            log.warning("%s has no manifest of step %d: %s", level.spec.label, landed.step, refused)
 
     def _retain(self, upto: int) -> None:
-        """Apply each tier's policy as far as the newest step has come; failures are told, and leave too much behind."""
-        if not self._leads_node():
-            return
-        with self._retaining:
-            for number, level in enumerate(self._levels[: upto + 1]):
-                if level.keep is None or (number > 0 and self._port.rank != 0):
-                    continue
-                behind = self._levels[number + 1].drain if number + 1 < len(self._levels) else None
-                verified = frozenset(level.verified)  # before what is protected: what comes later is neither
-                try:
-                    self._held.check(level)
-                    plan = plan_retention(
-                        level.flat,
-                        level.keep,
-                        verified=verified,
-                        protected=behind.pending if behind is not None else (),
-                        ranks=self._node_ranks() if number == 0 and not self.is_single else None,
-                    )
-                    apply_retention(level.flat, plan)
-                except CheckpointError as failure:
-                    log.warning("retention on %s stopped: %s", level.spec.label, failure)
-
-    def _leads_node(self) -> bool:
-        return self._port.rank == 0 or (not self.is_single and os.environ.get("LOCAL_RANK") == "0")
-
-    def _node_ranks(self) -> range | None:
-        """The ranks of this node, as the launcher tells; None where it does not."""
-        try:
-            local, count = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
-        except (KeyError, ValueError):
-            return None
-        return range(self._port.rank - local, self._port.rank - local + count)
-
-    def _attempt_records(self, attempt: int) -> list[Named]:
-        """The claim and the records of an attempt, as they lie where saves land."""
-        first = self._levels[0].flat
-        found = []
-        for entry in first.entries(f"{names.ATTEMPTS}/"):
-            match = names.ATTEMPT_PATTERN.search(entry.name)
-            if match is not None and int(match[1]) == attempt:
-                found.append(Named(entry.name, first.read(entry.name, 0, entry.size_bytes)))
-        # The claim first: without it a record means nothing.
-        return sorted(found, key=lambda named: (not named.name.endswith(".claim"), named.name))
-
-
-def _manifest_name(landed: Landed) -> str:
-    return f"{names.step_dir(landed.step)}/{names.manifest(landed.attempt, landed.save)}"
+        """Apply each tier's policy as far as the newest step has come."""
+        if self._node.leads:
+            with self._retaining:
+                apply_keeps(self._levels, upto, held=self._held, node=self._node, rank=self._port.rank)

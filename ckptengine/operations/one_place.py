@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 from ckptengine.errors import SaveFailed
-from ckptengine.operations.drain import Named
+from ckptengine.operations.drain_commit import Named
 from ckptengine.store import manifest as manifests
 from ckptengine.store import names
 from ckptengine.store.manifest import Manifest

@@ -77,7 +77,7 @@ class Onward:
             step=job.step,
             attempt=job.attempt,
             save=job.number,
-            record=job.record,
+            files={self._levels.rank: job.record},
             manifest=job.manifest.encode() if job.manifest is not None else None,
             all_the_way=job.all_the_way,
         )

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptengine.coordination.port import Coordinator, agree
-from ckptengine.errors import CheckpointError, RootInUse, SaveFailed, UnusableRequest
+from ckptengine.coordination.relay import error_note, error_of
+from ckptengine.errors import CheckpointError, UnusableRequest
 from ckptengine.operations.attempts import Claims
 from ckptengine.operations.levels import Levels
 from ckptengine.operations.nearest import Nearest
+from ckptengine.operations.node import host
 from ckptengine.operations.onward import Onward
 from ckptengine.operations.policy_record import PolicyRecord
 from ckptengine.operations.restore import Restored, RestoreRequest, restore_newest
@@ -97,12 +99,35 @@ class Places:
                 self.claims = Claims(self._all, writing.run, linear=writing.linear, announce=announce)
         except CheckpointError as error:
             refused = error
-        answers = agree(port, "opened", None if refused is None else [refused.code, str(refused)], timeout_s)
+        self._agree("opened", refused, timeout_s)
+        self._meet(timeout_s)
+
+    def _meet(self, timeout_s: float) -> None:
+        """See that the tiers belong to the root; every rank says what it has, and rank 0 what the root has."""
+        levels, rank = self.levels, self._port.rank
+        if levels is None or levels.is_single:
+            return
+        refused: CheckpointError | None = None
+        run: str | None = None
+        try:
+            run = levels.run() if rank == 0 else None
+        except CheckpointError as error:
+            refused = error
+        told = agree(self._port, "meet", [host(), run], timeout_s)
+        try:
+            levels.meet([name for name, _ in told], told[0][1])
+        except CheckpointError as error:
+            refused = refused or error
+        self._agree("met", refused, timeout_s)
+
+    def _agree(self, key: str, refused: CheckpointError | None, timeout_s: float) -> None:
+        """Raise on every rank where any is ``refused``; everything is let go of then."""
+        answers = agree(self._port, key, None if refused is None else error_note(refused, self._port.rank), timeout_s)
         told = next((answer for answer in answers if answer is not None), None)
         if told is not None:
             self.close(0.0)
-            port.close()
-            raise refused or (RootInUse if told[0] == RootInUse.code else SaveFailed)(told[1])
+            self._port.close()
+            raise refused or error_of(told)
 
     @property
     def label(self) -> str:

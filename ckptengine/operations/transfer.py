@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ckptengine import native
 from ckptengine.errors import AlreadyExists, DigestMismatch, NotFound, Truncated
 from ckptengine.layout.digest import combine, format_digest, parse_digest, raw_to_standard
 from ckptengine.operations.progress import ProgressLog, Sent, progress_log
+from ckptengine.operations.rank_digest import rank_file_digest
 from ckptengine.store import names
+from ckptengine.store.manifest import FileRecord
 from ckptengine.tiers.port import TierPort, Upload
 
 _MEBIBYTE = 1 << 20
@@ -22,11 +24,16 @@ _GRACE_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class DrainFile:
-    """A file to carry: ``digest`` is ``"crc64nvme:..."`` of all its bytes, or None where nothing is known of them."""
+    """A file to carry: ``digest`` is ``"crc64nvme:..."`` of all its bytes, or None where nothing is known of them.
+
+    ``record``: what the manifest says of a rank file; its digest is then found out, before anything is sent, from its
+    own index.
+    """
 
     name: str
     size_bytes: int
     digest: str | None = None
+    record: FileRecord | None = None
 
 
 @dataclass(slots=True)
@@ -104,6 +111,9 @@ class Transfer:
         `StorageFailed` where either side refuses, `DigestMismatch` where the target twice gave back other bytes.
         """
         log = progress_log(self.source, self.target, self.file.name, self.file.size_bytes)
+        if self.file.record is not None:
+            digest = await rank_file_digest(self.source, self.file.name, self.file.record)
+            self.file = replace(self.file, digest=digest)
         for attempt in range(2):
             sent = log.load()
             if await self._is_there_already(sent, log):

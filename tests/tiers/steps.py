@@ -14,7 +14,7 @@ from ckptengine.errors import RankTimeout
 from ckptengine.layout import layout_json
 from ckptengine.layout.digest import GRANULE_BYTES, raw_to_standard
 from ckptengine.layout.sharding import replicated
-from ckptengine.operations.drain import Named
+from ckptengine.operations.drain_commit import Named
 from ckptengine.operations.level import Landed
 from ckptengine.operations.transfer import DrainFile
 from ckptengine.plan.write import Owner
@@ -120,7 +120,7 @@ def landed_of(step: Step, rank: int = 0, *, all_the_way: bool = False) -> Landed
         step=step.step,
         attempt=manifest.attempt,
         save=manifest.save,
-        record=manifest.files[rank],
+        files={rank: manifest.files[rank]},
         manifest=manifest.encode() if rank == 0 else None,
         all_the_way=all_the_way,
     )

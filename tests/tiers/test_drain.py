@@ -20,7 +20,8 @@ import pytest
 
 from ckptengine import native
 from ckptengine.errors import CheckpointError, CoordinationFailed, DigestMismatch, SaveFailed, StorageFailed, Superseded
-from ckptengine.operations.drain import Drain, DrainSettings, Named
+from ckptengine.operations.drain import Drain, DrainSettings
+from ckptengine.operations.drain_commit import Named
 from ckptengine.operations.progress import ProgressLog
 from ckptengine.operations.rank_digest import rank_file_digest
 from ckptengine.store import names, rankfile

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ckptengine.coordination.alone import Alone
-from ckptengine.errors import RootInUse, StorageFailed, Superseded, UnusableRequest
+from ckptengine.errors import CoordinationFailed, RootInUse, StorageFailed, Superseded, Truncated, UnusableRequest
 from ckptengine.operations.drain import DrainSettings
 from ckptengine.operations.levels import Levels
 from ckptengine.operations.tiered import TieredReader, open_tiered
@@ -215,3 +216,63 @@ def test_ranks_on_two_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert reader.used_bytes == {f"{tmp_path}/node-{rank}": 1000, f"{tmp_path}/root": 1000}
     for each in reversed(levels):
         assert each.close(10)
+
+
+def on_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: Path, **kwargs: object) -> list[Levels]:
+    """Two ranks, each on a node with a fast tier and a disk of its own."""
+    shared: dict[str, bytes] = {}
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    return [
+        Levels(
+            root,
+            [Tier(tmp_path / f"fast-{rank}"), Tier(tmp_path / f"disk-{rank}", keep=Keep(last=2))],
+            port=Threads(rank, 2, shared),
+            settings=SETTINGS,
+            **kwargs,  # type: ignore[arg-type]
+        )
+        for rank in range(2)
+    ]
+
+
+def test_every_node_s_own_tiers_keep_what_they_should(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    levels = on_nodes(tmp_path, monkeypatch, tmp_path / "root", keep=Keep(last=2))
+    for number in range(1, 6):
+        made = write_step(tmp_path / "fast-0", number, world=2, save=number, extents=(1000,))
+        (tmp_path / "fast-1" / f"step-{number:09d}").mkdir(parents=True)
+        (tmp_path / "fast-0" / made.names[1]).rename(tmp_path / "fast-1" / made.names[1])
+        futures = [each.landed(landed_of(made, rank)) for rank, each in enumerate(levels)]
+        assert [future.result(30) for future in futures] == [2, 2]
+    for each in reversed(levels):
+        assert each.close(10)
+    assert steps_at(tmp_path / "root") == [4, 5]
+    for rank in range(2):
+        for tier, steps in ((f"fast-{rank}", [5]), (f"disk-{rank}", [4, 5])):
+            assert steps_at(tmp_path / tier) == steps, "each node has manifests of its own, and no more than it keeps"
+            files = [path.name for path in (tmp_path / tier).glob("step-*/*")]
+            assert len(files) == 2 * len(steps)
+            assert all(name.startswith((f"rank-{rank:05d}", "manifest-")) for name in files)
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_file_that_is_bad_on_one_rank_holds_up_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    levels = on_nodes(tmp_path, monkeypatch, tmp_path / "root")
+    futures = []
+    for number in (1, 2):
+        made = write_step(tmp_path / "fast-0", number, world=2, save=number, extents=(1000,))
+        (tmp_path / "fast-1" / f"step-{number:09d}").mkdir(parents=True)
+        (tmp_path / "fast-0" / made.names[1]).rename(tmp_path / "fast-1" / made.names[1])
+        if number == 1:
+            bad = tmp_path / f"fast-{failing}" / made.names[failing]
+            bad.write_bytes(bad.read_bytes()[:-1])
+        futures.append([each.landed(landed_of(made, rank)) for rank, each in enumerate(levels)])
+    began_s = time.monotonic()
+    assert isinstance(futures[0][failing].exception(30), Truncated)
+    assert isinstance(futures[0][1 - failing].exception(30), CoordinationFailed)
+    assert [future.result(30) for future in futures[1]] == [2, 2]
+    assert time.monotonic() - began_s < SETTINGS.rank_timeout_s / 2, "nobody waited for the one that failed"
+    for each in reversed(levels):
+        assert each.close(10)
+    assert steps_at(tmp_path / "root") == [2]

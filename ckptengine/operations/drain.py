@@ -279,7 +279,7 @@ class Drain:
             log.info("step %d has arrived on %s", job.step, self._target.label, extra=fields)
         else:
             fields = _fields(job, self._target.label, error=outcome.code)
-            log.warning("step %d was not carried to %s: %s", job.step, self._target.label, outcome, extra=fields)
+            log.warning("the drain of step %d failed: %s", job.step, outcome, extra=fields)
         if job.future.done():
             return
         if isinstance(outcome, DrainReport):

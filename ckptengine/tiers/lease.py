@@ -27,6 +27,8 @@ log = logging.getLogger("ckptengine")
 
 FOLDER = "lease"
 _TRIES = 3
+RELEASE_S = 5.0
+"""How long giving back may take: storage that hangs must not hold up the end of a job."""
 _NAME = re.compile(r"lease/(?P<holder>[0-9a-f]{16})-(?P<number>\d{12})\.json")
 
 
@@ -75,17 +77,21 @@ class Lease:
         return self._taken
 
     def release(self) -> None:
-        """Give the root up; safe to call twice.  A lease that cannot be removed now expires by itself."""
+        """Give the root up, in a bounded time; safe to call twice.  A lease that cannot be removed expires."""
         if self._stop.is_set():
             return
         self._stop.set()
-        self._thread.join()
+        deadline_s = time.monotonic() + RELEASE_S
+        self._thread.join(RELEASE_S / 2)  # it may be in the middle of a renewal
         try:
-            for name in self._leases():  # one that replaced another may be there beside it
+            for name in self._leases(deadline_s):  # one that replaced another may be there beside it
                 if _holder(name) == self._holder:
-                    self._tier.delete(name)
+                    self._until(deadline_s).delete(name)
         except CheckpointError as failure:
             log.warning("the lease of %s could not be given back and will expire: %s", self._tier.label, failure)
+
+    def _until(self, deadline_s: float | None) -> BlockingTier:
+        return self._tier if deadline_s is None else self._tier.within(max(0.1, deadline_s - time.monotonic()))
 
     def _wait_for_the_dead(self) -> None:
         """Return once no living job holds a lease; what dead ones left is removed."""
@@ -118,26 +124,33 @@ class Lease:
         while not self._stop.wait(self._times.renew_s):
             try:
                 old = self._name(self._number)
-                if self._tier.stat(old) is None:
-                    # Nothing is put any more: it would look as if this job still held what it has lost.
-                    self._taken = True
-                    log.error("the lease of %s was taken by another job while this one slept", self._tier.label)
-                    return
-                self._put()
-                self._tier.delete(old)
+                if self._tier.stat(old) is not None:
+                    self._put()
+                    if self._tier.stat(old) is not None:
+                        self._tier.delete(old)
+                        continue
+                    # It went while the new one was on its way, which may take long: whoever removed it holds the place.
+                    self._tier.delete(self._name(self._number))
+                # Nothing is put any more: it would look as if this job still held what it has lost.
+                self._taken = True
+                log.error("the lease of %s was taken by another job while this one slept", self._tier.label)
+                return
             except CheckpointError as failure:
-                log.warning("the lease of %s could not be renewed: %s", self._tier.label, failure)
+                if not self._stop.is_set():
+                    log.warning("the lease of %s could not be renewed: %s", self._tier.label, failure)
 
     def _put(self) -> None:
+        began_s = time.monotonic()  # others count from when it arrives, which may be long before its answer does
         about = {"host": socket.gethostname(), "pid": os.getpid()}
         # It may be there: an earlier try that arrived although its answer did not.  The name is ours alone.
         with contextlib.suppress(AlreadyExists):
             self._tier.create(self._name(self._number + 1), json.dumps(about).encode())
         self._number += 1  # only now: a renewal that failed must not look like a lease that was taken
-        self._renewed_s = time.monotonic()
+        self._renewed_s = began_s
 
-    def _leases(self) -> list[str]:
-        return [entry.name for entry in self._tier.entries(f"{FOLDER}/") if _NAME.fullmatch(entry.name)]
+    def _leases(self, deadline_s: float | None = None) -> list[str]:
+        found = self._until(deadline_s).entries(f"{FOLDER}/")
+        return [entry.name for entry in found if _NAME.fullmatch(entry.name)]
 
     def _name(self, number: int) -> str:
         return f"{FOLDER}/{self._holder}-{number:012d}.json"

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from ckptengine.errors import StorageFailed, UnusableRequest
 from ckptengine.tiers.cancelling import cancel_all
 from ckptengine.tiers.port import Abilities, Bytes, Entry, Spare, TierPort, nothing
+from ckptengine.tiers.threads import DaemonThreads
 
 T = TypeVar("T")
 
@@ -39,7 +40,10 @@ class IoLoop:
         return asyncio.run_coroutine_threadsafe(work, loop)
 
     def run(self, work: Coroutine[Any, Any, T], timeout_s: float | None = None) -> T:
-        """Run ``work`` on the loop and wait for it; `StorageFailed` when that takes longer than ``timeout_s``."""
+        """Run ``work`` on the loop and wait for it.
+
+        `StorageFailed` when that takes longer than ``timeout_s``, or when the loop is closed meanwhile.
+        """
         if threading.current_thread() is self._thread:
             work.close()
             raise UnusableRequest("a blocking call on the I/O loop's own thread waits for itself; await it instead")
@@ -51,6 +55,8 @@ class IoLoop:
                 raise
             future.cancel()
             raise StorageFailed(f"an I/O operation did not finish within {timeout_s} s; it was given up") from None
+        except concurrent.futures.CancelledError:
+            raise StorageFailed("an I/O operation was given up, as what it belongs to was closed") from None
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Cancel what is still running, and join the thread; bounded by ``timeout_s``."""
@@ -73,7 +79,7 @@ class IoLoop:
 
     def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
         asyncio.set_event_loop(loop)
-        pool = concurrent.futures.ThreadPoolExecutor(self._threads, thread_name_prefix=self._name)
+        pool = DaemonThreads(self._threads, self._name)
         loop.set_default_executor(pool)
         try:
             loop.run_forever()
@@ -91,6 +97,10 @@ class BlockingTier:
         self.tier = tier
         self._loop = loop
         self._timeout_s = timeout_s
+
+    def within(self, timeout_s: float) -> BlockingTier:
+        """The same tier, each call given up after ``timeout_s``."""
+        return BlockingTier(self.tier, self._loop, timeout_s=timeout_s)
 
     @property
     def label(self) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 import time
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from ckptengine.errors import RootInUse, StorageFailed
 from ckptengine.tiers.lease import Lease, LeaseTimes
 from ckptengine.tiers.local import LocalTier
 from ckptengine.tiers.loop import BlockingTier, IoLoop
-from ckptengine.tiers.port import Bytes
+from ckptengine.tiers.port import Bytes, Entry
 
 from .contract import loop
 
@@ -115,3 +117,59 @@ def test_trouble_with_renewing_is_not_the_end_at_once(tmp_path: Path, loop: IoLo
     assert not lease.taken
     lease.release()
     assert lease._tier.entries() == []
+
+
+class Slow(LocalTier):
+    """A place whose answers to creating wait until they are let go."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.go = threading.Event()
+        self.go.set()
+
+    async def create(self, name: str, data: Bytes) -> None:
+        await super().create(name, data)
+        while not self.go.is_set():
+            await asyncio.sleep(0.01)
+
+
+def test_a_lease_that_went_while_it_was_renewed_is_not_held_on(tmp_path: Path, loop: IoLoop) -> None:
+    """The renewal arrived, its answer did not; meanwhile somebody took the place over, and removed what was there."""
+    place = Slow(tmp_path)
+    slow = Lease(BlockingTier(place, loop), QUICK)
+    tier = BlockingTier(LocalTier(tmp_path), loop)
+    place.go.clear()
+    while len(tier.entries("lease/")) < 2:
+        time.sleep(0.01)
+    heir = Lease(tier, LeaseTimes(renew_s=0.05, expiry_s=0.3, poll_s=0.05))
+    place.go.set()
+    deadline_s = time.monotonic() + 5
+    while not slow.taken and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    assert slow.taken
+    assert not heir.lost
+    slow.release()
+    assert len(tier.entries("lease/")) == 1, "only the heir's"
+    heir.release()
+
+
+def test_giving_back_is_bounded_where_storage_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("ckptengine.tiers.lease.RELEASE_S", 0.5)
+    place, loop = Slow(tmp_path), IoLoop()
+    lease = Lease(BlockingTier(place, loop), QUICK)
+    place.go.clear()
+
+    async def hang(prefix: str = "") -> list[Entry]:
+        await asyncio.sleep(3600)
+        return []
+
+    monkeypatch.setattr(place, "entries", hang)
+    began_s = time.monotonic()
+    lease.release()
+    assert time.monotonic() - began_s < 5
+    assert "will expire" in caplog.text
+    loop.close()
+    lease._thread.join(10)
+    assert not lease._thread.is_alive()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import threading
 import time
@@ -18,14 +19,17 @@ from torch.optim.optimizer import Optimizer
 from ckptengine.coordination.choose import choose
 from ckptengine.coordination.port import Coordinator
 from ckptengine.errors import CheckpointError, RestoreIncomplete, UnusableRequest
+from ckptengine.operations.callbacks import Callbacks
+from ckptengine.operations.ending import CLOSE_AT_EXIT_S, Ending
 from ckptengine.operations.handle import SaveHandle
+from ckptengine.operations.in_flight import SaveJob
 from ckptengine.operations.metrics import metrics_of
 from ckptengine.operations.opening import open_any
 from ckptengine.operations.overlap import Overlap, OverlapPolicy, check_policy
 from ckptengine.operations.places import Places, Writing, check_places
 from ckptengine.operations.restore import RestoreRequest, WorldPolicy, restore_from
 from ckptengine.operations.rhythm import Rhythm
-from ckptengine.operations.save import SaveJob, Saver, SaveSettings
+from ckptengine.operations.save import Saver, SaveSettings
 from ckptengine.operations.step_number import step_number
 from ckptengine.operations.stopping import EXIT_STATUS
 from ckptengine.operations.stopping_order import LastSave
@@ -44,8 +48,6 @@ from ckptengine.tiers.spec import Tier
 
 CLOSE_AFTER_ERROR_S = 30.0
 """How long `close` waits for saves in flight when the training loop ended with an exception."""
-CLOSE_AT_EXIT_S = 60.0
-"""How long the interpreter's exit waits for saves of a checkpointer that nobody closed."""
 
 
 class Checkpointer:
@@ -118,31 +120,35 @@ class Checkpointer:
         self._state, self._start_from, self._random = state, start_from, random
         self._on_world_change, self._timeout_s = on_world_change, rank_timeout_s
         policy = failure_policy(on_failure)
-        self._walker = Walker(state, random=random)
-        self._port = choose(process_group, rank_timeout_s)
-        self._registrar, self._saves, self._restores = Registrar(), 0, 0
-        writing = Writing(run=run, linear=linear, mode=mode, file_ops=file_ops)
-        self._places = Places(
-            root, tiers, interval, keep, port=self._port, policy=policy, writing=writing, timeout_s=rank_timeout_s
-        )
-        self._rhythm = Rhythm(self._places.interval, self._port, rank_timeout_s)
-        self._troubles = Troubles(policy)
-        self._tally = self._places.tally()
+        self._walker, self._registrar, self._saves, self._restores = Walker(state, random=random), Registrar(), 0, 0
+        self._calling = threading.RLock()
+        self._troubles, self._callbacks, self._last = Troubles(policy), Callbacks(), None
         engine = engine_for(wanted, file_ops)
         settings = SaveSettings(rank_timeout_s=rank_timeout_s, stall_budget_s=stall_budget_s, paranoid=paranoid)
-        self._saver = Saver(self._places.landing, self._port, engine, settings, self._places.claims)
-        onward = self._places.carry_on(self._saver, self._tally, self._rhythm)
-        self._overlap = Overlap(overlap, self._saver, self._port, rank_timeout_s)
-        self._last: LastSave | None = None
-        if sigterm_s is not None:
-            self._last = LastSave(sigterm_s, self._port, onward, self._tally, os.fspath(root), rank_timeout_s)
+        writing = Writing(run=run, linear=linear, mode=mode, file_ops=file_ops)
         alike = partial(Checkpointer, process_group=process_group, random=False, linear=False)
         self._weights = partial(alike, mode=mode, rank_timeout_s=rank_timeout_s, max_bytes_per_s=max_bytes_per_s)
+        self._port = port = choose(process_group, rank_timeout_s)
+        self._places = places = Places(
+            root, tiers, interval, keep, port=port, policy=policy, writing=writing, timeout_s=rank_timeout_s
+        )
+        with contextlib.ExitStack() as undoing:  # whatever goes wrong from here on lets the root go
+            undoing.callback(port.close)
+            undoing.callback(places.close)
+            self._rhythm, self._tally = Rhythm(places.interval, port, rank_timeout_s), places.tally()
+            self._saver = saver = Saver(places.landing, port, engine, settings, places.claims)
+            undoing.callback(saver.close, 0.0)
+            onward = places.carry_on(saver, self._tally, self._rhythm)
+            self._overlap = Overlap(overlap, saver, port, rank_timeout_s)
+            if sigterm_s is not None:
+                self._last = LastSave(sigterm_s, port, onward, self._tally, os.fspath(root), rank_timeout_s)
+            # Nothing here may refer to self: a checkpointer that nobody closed ends when it is collected, or at exit.
+            self._ending = Ending(saver=saver, places=places, callbacks=self._callbacks, port=port, pid=self._pid)
+            self._finalizer = weakref.finalize(self, self._ending.collected)
+            # At exit our own hook ends it: that of the native engine, which weakref's may follow, would cut saves off.
+            self._finalizer.atexit = False
+            undoing.pop_all()
         fence.watch(self)
-        # Nothing here may refer to self: a checkpointer that nobody closed ends when it is collected, or at exit.
-        self._finalizer = weakref.finalize(self, _shut, self._saver, self._places, self._port, self._pid)
-        # At exit our own hook ends it: that of the native engine, which weakref's may follow, would cut saves off.
-        self._finalizer.atexit = False
         _open.add(self)
 
     # ---- saving
@@ -159,6 +165,10 @@ class Checkpointer:
 
     def _save(self, step: SupportsIndex, metrics: Mapping[str, Any] | None, *, all_the_way: bool) -> SaveHandle:
         self._usable()
+        with self._calling:  # the walk and the number of a save are one thread's at a time
+            return self._start(step, metrics, all_the_way)
+
+    def _start(self, step: SupportsIndex, metrics: Mapping[str, Any] | None, all_the_way: bool) -> SaveHandle:
         refusal: CheckpointError | None = None
         try:
             step = step_number(step)
@@ -170,31 +180,32 @@ class Checkpointer:
         started_s = time.perf_counter()
         self._saves += 1  # whatever happens: ranks tell saves apart by it
         admitted = self._overlap.admit(self._saves)
+        handle: SaveHandle | None = None
         try:
             if refusal is not None:
                 raise refusal
-            step = step_number(step)
+            handle = SaveHandle(step_number(step), self._callbacks)
             if not admitted:
-                handle = SaveHandle(step)
                 handle.advance("skipped")
                 return handle
-            job = self._register(step, metrics, all_the_way=all_the_way)
+            self._saver.submit(self._register(handle, metrics, all_the_way))
         except BaseException as error:
+            if handle is not None:
+                handle.advance("skipped")  # nobody will ever see it, and from now on no fence waits for it
             if admitted:
                 self._saver.refuse(self._saves, error)
                 if isinstance(step, int):
                     self._rhythm.saved(step)  # as the other ranks have it
             raise
-        self._saver.submit(job)
-        job.handle.add_ms("blocked_ms", (time.perf_counter() - started_s) * 1e3)
-        job.handle.event("save", started_s, thread="training")
-        return job.handle
+        handle.add_ms("blocked_ms", (time.perf_counter() - started_s) * 1e3)
+        handle.event("save", started_s, thread="training")
+        return handle
 
-    def _register(self, step: int, metrics: Mapping[str, Any] | None, *, all_the_way: bool) -> SaveJob:
-        """What a save of ``step`` needs of the live state, and its handle, watched."""
-        flat, handle = self._walker.flatten(), SaveHandle(step)
+    def _register(self, handle: SaveHandle, metrics: Mapping[str, Any] | None, all_the_way: bool) -> SaveJob:
+        """What a save needs of the live state; its handle is watched from now on."""
+        flat = self._walker.flatten()
         job = SaveJob(
-            step=step,
+            step=handle.step,
             number=self._saves,
             flat=flat,
             registered=self._registrar.register(flat.tensors),
@@ -205,7 +216,7 @@ class Checkpointer:
         self._troubles.watch(handle)
         handle.on_done(self._rhythm.ended)
         self._tally.started(handle)
-        self._rhythm.saved(step)
+        self._rhythm.saved(handle.step)
         return job
 
     def step(self, step: SupportsIndex, *, metrics: Mapping[str, Any] | None = None) -> SaveHandle | None:
@@ -286,7 +297,10 @@ class Checkpointer:
             RestoreIncomplete: damage showed while filling and no copy is left; further steps and saves are refused.
         """
         self._usable()
-        step = None if step is None else step_number(step)
+        with self._calling:
+            return self._restore(None if step is None else step_number(step), names, strict)
+
+    def _restore(self, step: int | None, names: Sequence[str] | None, strict: bool) -> int | None:
         self._saver.wait_below(1)
         self._restores += 1
         request = RestoreRequest(
@@ -304,11 +318,14 @@ class Checkpointer:
         except RestoreIncomplete as error:
             self._broken = error
             raise
+        except BaseException as error:
+            if request.touched:  # half filled, whatever it was that came in between
+                self._broken = RestoreIncomplete(f"a restore was cut short by {type(error).__name__}: {error}")
+            raise
         if restored is None:
             return None
         if self._places.claims is not None and names is None:
             self._places.claims.restored(restored.step)
-        self._broken = None
         return restored.step
 
     # ---- ending
@@ -323,11 +340,13 @@ class Checkpointer:
         if self._closed or os.getpid() != self._pid:
             return
         self._closed = True
-        fence.unwatch(self)
-        if self._last is not None:
-            self._last.stopping.close()
-        self._finalizer.detach()
-        _shut(self._saver, self._places, self._port, self._pid, timeout_s)
+        try:
+            if self._last is not None:
+                self._last.stopping.close()
+            self._ending.end(timeout_s)
+        finally:  # not before: what is in flight is to be fenced until its end
+            fence.unwatch(self)
+            self._finalizer.detach()
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -357,19 +376,11 @@ _open: weakref.WeakSet[Checkpointer] = weakref.WeakSet()
 
 
 def _end_all() -> None:
-    """At exit: finish what is in flight of checkpointers that nobody closed."""
+    """At exit: finish what is in flight of checkpointers that nobody closed; threads that still train hear of it."""
     for checkpointer in list(_open):
-        checkpointer._finalizer()
+        checkpointer._closed = True
+        checkpointer._ending.end(CLOSE_AT_EXIT_S)
 
 
 # As early as the interpreter lets us: the pools of threads that drains need refuse work once `atexit` begins.
 getattr(threading, "_register_atexit", atexit.register)(_end_all)
-
-
-def _shut(saver: Saver, places: Places, port: Coordinator, pid: int, timeout_s: float | None = CLOSE_AT_EXIT_S) -> None:
-    if os.getpid() != pid:
-        return
-    deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
-    saver.close(timeout_s)
-    places.close(None if deadline_s is None else max(0.0, deadline_s - time.monotonic()))
-    port.close()

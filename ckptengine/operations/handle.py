@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 from ckptengine.errors import CheckpointError, UnusableRequest
@@ -27,10 +28,13 @@ class SaveHandle:
     where it is meant for: ``"committed"``, or ``"captured"`` where that is host memory, which no power cut spares.
     """
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, step: int, later: Callable[[Callable[[], None]], None] | None = None) -> None:
+        """``later(run)`` has the callbacks run elsewhere; None: on the thread that ends the save."""
         self.step = step
         self.counters: dict[str, float] = {}
-        self._changed = threading.Condition()
+        self._later = later
+        self._guard = threading.RLock()  # entered as it is: a Ctrl-C cannot leave it taken, as it can a condition
+        self._changed = threading.Condition(self._guard)
         self._stage: Stage = "capturing"
         self._furthest = 0
         self._ended = False
@@ -57,7 +61,7 @@ class SaveHandle:
         """
         if stage not in _ORDER:
             raise UnusableRequest(f"no stage {stage!r}; stages are {', '.join(_ORDER)}")
-        with self._changed:
+        with self._guard:
             self._changed.wait_for(lambda: self._reached(stage) or self.done(), timeout_s)
             if self._error is not None and not (self._reached(stage) and self._furthest >= _ORDER["committed"]):
                 raise self._error
@@ -71,7 +75,7 @@ class SaveHandle:
 
     def exception(self, timeout_s: float | None = None) -> CheckpointError | None:
         """The save's error, None when it ended without one.  TimeoutError when it has not ended in time."""
-        with self._changed:
+        with self._guard:
             if not self._changed.wait_for(self.done, timeout_s):
                 raise TimeoutError(f"save of step {self.step} is {self._stage} after {timeout_s} s")
             return self._error
@@ -79,12 +83,12 @@ class SaveHandle:
     def add_done_callback(self, callback: Callable[[SaveHandle], object]) -> None:
         """Call ``callback(handle)`` when the save ends; at once, on this thread, if it has.
 
-        As with `concurrent.futures.Future`: callbacks run one after the other in the order in which they were added, on
-        the background thread that ended the save and with no lock held, when those who wait for the save may already
-        have gone on; an exception in one is logged and spoils nothing.  While one runs that thread commits nothing
-        else: what takes long, or waits for other saves, belongs on a thread of its own.
+        As with `concurrent.futures.Future`: callbacks run one after the other in the order in which they were added,
+        with no lock held, when those who wait for the save may already have gone on; an exception in one, of whatever
+        kind, is logged and spoils nothing.  They have a background thread of their own, where they hold up nothing but
+        later callbacks: they may save, wait, restore or close.
         """
-        with self._changed:
+        with self._guard:
             if not self.done():
                 self._callbacks.append(callback)
                 return
@@ -94,9 +98,9 @@ class SaveHandle:
     def progress(self) -> dict[str, float]:
         """Exact counters so far: bytes captured, written, copied, total, in-flight peak; seconds and milliseconds of
         what has happened (``blocked_ms``, ``fence_ms``, ``captured_s``, ``committed_s``, ``durable_s``)."""
-        counters = dict(self.counters)
-        if self._progress is not None:
-            now = self._progress()
+        counters, progress = dict(self.counters), self._progress  # which goes when the save ends, at any time
+        if progress is not None:
+            now = progress()
             counters.update(
                 captured_bytes=now.captured_bytes,
                 written_bytes=now.written_bytes,
@@ -114,7 +118,7 @@ class SaveHandle:
 
     def on_done(self, bookkeeper: Callable[[SaveHandle], object]) -> None:
         """Have ``bookkeeper(handle)`` run before anybody hears that the save has ended; it waits for nothing."""
-        with self._changed:
+        with self._guard:
             if not self.done():
                 self._bookkeepers.append(bookkeeper)
                 return
@@ -138,32 +142,32 @@ class SaveHandle:
 
     def advance(self, stage: Stage) -> None:
         """Enter ``stage``; entering an earlier one, or leaving an end, changes nothing."""
-        with self._changed:
+        with self._guard:
             if self.done() or _ORDER.get(stage, 9) <= _ORDER[self._stage]:
                 return
             self._stage = stage
             self._furthest = max(self._furthest, _ORDER.get(stage, 0))
             self.counters.setdefault(f"{stage}_s", time.perf_counter() - self._started_s)
             callbacks = self._finish()
-        self._call(callbacks)
+        self._hand_over(callbacks)
 
     def end(self) -> None:
         """It has come as far as it is meant to."""
-        with self._changed:
+        with self._guard:
             if self.done():
                 return
             self._ended = True
             callbacks = self._finish()
-        self._call(callbacks)
+        self._hand_over(callbacks)
 
     def fail(self, error: CheckpointError) -> None:
         """End with ``error`` unless already ended."""
-        with self._changed:
+        with self._guard:
             if self.done():
                 return
             self._stage, self._error = "failed", error
             callbacks = self._finish()
-        self._call(callbacks)
+        self._hand_over(callbacks)
 
     def _reached(self, stage: str) -> bool:
         return self._stage != "skipped" and self._furthest >= _ORDER[stage]
@@ -181,12 +185,21 @@ class SaveHandle:
         callbacks, self._callbacks = self._callbacks, []
         return callbacks
 
+    def _hand_over(self, callbacks: list[Callable[[SaveHandle], object]]) -> None:
+        if self._later is None:
+            self._call(callbacks)
+        elif callbacks:
+            self._later(partial(self._call, callbacks))
+
     def _call(self, callbacks: list[Callable[[SaveHandle], object]]) -> None:
         for callback in callbacks:
             try:
                 callback(self)
-            except Exception:
-                # As concurrent.futures does: the caller's callback must not turn a good save into a failed one.
+            except BaseException as error:
+                # The caller's callback must neither turn a good save into a failed one nor end a thread of the engine,
+                # as sys.exit would; on the main thread an exit or a Ctrl-C is what the process waits for.
+                if not isinstance(error, Exception) and threading.current_thread() is threading.main_thread():
+                    raise
                 log.exception("a done callback of the save of step %d raised", self.step)
 
     def __repr__(self) -> str:

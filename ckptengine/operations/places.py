@@ -125,7 +125,7 @@ class Places:
         answers = agree(self._port, key, None if refused is None else error_note(refused, self._port.rank), timeout_s)
         told = next((answer for answer in answers if answer is not None), None)
         if told is not None:
-            self.close(0.0)
+            self.close()
             self._port.close()
             raise refused or error_of(told)
 
@@ -197,11 +197,14 @@ class Places:
         finally:
             nearest.close()
 
-    def close(self, timeout_s: float | None) -> bool:
-        """Finish carrying within ``timeout_s``, then let everything go.  Whether all was carried."""
-        finished = self.levels.drain(timeout_s) if self.levels is not None else True
+    def drain(self, timeout_s: float | None) -> bool:
+        """Finish carrying within ``timeout_s``; nothing more can land.  Whether all was carried."""
+        return self.levels.drain(timeout_s) if self.levels is not None else True
+
+    def close(self) -> None:
+        """Give up what is still being carried, and let everything go."""
+        self.drain(0.0)
         if self.claims is not None:
             self.claims.close()
         if self.levels is not None:
             self.levels.close(0.0)
-        return finished

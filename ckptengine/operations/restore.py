@@ -46,9 +46,12 @@ BAD_COPY = (Damaged, NotFound, UnreadableFormat, LayoutError, StorageFailed)
 """What makes a restore turn to another copy: wrong, missing or unreadable bytes."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class RestoreRequest:
-    """What to fill, from what.  ``names``: only leaves whose name matches one of these (prefixes or globs)."""
+    """What to fill, from what.  ``names``: only leaves whose name matches one of these (prefixes or globs).
+
+    ``touched``: filling has begun, so that whatever ends it early leaves the state between two steps.
+    """
 
     state: Any
     names: Sequence[str] | None = None
@@ -56,6 +59,7 @@ class RestoreRequest:
     random: bool = True
     on_world_change: WorldPolicy = "derive"
     timeout_s: float = 300.0
+    touched: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +80,6 @@ class _Round:
     def __init__(self, port: Coordinator, request: RestoreRequest, number: int) -> None:
         self.port, self.request = port, request
         self._number, self._votes = number, 0
-        self.touched = False
 
     def vote(self, document: Any) -> list[Any]:
         self._votes += 1
@@ -119,7 +122,12 @@ def restore_newest(
         ways = openers(ref) if openers is not None else [partial(open_commit, root, ref, files)]
         problem = ""
         for way in ways:
-            told = _try_commit(turn, way)
+            try:
+                told = _try_commit(turn, way)
+            except StateMismatch as mismatch:
+                if not request.touched:
+                    raise
+                told = "; ".join(mismatch.problems[:4])  # half filled from a newer one, this is no way out
             if told is None:
                 return Restored(ref, tuple(passed_over))
             problem = told
@@ -128,7 +136,7 @@ def restore_newest(
     if not candidates:
         return None
     told = "; ".join(f"step {at}: {why}" for at, why in passed_over)
-    if turn.touched:
+    if turn.request.touched:
         raise RestoreIncomplete(f"{root.path}: damage showed while filling and no good copy is left ({told})")
     raise Damaged(f"{root.path}: checkpoints exist and none is good ({told}); nothing was changed")
 
@@ -138,7 +146,7 @@ def restore_from(source: Source, port: Coordinator, request: RestoreRequest, num
     turn = _Round(port, request, number)
     problem = _try_commit(turn, lambda: source)
     if problem is not None:
-        kind = RestoreIncomplete if turn.touched else Damaged
+        kind = RestoreIncomplete if turn.request.touched else Damaged
         raise kind(f"{source.files.root}: {problem}")
     return Restored(CommitRef(source.step or 0, 0, 0))
 
@@ -208,13 +216,17 @@ def _planned_and_filled(
     _raise_mismatch(turn, problems, unused if strict else ())
     assert filling is not None and fill is not None
     fence.before_any_update()  # other checkpointers may be capturing the memory that is filled now
-    turn.touched = True
+    turn.request.touched = True
     if not isinstance(source, NativeSource) or source.files.local_path("") is None:
         collect_again()  # such reading may take long, and makes garbage of its own
     try:
         fill.run()
     except BAD_COPY as found:
         error = found
+    except Exception as found:
+        if turn.port.world == 1:
+            raise
+        error = Damaged(f"filling failed: {type(found).__name__}: {found}")  # the other ranks must hear of it
     told = turn.all_good(error)
     if told is None:
         _finish(turn, filling)

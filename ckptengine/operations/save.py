@@ -13,7 +13,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +25,15 @@ from ckptengine.coordination.port import Coordinator, gather, publish, receive
 from ckptengine.errors import CheckpointError, CoordinationFailed, SaveFailed, StorageFailed, Superseded
 from ckptengine.layout.digest import standard_each
 from ckptengine.operations.attempts import Claims
-from ckptengine.operations.handle import SaveHandle
+from ckptengine.operations.in_flight import InFlight, SaveJob
 from ckptengine.operations.one_place import require_one_place
 from ckptengine.operations.rank_writer import RankWriter, Sealed
 from ckptengine.operations.replicas import check_replicas, held_digests
 from ckptengine.operations.structure import Agreement, Refusal, Structure
 from ckptengine.snapshot.capture import Capture
 from ckptengine.snapshot.port import CaptureEngine
-from ckptengine.snapshot.register import Planner, Registered
+from ckptengine.snapshot.register import Planner
 from ckptengine.state.flatten import no_collection
-from ckptengine.state.leaves import FlatState
 from ckptengine.state.merge import merge_aliases, merge_values
 from ckptengine.store import names
 from ckptengine.store.files import Unsettled, make_dirs
@@ -59,33 +58,6 @@ class SaveSettings:
     paranoid: bool = False
 
 
-@dataclass(slots=True, kw_only=True)
-class SaveJob:
-    """One save on its way through the threads."""
-
-    step: int
-    number: int
-    flat: FlatState
-    registered: Registered
-    metrics: Mapping[str, float]
-    handle: SaveHandle
-    all_the_way: bool = False
-    """It goes to the last tier whatever the tiers' intervals say."""
-    ready: threading.Event = field(default_factory=threading.Event)
-    capture: Capture | None = None
-    held: list[tuple[int, int]] = field(default_factory=list)
-    writer: RankWriter | None = None
-    structure: Structure | None = None
-    run: str = ""
-    attempt: int = 0
-    record: FileRecord | None = None
-    manifest: Manifest | None = None
-    cancelled: CheckpointError | None = None
-    superseded: bool = False
-    unsettled: bool = False
-    """Somebody may publish a manifest that names this rank's file, or has: the file must stay."""
-
-
 class Saver:
     """Runs saves for one checkpointer.  `submit` and `fence` from the training thread, the rest in the background."""
 
@@ -99,8 +71,7 @@ class Saver:
         self._agreement = Agreement(port, settings.rank_timeout_s, claims)
         self._to_capture: queue.SimpleQueue[SaveJob | Refusal | None] = queue.SimpleQueue()
         self._to_commit: queue.SimpleQueue[SaveJob | Refusal | None] = queue.SimpleQueue()
-        self._jobs: list[SaveJob] = []
-        self._changed = threading.Condition()
+        self._flight = InFlight()
         self._onward: Callable[[SaveJob], None] | None = None
         self._threads = [
             threading.Thread(
@@ -116,9 +87,8 @@ class Saver:
     # ---- training thread
 
     def submit(self, job: SaveJob) -> None:
-        with self._changed:
-            self._jobs.append(job)
-        self._to_capture.put(job)
+        """Start a save.  `UnusableRequest` when closed."""
+        self._flight.add(job, self._to_capture.put)
 
     def refuse(self, number: int, error: BaseException) -> None:
         """Save ``number`` could not be registered here: the other ranks must not wait for this one."""
@@ -132,18 +102,17 @@ class Saver:
                 continue
             started_s = time.perf_counter()
             budget_s = self._settings.stall_budget_s
-            if job.ready.wait(budget_s) and job.capture is not None:
+            if self._flight.wait_ready(job, budget_s) and job.capture is not None:
                 left_s = None if budget_s is None else max(0.0, budget_s - (time.perf_counter() - started_s))
                 job.capture.fence(optimizer, left_s)
-            elif job.capture is None and not job.ready.is_set():
+            elif job.capture is None and not job.ready:
                 job.cancelled = SaveFailed(f"the save of step {job.step} did not start within the stall budget")
             job.handle.add_ms("fence_ms", (time.perf_counter() - started_s) * 1e3)
             job.handle.event("fence", started_s, thread="training")
 
     def after_update(self, optimizer: Optimizer) -> None:
         for job in self.in_flight():
-            if job.capture is not None:
-                job.capture.after_update(optimizer)
+            job.updated(optimizer)
 
     def give_up(self, error: CheckpointError, *, superseded: bool = False) -> None:
         """Cancel what is in flight, for ``error``; ``superseded``: on purpose, so that the saves end as skipped."""
@@ -154,13 +123,11 @@ class Saver:
 
     def in_flight(self) -> list[SaveJob]:
         """Saves that have not ended, oldest first."""
-        with self._changed:
-            return [job for job in self._jobs if not job.handle.done()]
+        return self._flight.jobs()
 
     def wait_below(self, count: int, timeout_s: float | None = None) -> bool:
         """Block until fewer than ``count`` saves are in flight."""
-        with self._changed:
-            return self._changed.wait_for(lambda: len(self._jobs) < count, timeout_s)
+        return self._flight.wait_below(count, timeout_s)
 
     def carry_on(self, onward: Callable[[SaveJob], None]) -> None:
         """From now on hand each job to ``onward``, on the commit thread, once its manifest is where saves land.
@@ -171,6 +138,7 @@ class Saver:
 
     def close(self, timeout_s: float | None) -> bool:
         """Finish what is in flight, then stop the threads.  Past ``timeout_s`` saves are cancelled; False then."""
+        self._flight.close()
         finished = self.wait_below(1, timeout_s)
         if not finished:
             self._cut_off(SaveFailed("the save was cut off: the checkpointer was closed"))
@@ -214,7 +182,7 @@ class Saver:
                 failed.__cause__ = error
                 self._failed(job, failed)
             finally:
-                job.ready.set()
+                self._flight.mark_ready(job)
 
     def _capture(self, job: SaveJob) -> None:
         started_s = time.perf_counter()
@@ -229,8 +197,7 @@ class Saver:
         self._to_commit.put(job)
 
     def _write(self, job: SaveJob, structure: Structure) -> None:
-        if job.cancelled is not None:
-            raise job.cancelled
+        job.check()
         rank = self._port.rank
         directory = self._root.step_path(job.step)
         identity = self._identity(job)
@@ -241,10 +208,12 @@ class Saver:
         work = job.writer.start(self._engine, extents)
         job.handle.track(work.progress)
         known = job.registered
-        job.capture = Capture(work, lazy, known.versions, known.witnesses, paranoid=self._settings.paranoid)
+        job.captures(Capture(work, lazy, known.versions, known.witnesses, paranoid=self._settings.paranoid))
+        job.check()  # who gave it up before there was a capture could cancel none
+        assert job.capture is not None
         if self._port.world > 1:  # while the engine streams, and before the fence can let go
             job.held = held_digests(job.registered, structure, rank)
-        job.ready.set()
+        self._flight.mark_ready(job)
         job.capture.finish()
         if job.capture.error is not None:
             raise job.capture.error
@@ -280,8 +249,7 @@ class Saver:
             sealed = job.writer.seal(job.flat.rank_values)
             if job.capture.error is not None:
                 raise job.capture.error
-            if job.cancelled is not None:
-                raise job.cancelled
+            job.check()
         except Exception as error:
             self._report(job, error)
             raise
@@ -394,7 +362,4 @@ class Saver:
         """Let go of everything that the job held of the live state."""
         job.registered.release()
         job.writer = None
-        with self._changed:
-            if job in self._jobs:
-                self._jobs.remove(job)
-            self._changed.notify_all()
+        self._flight.remove(job)

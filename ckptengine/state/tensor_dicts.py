@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ckptengine.state.encoding import Json
+from ckptengine.state.laid import can_turn
 
 FEW = 8
 """Dicts with fewer entries are walked entry by entry."""
@@ -22,7 +23,7 @@ def is_tensor_dict(value: dict[Any, Any]) -> bool:
 class TensorDict:
     """A dict of plain tensors as a walk found it, and the encoding of its entries."""
 
-    __slots__ = ("_addresses", "_keys", "_shapes", "_tensors", "items")
+    __slots__ = ("_addresses", "_dtypes", "_keys", "_shapes", "_tensors", "_turning", "items")
 
     def __init__(self, value: dict[Any, Any], items: Json) -> None:
         self.items = items
@@ -31,18 +32,23 @@ class TensorDict:
         self._addresses = [tensor.data_ptr() for tensor in self._tensors]
         shared: dict[torch.Size, torch.Size] = {}
         self._shapes = [shared.setdefault(tensor.shape, tensor.shape) for tensor in self._tensors]
+        self._dtypes = [tensor.dtype for tensor in self._tensors]
+        turning = {shape for shape in shared if can_turn(shape)}
+        self._turning = [(tensor, tensor.stride()) for tensor in self._tensors if tensor.shape in turning]
 
     def __len__(self) -> int:
         return len(self._keys)
 
     def is_same(self, value: dict[Any, Any]) -> bool:
-        """Whether ``value`` has the same tensors, at the same addresses, under the same keys in the same order."""
+        """Whether ``value`` has the same tensors, lying as they did, under the same keys in the same order."""
         return (
             len(value) == len(self._keys)
             and all(map(is_, value.values(), self._tensors))
             and (all(map(is_, value, self._keys)) or self._has_keys(list(value)))
             and [tensor.data_ptr() for tensor in self._tensors] == self._addresses
             and [tensor.shape for tensor in self._tensors] == self._shapes
+            and [tensor.dtype for tensor in self._tensors] == self._dtypes
+            and all(tensor.stride() == strides for tensor, strides in self._turning)
         )
 
     def _has_keys(self, keys: list[Any]) -> bool:

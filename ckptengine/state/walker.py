@@ -7,16 +7,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ckptengine.state import modules, names, random
 from ckptengine.state.collect import Collector, TensorLike, Walk
 from ckptengine.state.encoding import Json, items_of
 from ckptengine.state.flatten import collect, freeze, leaf_of, no_collection
+from ckptengine.state.laid import Laid, laid_of, lies_elsewhere
 from ckptengine.state.leaves import FlatState
 from ckptengine.state.optimizers import OptimizerView
-from ckptengine.state.sharded import Sharded
 
 
 class _Changed(Exception):
@@ -63,8 +62,8 @@ class Walker:
         return FlatState(tensors, last.flat.aliases, fresh.values, rank_values, last.flat.structure_key)
 
 
-Probe = tuple[dict[Any, Any], Any, torch.Tensor, torch.Tensor, int, torch.Size]
-"""Holder, key, the tensor that hung there, its local tensor, and that one's address and shape."""
+Probe = tuple[dict[Any, Any], Any, TensorLike, Laid]
+"""Holder, key, the tensor that hung there, and how it lay in memory."""
 
 
 @dataclass(slots=True)
@@ -79,8 +78,7 @@ class _Probes:
     plain: list[tuple[str, dict[Any, Any]]] = field(default_factory=list)
 
     def watch(self, holder: dict[Any, Any], key: Any, tensor: torch.Tensor) -> None:
-        local = local_of(tensor)
-        self.tensors.append((holder, key, tensor, local, local.data_ptr(), local.shape))
+        self.tensors.append((holder, key, tensor, laid_of(tensor)))
 
     def check(self) -> None:
         """Raises `_Changed` where something does not hold any more."""
@@ -90,19 +88,12 @@ class _Probes:
         for holder, key, part in self.parts:
             if holder.get(key) is not part:
                 raise _Changed
-        for holder, key, tensor, local, address, shape in self.tensors:
-            if holder.get(key) is not tensor or local.data_ptr() != address or local.shape != shape:
+        for holder, key, tensor, laid in self.tensors:
+            if holder.get(key) is not tensor or lies_elsewhere(tensor, laid):
                 raise _Changed
         for group, ids in self.members:
             if list(map(id, group["params"])) != ids:
                 raise _Changed
-
-
-def local_of(tensor: TensorLike) -> torch.Tensor:
-    """The tensor that has this rank's memory."""
-    if isinstance(tensor, Sharded):
-        return tensor.tensor
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 class _Remembered:
@@ -115,10 +106,7 @@ class _Remembered:
         self.modules = {name: _module_probes(view) for name, view in walk.modules.items() if view.saves_plainly}
         self.optimizers = {name: _optimizer_probes(view) for name, view in walk.optimizers.items()}
         self.count = len(walk.in_containers) + sum(map(len, walk.tensor_dicts.values()))
-        self.contained = {
-            name: (live, local_of(live), local_of(live).data_ptr(), local_of(live).shape)
-            for name, live in walk.in_containers.items()
-        }
+        self.contained = {name: (live, laid_of(live)) for name, live in walk.in_containers.items()}
 
 
 def _module_probes(view: modules.ModuleView) -> _Probes:
@@ -190,7 +178,7 @@ class _Recollector(Collector):
     def _leaf(self, value: object, name: str) -> Any:
         known = self._last.contained.get(name)
         if known is not None and known[0] is value and not self._in_object and self._rank is None:
-            if known[1].data_ptr() != known[2] or known[1].shape != known[3]:
+            if lies_elsewhere(known[0], known[1]):
                 raise _Changed
             self._confirmed += 1
             return {"$": "tensor", "name": name}
@@ -202,7 +190,7 @@ class _Recollector(Collector):
         if self._rank is not None:
             name = names.join(name, names.escape(names.RankMark(self._rank)))
         known = self._last.contained.get(name)
-        if known is None or known[0] is not value or known[1].data_ptr() != known[2] or known[1].shape != known[3]:
+        if known is None or known[0] is not value or lies_elsewhere(value, known[1]):
             raise _Changed
         self._confirmed += 1
         return name

@@ -1,0 +1,46 @@
+"""How a live tensor lies in memory, and whether it still does: its object may stay while all else changes."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from ckptengine.state.sharded import Sharded
+
+Laid = tuple[torch.Tensor, int, torch.Size, torch.dtype, tuple[int, ...] | None]
+"""The local tensor, its address, shape and element type, and its strides where the shape does not tell them apart."""
+
+
+def local_of(tensor: torch.Tensor | Sharded) -> torch.Tensor:
+    """The tensor that has this rank's memory."""
+    if isinstance(tensor, Sharded):
+        return tensor.tensor
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def laid_of(tensor: torch.Tensor | Sharded) -> Laid:
+    """How a tensor lies now."""
+    local = local_of(tensor)
+    shape = local.shape
+    return local, local.data_ptr(), shape, local.dtype, local.stride() if can_turn(shape) else None
+
+
+def lies_elsewhere(tensor: torch.Tensor | Sharded, laid: Laid) -> bool:
+    """Whether a tensor lies otherwise than it did, or is read otherwise."""
+    local, address, shape, dtype, strides = laid
+    return (
+        local.data_ptr() != address
+        or local.shape != shape
+        or local.dtype is not dtype
+        or (local is not tensor and local_of(tensor) is not local)
+        or (strides is not None and local.stride() != strides)
+    )
+
+
+@lru_cache(maxsize=65536)
+def can_turn(shape: torch.Size) -> bool:
+    """Whether dimensions can change places (``t_()``, ``p.data = p.data.T``) and leave the shape as it is."""
+    long = [extent for extent in shape if extent > 1] if len(shape) > 1 else []
+    return len(set(long)) < len(long)

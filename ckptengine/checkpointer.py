@@ -17,7 +17,6 @@ from torch.distributed import ProcessGroup
 from torch.optim.optimizer import Optimizer
 
 from ckptengine.coordination.choose import choose
-from ckptengine.coordination.port import Coordinator
 from ckptengine.errors import CheckpointError, RestoreIncomplete, UnusableRequest
 from ckptengine.operations.callbacks import Callbacks
 from ckptengine.operations.ending import CLOSE_AT_EXIT_S, Ending

@@ -7,9 +7,9 @@ import logging
 import threading
 
 from ckptengine.errors import CheckpointError, SaveFailed
+from ckptengine.operations.in_flight import SaveJob
 from ckptengine.operations.level import Landed
 from ckptengine.operations.levels import Levels
-from ckptengine.operations.in_flight import SaveJob
 from ckptengine.operations.tally import Tally
 
 log = logging.getLogger("ckptengine")

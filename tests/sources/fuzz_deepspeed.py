@@ -111,7 +111,7 @@ def without_the_impossible(options: dict[str, Any], *, dense: bool) -> dict[str,
 def targets(seed: int, ranks: int, options: dict[str, Any]) -> list[dict[str, Any]]:
     """What to convert the checkpoint to: the format, its layout and options, and the job that resumes from it."""
     rng = random.Random(seed)
-    if "pipeline" in options or options["stage"] == 0 and "moe" in options:
+    if "pipeline" in options or (options["stage"] == 0 and "moe" in options):
         return []
     made = []
     for universal in (False, rng.random() < 0.7):
@@ -239,7 +239,6 @@ def losses(engine: Any, torch: Any, options: dict[str, Any], path: Path) -> None
 def read(case: Path, options: dict[str, Any]) -> None:
     """The checkpoint holds the truth."""
     from ckptengine.sources.detect import open_source
-
     from tests.sources.reading import compare, truth_of_safetensors
 
     source = open_source(case / "checkpoint")

@@ -80,6 +80,8 @@ class Checkpointer:
         sigterm_s: watch for SIGTERM: the next `step` saves, waits for it up to this long after the signal and exits
             with status 143, on all ranks at one step; None: leave the signal alone.
         file_ops: file operations beneath the store (for fault injection).
+        linear: the saves are one line of training: a first save at step s leaves what the root holds beyond s behind.
+            False: they add to whatever the root holds, as `ckptengine.save` does.
 
     Raises:
         RootInUse: another live job holds the root.
@@ -143,11 +145,15 @@ class Checkpointer:
                 self._last = LastSave(sigterm_s, port, onward, self._tally, os.fspath(root), rank_timeout_s)
             # Nothing here may refer to self: a checkpointer that nobody closed ends when it is collected, or at exit.
             self._ending = Ending(saver=saver, places=places, callbacks=self._callbacks, port=port, pid=self._pid)
-            self._finalizer = weakref.finalize(self, self._ending.collected)
-            # At exit our own hook ends it: that of the native engine, which weakref's may follow, would cut saves off.
-            self._finalizer.atexit = False
             undoing.pop_all()
+        self._ends_by_itself()
         fence.watch(self)
+
+    def _ends_by_itself(self) -> None:
+        """When it is collected, or at exit, if nobody closes it."""
+        self._finalizer = weakref.finalize(self, self._ending.collected)
+        # At exit our own hook ends it: that of the native engine, which weakref's may follow, would cut saves off.
+        self._finalizer.atexit = False
         _open.add(self)
 
     # ---- saving

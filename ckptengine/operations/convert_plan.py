@@ -8,12 +8,13 @@ import hashlib
 import importlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ckptengine.errors import UnusableRequest
 from ckptengine.layout.cover import prove_cover
+from ckptengine.layout.tensor import LogicalTensor
 from ckptengine.operations.convert_tensors import SourceTensors
 from ckptengine.operations.read import SCRATCH_BYTES, default_workers
 from ckptengine.sources.direct import BUFFER_BYTES
@@ -132,8 +133,7 @@ def make_plan(
     tensors = SourceTensors(source)
     aliases = source.aliases()
     own = [name for name in names if name not in aliases]
-    for tensor in map(tensors.tensor, own):
-        prove_cover(tensor.name, tensor.shape, [fragment.box for fragment in tensor.fragments])
+    _prove_covers(map(tensors.tensor, own))
     threads = _fitting_workers(workers, memory_bytes)
     job = Job(
         names=names,
@@ -172,6 +172,11 @@ def make_plan(
         covered=len(own),
     )
     return Planned(source, writer, job, units, plan, memory_bytes, _fingerprint(source, tensors, job, units, plan))
+
+
+def _prove_covers(tensors: Iterable[LogicalTensor]) -> None:
+    for tensor in tensors:
+        prove_cover(tensor.name, tensor.shape, [fragment.box for fragment in tensor.fragments])
 
 
 def _target_name(writer: Writer, target: str) -> str:

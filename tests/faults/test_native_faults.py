@@ -17,7 +17,8 @@ import ckptengine as ce
 from ckptengine import native
 from ckptengine.errors import SaveFailed
 
-from .states import debris, engine_threads, open_descriptors
+from ..descriptors import open_descriptors
+from .states import debris, engine_threads
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the native library is not built")
 WITHIN_S = 10.0

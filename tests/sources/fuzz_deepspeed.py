@@ -1,9 +1,9 @@
 """Draw random jobs, run them with DeepSpeed, and hold ckptengine to what DeepSpeed gathers and resumes.
 
 Needs deepspeed (CPU is enough).  ``python tests/sources/fuzz_deepspeed.py OUT FIRST COUNT`` runs the jobs of the seeds
-``FIRST`` to ``FIRST + COUNT - 1``.  Each saves a checkpoint and trains on.  The checkpoint is opened and compared bit for
-bit with what lay in memory; what DeepSpeed's converter makes of it is compared too; and it is converted to other stages
-and numbers of ranks, from which DeepSpeed resumes: its states must be equal bit for bit, and its losses near.
+``FIRST`` to ``FIRST + COUNT - 1``.  Each saves a checkpoint and trains on.  The checkpoint is opened and compared bit
+for bit with what lay in memory; what DeepSpeed's converter makes of it is compared too; and it is converted to other
+stages and numbers of ranks, from which DeepSpeed resumes: its states must be equal bit for bit, and its losses near.
 """
 
 from __future__ import annotations
@@ -338,7 +338,8 @@ def states(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
 def equal(before: Any, after: Any) -> None:
     missing = [name for name in before if name not in after]
     extra = [name for name in after if name not in before]
-    assert not missing and not extra, f"missing {missing[:4]} of {len(missing)}, extra {extra[:4]} of {len(extra)}"
+    assert not missing, f"missing {missing[:4]} of {len(missing)}"
+    assert not extra, f"extra {extra[:4]} of {len(extra)}"
     wrong = [name for name in before if before[name] != after[name]]
     assert not wrong, (
         f"{len(wrong)} of {len(before)} differ: {wrong[:4]} {[(before[n][:2], after[n][:2]) for n in wrong[:2]]}"

@@ -21,9 +21,11 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ckptengine.errors import LayoutError, UnusableRequest
+from ckptengine import native
+from ckptengine.errors import DigestMismatch, LayoutError, UnusableRequest
 from ckptengine.layout.box import Box, row_major_strides
 from ckptengine.layout.cover import prove_cover
+from ckptengine.layout.digest import format_digest, raw_to_standard
 from ckptengine.layout.dtypes import itemsize
 from ckptengine.layout.tensor import Fragment, LogicalTensor
 from ckptengine.sources.port import Files, Verifying
@@ -104,6 +106,7 @@ class BoxReader:
         # Asking for the method is a hundred times as fast as asking a Protocol, and there are 100,000 tensors.
         verified: ReadInto | None = getattr(source, Verifying.read_verified.__name__, None)
         self._read_into: ReadInto = read_into or verified or source.files.read_into
+        self._checks_whole = tensor.digest is not None and self._read_into == source.files.read_into
         self._overlapping: Callable[[Box], Iterable[Fragment]] = getattr(
             tensor.fragments, FindsFragments.overlapping.__name__, self._search
         )
@@ -155,7 +158,8 @@ class BoxReader:
         ``out`` is an array of the box's shape and the tensor's element size (any strides, any dtype), or a writable
         contiguous buffer of exactly that many bytes.  ``workers`` bounds the threads (None: chosen by size).
         Raises `UnusableRequest` for a target that does not fit, `LayoutError` where fragments do not cover the box,
-        and what the source raises for files that are short, damaged or gone; ``out`` is then partly filled.
+        `DigestMismatch` where all of a tensor is read whose digest is recorded and whose source verifies nothing, and
+        what the source raises for files that are short, damaged or gone; ``out`` is then partly filled.
         """
         target = _Target(self.tensor, box, out)
         parts = self.parts(box)
@@ -164,6 +168,15 @@ class BoxReader:
         total = sum(task.span_bytes for task in tasks)
         threads = workers if workers is not None else (default_workers() if total >= PARALLEL_BYTES else 1)
         _execute(self._read_into, tasks, target, max(1, min(threads, len(tasks))))
+        if self._checks_whole and box.shape == self.tensor.shape and target.flat is not None:
+            self._check(target.flat)
+
+    def _check(self, data: memoryview) -> None:
+        found = format_digest(raw_to_standard(native.raw_crc64(data), len(data)))
+        if found != self.tensor.digest:
+            raise DigestMismatch(
+                f"tensor {self.tensor.name!r} reads as {found}, written was {self.tensor.digest}; take another copy"
+            )
 
 
 class _Target:

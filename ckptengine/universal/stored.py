@@ -160,6 +160,7 @@ class StoredChunks(Sequence[Fragment]):
         if self._fills and not self._files.exists(key):
             return self._zeros(box)
         if not array.plain:
+            self._must_exist(outer, key, tuple(i % n for i, n in zip(index, per_outer, strict=True)))
             assert isinstance(self._files, DecodingFiles)
             return Fragment(box, self._files.add(array.path, box, self._item_bytes), 0)
         # A chunk at the edge is stored whole: its rows are longer than the box's.
@@ -172,6 +173,15 @@ class StoredChunks(Sequence[Fragment]):
         if nbytes != math.prod(array.inner) * self._item_bytes or offset + nbytes > self._files.size(key):
             raise Damaged(f"{self._files.root}/{key}: its index puts chunk {index} at {nbytes} bytes from {offset}")
         return Fragment(box, key, offset, strides)
+
+    def _must_exist(self, outer: tuple[int, ...], key: str, inner: tuple[int, ...]) -> None:
+        """zarr decodes what is missing as zeros; in a hierarchy of ours nothing is."""
+        if self._fills:
+            return
+        if not self._files.exists(key):
+            raise NotFound(f"{self._files.root}/{key} is missing; copy the hierarchy again")
+        if self._array.sharded and int(self._index(outer, key)[inner][0]) == MISSING:
+            raise Damaged(f"{self._files.root}/{key}: its index lacks chunk {inner}; copy the hierarchy again")
 
     def _zeros(self, box: Box) -> Fragment:
         if not self._array.zero_fill:

@@ -14,7 +14,7 @@ import tensorstore
 import xarray
 import zarr
 
-from ckptengine.errors import Damaged, NotFound, UnreadableFormat, UnusableRequest
+from ckptengine.errors import Damaged, DigestMismatch, NotFound, UnreadableFormat, UnusableRequest
 from ckptengine.layout.box import Box
 from ckptengine.layout.crc64 import raw_crc64
 from ckptengine.layout.digest import format_digest, raw_to_standard
@@ -23,6 +23,7 @@ from ckptengine.operations.convert import convert
 from ckptengine.operations.read import read_box, read_tensor
 from ckptengine.sources.detect import open_source
 from ckptengine.universal import detect
+from ckptengine.universal.chunks import crc32c
 from ckptengine.universal.datatypes import REGISTERED_TYPES
 from tests.universal.checkpoints import FolderSource, content, whole
 
@@ -203,6 +204,35 @@ def test_damaged_compressed_chunks(tmp_path: Path) -> None:
     file.write_bytes(b"nonsense" * 9)
     source = reopened(target)
     with pytest.raises(Damaged, match=r"model\.odd|model/odd"):
+        read_tensor(source, source.tensor("model.odd"))
+
+
+@pytest.mark.parametrize("shards", [True, False])
+def test_missing_compressed_chunks_are_no_zeros(tmp_path: Path, shards: bool) -> None:
+    target, file = damaged(tmp_path, {"compression": "zstd", "chunk_bytes": 100, "shards": shards})
+    if shards:
+        data = file.read_bytes()
+        node = json.loads((target / "model/odd/zarr.json").read_text())
+        inner = node["codecs"][0]["configuration"]["chunk_shape"]
+        outer = node["chunk_grid"]["configuration"]["chunk_shape"]
+        size = 16 * math.prod(o // i for o, i in zip(outer, inner, strict=True))
+        index = b"\xff" * 16 + data[-size - 4 : -4][16:]  # the first entry says that its chunk is not there
+        file.write_bytes(data[: -size - 4] + index + crc32c(index).to_bytes(4, "little"))
+        with pytest.raises(Damaged, match=r"model/odd.* lacks chunk"):
+            read_tensor(reopened(target), reopened(target).tensor("model.odd"))
+    file.unlink()
+    with pytest.raises(NotFound, match=r"model/odd.*missing"):
+        read_tensor(reopened(target), reopened(target).tensor("model.odd"))
+
+
+def test_chunks_of_another_tensor_are_found(tmp_path: Path) -> None:
+    """Reading all of a tensor compares it with its digest, which no other check replaces."""
+    target, file = damaged(tmp_path, {"shards": False})
+    data = bytearray(file.read_bytes())
+    data[0] ^= 1
+    file.write_bytes(data)
+    source = reopened(target)
+    with pytest.raises(DigestMismatch, match=r"model\.odd"):
         read_tensor(source, source.tensor("model.odd"))
 
 

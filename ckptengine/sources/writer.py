@@ -76,7 +76,7 @@ class Target(Protocol):
 class Layout:
     """The parallel layout of a target: degrees of each axis (1 where not given), ZeRO stage and order of ranks.
 
-    ``zero`` is None where no stage was given, which is not stage 0.
+    ``zero`` is None where no stage was given, which is not stage 0; ``etp`` where experts are cut like all else.
     """
 
     dp: int = 1
@@ -84,7 +84,7 @@ class Layout:
     pp: int = 1
     vpp: int = 1
     ep: int = 1
-    etp: int = 1
+    etp: int | None = None
     cp: int = 1
     zero: int | None = None
     order: str = DEFAULT_ORDER

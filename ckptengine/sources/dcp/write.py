@@ -25,6 +25,7 @@ from ckptengine.layout.tensor import LogicalTensor
 from ckptengine.sources.dcp.metadata import METADATA
 from ckptengine.sources.emit import Call, Global, Instance, Pairs, Tensor, dumps, size, storage_of
 from ckptengine.sources.optimizers import FLAT_STATE, Optimizer, optimizers_in, split_names
+from ckptengine.sources.smalltensors import as_stored
 from ckptengine.sources.stream import in_file_order, stream_boxes, stream_memory_bytes
 from ckptengine.sources.typed import plain_values
 from ckptengine.sources.writer import Document, Job, Sink, Target, Unit
@@ -39,9 +40,16 @@ Path = tuple[object, ...]
 
 
 class DcpWriter:
-    """The writer of ``--to dcp``."""
+    """The writer of ``--to dcp``.
+
+    ``nested`` says that values are flattened, as torch does; else those at the top are one item each, their tensors
+    (see `ckptengine.sources.smalltensors`) tensors again.
+    """
 
     format = "dcp"
+
+    def __init__(self, *, nested: bool = True) -> None:
+        self._nested = nested
 
     def units(self, job: Job) -> Sequence[Unit]:
         """One unit per file."""
@@ -73,7 +81,7 @@ class DcpWriter:
                 for number, (offsets, _, path, offset, nbytes) in enumerate(chunks)
             ]
         path = f"__{len(results)}_0.distcp"
-        for key, nesting, place in _write_values(job, path, target):
+        for key, nesting, place in _write_values(job, path, target, self._nested):
             records.append((key, Instance(Global(_METADATA, "BytesStorageMetadata"), {})))
             storage.append((_index(key), place))
             paths[key] = nesting
@@ -224,9 +232,11 @@ def _keys(job: Job) -> tuple[dict[str, str], dict[str, Path]]:
     return keys, paths
 
 
-def _write_values(job: Job, file: str, target: Target) -> list[tuple[str, Path, Instance]]:
+def _write_values(job: Job, file: str, target: Target, nested: bool) -> list[tuple[str, Path, Instance]]:
     """Write one item per value; their keys, paths and places."""
-    leaves = list(_leaves(plain_values(job), ()))
+    values = plain_values(job)
+    whole = {} if nested or not isinstance(values, dict) else values
+    leaves = list(_leaves(values, ())) if nested else [((key,), value) for key, value in whole.items()]
     made: list[tuple[str, Path, Instance]] = []
     if not leaves:
         return made
@@ -235,8 +245,11 @@ def _write_values(job: Job, file: str, target: Target) -> list[tuple[str, Path, 
             start = sink.position
             key = ".".join(map(str, path))
             zipped = ZipWriter(sink)
-            for record, data in _wrapped(dumps(value, key)).items():
-                zipped.add(record, data)
+            shown, data = (value, []) if nested else as_stored(value)
+            for record, small in _wrapped(dumps(shown, key)).items():
+                zipped.add(record, small)
+            for number, raw in enumerate(data):
+                zipped.add(f"data/{number}", raw)
             zipped.finish()
             made.append((key, path, _place(file, start, sink.position - start)))
     return made

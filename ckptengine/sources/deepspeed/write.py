@@ -68,7 +68,7 @@ class _Plan:
 
     def __init__(self, job: Job) -> None:
         layout = job.layout
-        beyond = [axis for axis in ("tp", "pp", "vpp", "etp", "cp") if getattr(layout, axis) != 1]
+        beyond = [axis for axis in ("tp", "pp", "vpp", "etp", "cp") if getattr(layout, axis) not in (1, None)]
         if beyond:
             raise UnusableRequest(
                 f"ZeRO checkpoints are written for data- and expert-parallel ranks only, not with {beyond[0]} > 1; "

@@ -67,7 +67,7 @@ class _Plan:
     """Which files there are, and what is in each."""
 
     def __init__(self, job: Job) -> None:
-        beyond = [axis for axis in ("tp", "pp", "vpp", "ep", "etp", "cp") if getattr(job.layout, axis) != 1]
+        beyond = [axis for axis in ("tp", "pp", "vpp", "ep", "etp", "cp") if getattr(job.layout, axis) not in (1, None)]
         if beyond:
             raise UnusableRequest(f"a universal checkpoint has no ranks; leave {beyond[0]} out of the layout")
         self._job = job

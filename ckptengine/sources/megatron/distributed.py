@@ -21,7 +21,8 @@ from ckptengine.sources.plain import plain
 from ckptengine.sources.stored import StoredTensor
 
 _GATHERED = re.compile(r"((?:chained_\d+\.)?optimizer\.distributed\.dp_group_idx_\d+)\.param_state(?:/.*)?")
-_GROUPS = re.compile(r"(?:chained_\d+\.)?optimizer\.distributed\.dp_group_idx_\d+\.optimizer(?:/.*)?")
+_SHARED = re.compile(r"(?:chained_(\d+)\.)?optimizer\.distributed\.dp_group_idx_(\d+)\.([^./]+)(?:/.*)?")
+_OF_BUCKETS = ("param_state", "param_state_sharding_type", "per_bucket_numel", "per_bucket_numel_unpadded")
 
 
 class DistributedStates:
@@ -50,7 +51,8 @@ class DistributedStates:
                 self._add_gathered(match[1], key, item)
         if any(map(is_bucket, self._records)):
             self._find(records, plain(arguments))
-        self.groups = [self._load(key, item) for key, item in objects.items() if _GROUPS.fullmatch(key)]
+        self.values = self._values(objects)
+        """What the optimizer keeps beside its tensors, as it lies among the common values in other forms."""
 
     def tensor(self, name: str) -> LogicalTensor:
         """A state of a parameter; ``name`` is one of `names`."""
@@ -88,6 +90,20 @@ class DistributedStates:
                     self._records[shown] = TensorRecord(held.dtype, held.shape, (chunk,))
                     self._pieces[shown, (0,)] = held.fragment()
 
+    def _values(self, objects: Mapping[str, Item | None]) -> dict[Any, Any]:
+        """That of the first model-parallel rank; all have the same.  A chain of optimizers has it by number."""
+        first: dict[tuple[int, str], tuple[int, str]] = {}
+        for key in objects:
+            match = _SHARED.fullmatch(key)
+            if match is not None and match[3] not in _OF_BUCKETS:
+                place = (int(match[1] or 0), match[3])
+                first[place] = min(first.get(place, (int(match[2]), key)), (int(match[2]), key))
+        chain: dict[Any, Any] = {}
+        for (number, part), (_, key) in sorted(first.items()):
+            value = self._load(key, objects[key])
+            chain.setdefault(number, {})[part] = value[0] if isinstance(value, list) and len(value) == 1 else value
+        return chain if len(chain) > 1 else chain.get(0, {})
+
     def _load(self, key: str, item: Item | None) -> Any:
         if item is None:
             raise Damaged(f"{self._files.root}: no file is recorded for the object {key!r}")
@@ -121,6 +137,6 @@ class DistributedStates:
         return self._pieces[key, chunk.offsets]
 
 
-def is_gathered(key: str) -> bool:
-    """Whether an object holds the states of a model-parallel rank (``dp_zero_gather_scatter``)."""
-    return _GATHERED.fullmatch(key) is not None
+def is_shared(key: str) -> bool:
+    """Whether an object is part of the distributed optimizer's, of one model-parallel rank."""
+    return _SHARED.fullmatch(key) is not None

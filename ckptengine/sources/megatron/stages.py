@@ -31,6 +31,10 @@ class Bucket:
         """Note the pieces of one state."""
         self.bounds = frozenset(at for c in chunks for at in (c.offsets[0], c.offsets[0] + c.shape[0]))
 
+    def is_full(self, end: int) -> bool:
+        """Whether nothing can follow: a bucket may end where the next one's parameter would have been aligned to."""
+        return end <= self.length <= _aligned(end)
+
     def fits(self, start: int, size: int) -> bool:
         """Whether a parameter can lie there: parameters were stored one by one."""
         end = start + size
@@ -160,15 +164,19 @@ def fill(parameters: Sequence[Parameter], buffer: Buffer) -> list[Slot] | None:
     rest = iter(buffer.buckets)
     bucket, end = next(rest, None), 0
     for parameter in parameters:
-        if bucket is not None and end == bucket.length:
+        if bucket is not None and bucket.is_full(end):
             bucket, end = next(rest, None), 0
-        start = -(-end // ALIGNMENT) * ALIGNMENT
+        start = _aligned(end)
         end = start + parameter.size
         if bucket is None or not bucket.fits(start, parameter.size):
             return None
         slots.append(Slot(parameter, bucket, start))
-    is_full = bucket is not None and end == bucket.length and next(rest, None) is None
+    is_full = bucket is not None and bucket.is_full(end) and next(rest, None) is None
     return slots if is_full else None
+
+
+def _aligned(position: int) -> int:
+    return -(-position // ALIGNMENT) * ALIGNMENT
 
 
 _Path = tuple["_Path", Slot] | None
@@ -185,12 +193,12 @@ def align(parameters: Sequence[Parameter], buffer: Buffer, agrees: Callable[[Slo
     for parameter in parameters:
         found = dict(places)
         for (number, end, base), (ways, path) in places.items():
-            if end == buffer.buckets[number].length:
+            if buffer.buckets[number].is_full(end):
                 number, end, base = number + 1, 0, 0
             if number == len(buffer.buckets):
                 continue
             bucket = buffer.buckets[number]
-            starts = {base + -(-(end - base) // ALIGNMENT) * ALIGNMENT: base}
+            starts = {base + _aligned(end - base): base}
             if bucket.bounds is None:
                 starts.setdefault(end, end % ALIGNMENT)
             for start, new in starts.items():
@@ -200,8 +208,8 @@ def align(parameters: Sequence[Parameter], buffer: Buffer, agrees: Callable[[Slo
                     known = found.get(at, (0, None))[0]
                     found[at] = (known + ways, (path, slot))
         places = found
-    number = len(buffer.buckets) - 1
-    last = [held for at, held in places.items() if at[:2] == (number, buffer.buckets[number].length)]
+    final = len(buffer.buckets) - 1
+    last = [held for (number, end, _), held in places.items() if number == final and buffer.buckets[-1].is_full(end)]
     if sum(ways for ways, _ in last) != 1:
         return None
     slots: list[Slot] = []

@@ -12,13 +12,14 @@ from ckptengine.layout.tensor import Fragment, LogicalTensor
 from ckptengine.sources.dcp.metadata import METADATA, Item, TensorRecord, read_metadata
 from ckptengine.sources.dcp.source import DcpItems
 from ckptengine.sources.files import InlineFiles
-from ckptengine.sources.megatron.distributed import DistributedStates, is_gathered
+from ckptengine.sources.megatron.distributed import DistributedStates, is_shared
 from ckptengine.sources.megatron.flattened import is_flattened, unflatten
 from ckptengine.sources.megatron.naming import canonical_names, wrapper_prefix
 from ckptengine.sources.megatron.steps import common_step
 from ckptengine.sources.plain import DROPPED, plain
 from ckptengine.sources.port import Files, Opening
 from ckptengine.sources.rules.parse import load_rules
+from ckptengine.sources.smalltensors import as_plain
 from ckptengine.sources.torchzip import load_torch
 
 MANIFEST = "metadata.json"
@@ -56,8 +57,10 @@ class TorchDistSource:
         if not _leaves_out(opening):
             arguments = self._common.get("args")
             self._buckets = DistributedStates(self._inline, self._items, self._records, self._objects, arguments)
-            self._step = self._step or common_step(self._buckets.groups, self._inline)
-        self._objects = {key: item for key, item in self._objects.items() if not is_gathered(key)}
+            if self._buckets.values:
+                self._common = {**self._common, "optimizer": self._buckets.values}
+            self._step = self._step or common_step(self._buckets.values, self._inline)
+        self._objects = {key: item for key, item in self._objects.items() if not is_shared(key)}
         self._steps = self._step_names() if self._step is not None else {}
 
     def names(self) -> Sequence[str]:
@@ -117,7 +120,7 @@ class TorchDistSource:
         if item is None:
             raise Damaged(f"{self.files.root}: no file is recorded for the object {key!r}")
         try:
-            return self._items.value(item)
+            return plain(self._items.load(item), lambda tensor: as_plain(tensor, self._inline))
         except CheckpointError as error:
             raise type(error)(f"object {key!r}: {error}") from error
 

@@ -5,8 +5,9 @@ DCP with Megatron's keys.  Names must be Megatron's, layers stacked where Megatr
 such as ``llama-to-megatron`` gives them that form.  The layout only says into how many files tensors are cut.
 
 Options: ``master`` (``"fp32_param"``, the default, or ``"param"`` for the distributed optimizer's ``fully_reshardable``
-form): the key of fp32 copies.  ``legacy`` (default False): one folder per tensor- and pipeline-parallel rank of the
-layout with the weights only; tensor parallelism needs rules, ``megatron-gpt`` if none are given.
+form): the key of fp32 copies.  ``legacy`` (default False): one folder per tensor-, pipeline- and expert-parallel rank
+of the layout with the weights only, cut as the rules or else ``megatron-gpt`` say; ``vocab_divisible_by=N`` pads the
+vocabulary to a multiple of N rows for each tensor-parallel rank, as Megatron does with N = 128.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class MegatronWriter:
         if not _is_legacy(job):
             view = _View(job)
             beneath = _Beneath(target, view.folder)
-            DcpWriter().finish(view.job, results, beneath)
+            DcpWriter(nested=False).finish(view.job, results, beneath)
             file = TorchFile()
             file.write(job, beneath, COMMON, view.common(file))
             with beneath.create(MANIFEST) as sink:
@@ -153,7 +154,19 @@ class _View:
             values["optimizer"] = self._for_optimizer(optimizer, file)
         if isinstance(values.get("args"), dict):
             values["args"] = Instance(Global("argparse", "Namespace"), values["args"])
+        metadata = values.get("content_metadata")
+        values["content_metadata"] = {**(metadata if isinstance(metadata, dict) else {}), **self._content()}
         return {**values, "iteration": self._job.step or 0}
+
+    def _content(self) -> dict[str, Any]:
+        """What Megatron must know of the form of its own states to ask for them."""
+        content: dict[str, Any] = {
+            "singleton_local_shards": any(key.endswith("linear_fc1.weight_w") for key in self.names),
+            "chained_optim_avoid_prefix": True,
+        }
+        if self._is_distributed:
+            content["distrib_optim_sharding_type"] = "fully_reshardable"
+        return content
 
     def _for_optimizer(self, optimizer: dict[Any, Any], file: TorchFile) -> dict[Any, Any]:
         """The optimizer's values with its step where that kind of optimizer keeps it: once, or in every group.

@@ -1,0 +1,48 @@
+"""Small tensors inside of values, such as states of random streams: kept as plain values, and written again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ckptengine.layout.box import row_major_strides
+from ckptengine.layout.dtypes import itemsize
+from ckptengine.sources.emit import Tensor, storage_of
+from ckptengine.sources.plain import DROPPED
+from ckptengine.sources.port import Files
+from ckptengine.sources.stored import NUMPY_DTYPES, StoredTensor
+
+CLASS = "torch.Tensor"
+MAX_BYTES = 1 << 20
+
+
+def as_plain(tensor: StoredTensor, files: Files) -> object:
+    """A dict with the class, the type and the elements of a tensor of up to `MAX_BYTES`; `DROPPED` for others."""
+    if tensor.dtype not in NUMPY_DTYPES or tensor.nbytes > MAX_BYTES:
+        return DROPPED
+    return {"__class__": CLASS, "dtype": f"torch.{tensor.dtype}", "data": tensor.to_numpy(files)}
+
+
+def as_stored(value: object) -> tuple[Any, list[bytes]]:
+    """A value whose dicts of `as_plain` are tensors again, and the bytes of their storages."""
+    data: list[bytes] = []
+
+    def convert(item: Any) -> Any:
+        if isinstance(item, dict):
+            if item.get("__class__") == CLASS and isinstance(item.get("data"), np.ndarray):
+                return _tensor(item["data"], data)
+            return {key: convert(part) for key, part in item.items()}
+        if isinstance(item, list | tuple):
+            made = [convert(part) for part in item]
+            return made if isinstance(item, list) else tuple(made)
+        return item
+
+    return convert(value), data
+
+
+def _tensor(array: np.ndarray, data: list[bytes]) -> Tensor:
+    dtype = array.dtype.name
+    storage = storage_of(str(len(data)), dtype, array.nbytes, itemsize(dtype))
+    data.append(array.tobytes())
+    return Tensor(storage, dtype, array.shape, row_major_strides(array.shape))

@@ -22,6 +22,7 @@ from ckptengine.native.host_memory import (
     raw_positioned,
     scatter,
     shift,
+    witnesses,
 )
 from ckptengine.native.library import (
     EXTENT,
@@ -66,4 +67,5 @@ __all__ = [
     "read_ranges",
     "scatter",
     "shift",
+    "witnesses",
 ]

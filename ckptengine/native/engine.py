@@ -203,6 +203,10 @@ class WriteJob:
         self._job.cancel()
         self._keep = None
 
+    def stop(self) -> None:
+        """Drop what is not yet written, and wait for nobody: threads may read the extents' memory for a while."""
+        self._job.stop()
+
     @property
     def state(self) -> str:
         """``running``, ``written``, ``failed`` or ``cancelled``."""

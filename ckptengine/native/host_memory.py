@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import random
+import zlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,6 +16,10 @@ from ckptengine.layout.box import Box
 from ckptengine.layout.digest import GRANULE_BYTES, Words
 from ckptengine.layout.runs import runs_of
 from ckptengine.native.library import library
+
+_LINES = 4
+_LINE_BYTES = 64
+"""What the portable path looks at of a large memory."""
 
 
 def raw_crc64(buffer: portable.Readable) -> int:
@@ -42,6 +48,29 @@ def raw_granules(buffer: portable.Readable, granule_bytes: int = GRANULE_BYTES) 
         return portable.raw_granules(octets, granule_bytes)
     values: Words = library.crc_granules(octets.ctypes.data, octets.size, granule_bytes)
     return values
+
+
+def witnesses(addresses: Words, sizes: Words, *, whole_bytes: int, lines: int, seed: int) -> Words:
+    """uint64[n]: a word for each memory of ``sizes[i]`` bytes from ``addresses[i]`` on, the same until it is written.
+
+    Of all of it up to ``whole_bytes``; beyond that of ``lines`` cache lines (1 to 16; at most 4 without the library)
+    spread over it, others for every ``seed``.
+    """
+    if library is not None:
+        values: Words = library.witnesses(addresses, sizes, whole_bytes, lines, seed)
+        return values
+    lines = min(lines, _LINES)
+    words = []
+    for address, size in zip(addresses.tolist(), sizes.tolist(), strict=True):
+        if size <= max(whole_bytes, 16):
+            words.append(zlib.crc32(ctypes.string_at(address, size)))
+            continue
+        dice = random.Random(seed ^ address)
+        part = size // lines
+        starts = [n * part + dice.randrange(part) for n in range(lines)]
+        seen = [ctypes.string_at(address + start, min(_LINE_BYTES, size - start)) for start in starts]
+        words.append(zlib.crc32(b"".join(seen)))
+    return np.array(words, np.uint64)
 
 
 def raw_positioned(buffer: portable.Readable, box: Box, shape: Sequence[int], item_bytes: int) -> int:

@@ -33,6 +33,7 @@ from ckptengine.operations.structure import Agreement, Refusal, Structure
 from ckptengine.snapshot.capture import Capture
 from ckptengine.snapshot.port import CaptureEngine
 from ckptengine.snapshot.register import Planner
+from ckptengine.snapshot.streams import behind
 from ckptengine.state.flatten import no_collection
 from ckptengine.state.merge import merge_aliases, merge_values
 from ckptengine.store import names
@@ -201,13 +202,13 @@ class Saver:
         rank = self._port.rank
         directory = self._root.step_path(job.step)
         identity = self._identity(job)
-        extents, keys, lazy = self._planner.plan(job.registered, structure, rank)
-        path = directory / names.rank_file(rank, job.attempt, job.number)
-        job.writer = self._create(path, identity, keys)
-        started_s = time.perf_counter()
-        work = job.writer.start(self._engine, extents)
+        path, known = directory / names.rank_file(rank, job.attempt, job.number), job.registered
+        with behind(known.marks):
+            extents, keys, lazy = self._planner.plan(known, structure, rank)
+            job.writer = self._create(path, identity, keys)
+            started_s = time.perf_counter()
+            work = job.writer.start(self._engine, extents)
         job.handle.track(work.progress)
-        known = job.registered
         job.captures(Capture(work, lazy, known.versions, known.witnesses, paranoid=self._settings.paranoid))
         job.check()  # who gave it up before there was a capture could cancel none
         assert job.capture is not None

@@ -10,9 +10,9 @@ import numpy.typing as npt
 import torch
 from torch.optim.optimizer import Optimizer
 
-from ckptengine.errors import CheckpointError, Stalled, TornCapture
+from ckptengine.errors import CheckpointError, SaveFailed, Stalled, TornCapture
 from ckptengine.snapshot.port import WriteJob
-from ckptengine.snapshot.witness import Witnesses, belied
+from ckptengine.snapshot.witness import Witnesses
 from ckptengine.state.leaves import TensorLeaf
 
 Places = npt.NDArray[np.int64]
@@ -24,9 +24,12 @@ GUARD_SAMPLES = 2
 class LazySet:
     """The extents that read live tensors, and what the tripwires compare; the same for every save of a structure."""
 
-    def __init__(self, extents: Sequence[int], leaves: Sequence[TensorLeaf]) -> None:
+    def __init__(self, extents: Sequence[int], leaves: Sequence[TensorLeaf], rows: Mapping[str, int]) -> None:
+        """``rows``: where the registration keeps what it noted of a leaf."""
         self.extents = np.array(extents, np.int64)
         self.leaves = leaves
+        self.rows = np.array([rows[leaf.name] for leaf in leaves], np.int64)
+        self.tensors = [leaf.tensor for leaf in leaves]
         self.addresses = [leaf.tensor.data_ptr() for leaf in leaves]
         self.by_storage: dict[int, list[int]] = {}
         self.by_owner: dict[int, list[int]] = {}
@@ -50,7 +53,7 @@ class Capture:
         self,
         job: WriteJob,
         lazy: LazySet,
-        versions: Mapping[str, int],
+        versions: Sequence[int],
         witnesses: Witnesses,
         *,
         paranoid: bool = False,
@@ -83,10 +86,18 @@ class Capture:
         places = self._wanted(optimizer)
         if not len(places):
             return
-        if not self._job.wait_captured(self._lazy.extents[places].tolist(), timeout_s):
-            self._job.cancel()
-            self._tear(Stalled(f"the save was given up: it would have blocked training for more than {timeout_s:g} s"))
-        self._release(places)
+        try:
+            if not self._job.wait_captured(self._lazy.extents[places].tolist(), timeout_s):
+                self._job.stop()  # what is at it writes what is void; waiting for that would block training further
+                told = f"the save was given up: it would have blocked training for more than {timeout_s:g} s"
+                self._tear(Stalled(told))
+            self._release(places)
+        except Exception as error:  # a device that fails, say
+            failed = SaveFailed(f"the capture failed: {type(error).__name__}: {error}")
+            failed.__cause__ = error
+            self._tear(failed)
+            with self._lock:
+                self._let_go(places)
 
     def after_update(self, optimizer: Optimizer) -> None:
         """An update has happened: whatever of it was not released is torn."""
@@ -133,22 +144,8 @@ class Capture:
         """Run the tripwires over captured leaves, once each, and let go of them."""
         with self._lock:
             places = places[self._waiting[places]]
-            if not len(places):
-                return
-            lazy = self._lazy
-            torn = [
-                leaf.name
-                for leaf, address in ((lazy.leaves[p], lazy.addresses[p]) for p in places.tolist())
-                if leaf.tensor._version != self._versions[leaf.name] or leaf.tensor.data_ptr() != address
-            ]
-            if not torn:  # and so everything lies where it did
-                torn = belied(self._witnesses, [lazy.leaves[p].name for p in places.tolist()])
-            if not torn and self._error is None:
-                by_extent = dict(zip(lazy.extents[places].tolist(), places.tolist(), strict=True))
-                samples = None if self._paranoid else GUARD_SAMPLES
-                torn = [lazy.leaves[by_extent[e]].name for e in self._job.recheck(list(by_extent), samples)]
-            self._waiting[places] = False
-            self._released = not self._waiting.any()
+            torn = [self._lazy.leaves[place].name for place in self._changed(places)] if self._error is None else []
+            self._let_go(places)
         if torn:
             self._tear(
                 TornCapture(
@@ -156,6 +153,28 @@ class Capture:
                     "Checkpointer.fence(), which optimizers call by themselves"
                 )
             )
+
+    def _changed(self, places: Places) -> list[int]:
+        """Those of some places that are not as they were at registration, or not as they were captured."""
+        lazy, versions, rows = self._lazy, self._versions, self._lazy.rows[places]
+        moved = [
+            place
+            for place, row in zip(places.tolist(), rows.tolist(), strict=True)
+            if lazy.tensors[place]._version != versions[row] or lazy.tensors[place].data_ptr() != lazy.addresses[place]
+        ]
+        if moved:
+            return moved
+        # Everything lies where it did, and so may be looked at.
+        belied = places[np.isin(rows, self._witnesses.belied(rows))]
+        if len(belied):
+            return list(dict.fromkeys(belied.tolist()))
+        by_extent = dict(zip(lazy.extents[places].tolist(), places.tolist(), strict=True))
+        samples = None if self._paranoid else GUARD_SAMPLES
+        return [by_extent[extent] for extent in self._job.recheck(list(by_extent), samples)]
+
+    def _let_go(self, places: Places) -> None:
+        self._waiting[places] = False
+        self._released = not self._waiting.any()
 
     def _tear(self, error: CheckpointError) -> None:
         if self._error is None:

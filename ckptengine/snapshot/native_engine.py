@@ -20,6 +20,7 @@ from ckptengine.errors import UnusableRequest
 from ckptengine.layout.digest import GRANULE_BYTES
 from ckptengine.layout.runs import runs_of
 from ckptengine.snapshot.port import Digests, Extents, Progress
+from ckptengine.snapshot.streams import current
 
 WORKERS = 2
 _seeds = itertools.count()
@@ -33,8 +34,9 @@ class NativeJob:
         self._guard = threading.Lock()
 
     def wait_captured(self, extents: Sequence[int] | None = None, timeout_s: float | None = None) -> bool:
-        if extents is not None:
-            self._job.hurry(extents)
+        if extents is None:  # nobody's training waits
+            return self._job.wait_captured(None, timeout_s, help=False)
+        self._job.hurry(extents)
         return self._job.wait_captured(extents, timeout_s)
 
     def wait_written(self, timeout_s: float | None = None) -> bool:
@@ -87,6 +89,9 @@ class NativeJob:
             for event in self._job.trace()
         ]
 
+    def stop(self) -> None:
+        self._job.stop()
+
     def cancel(self) -> None:
         self._job.cancel()
         self._close_direct()
@@ -125,7 +130,8 @@ class NativeEngine:
         self._engine = native.Engine(
             workers=WORKERS,
             buffers=max(2, settings.arena_bytes // native.SEGMENT_BYTES),
-            pin=torch.cuda.is_available(),
+            # Else it is pinned with the first tensor on a device, if one ever comes.
+            pin=torch.cuda.is_initialized(),  # type: ignore[no-untyped-call]
             bytes_per_second=settings.max_bytes_per_s or 0,
             io_priority=2 if settings.low_priority else 0,
             niceness=10 if settings.low_priority else 0,
@@ -142,7 +148,7 @@ class NativeEngine:
                 body=(begin, end),
                 loops=loops,
                 granule_slots=slots,
-                compute_streams=_streams(extents),
+                compute_streams=[(int(stream.device.index), int(stream.cuda_stream)) for stream in current(extents.regions)],
                 keep=extents.regions,
             )
         except BaseException:
@@ -172,12 +178,6 @@ class NativeEngine:
 
     def close(self) -> None:
         self._engine.close()
-
-
-def _streams(extents: Extents) -> list[tuple[int, int]]:
-    """(device, stream) of the current compute stream of every CUDA device that extents lie on."""
-    devices = {region.device.index for region in extents.regions if region.device.type == "cuda"}
-    return [(device, int(torch.cuda.current_stream(device).cuda_stream)) for device in sorted(devices)]
 
 
 def _table(extents: Extents) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64], int]:

@@ -5,6 +5,8 @@ Same walk, same digests and same bytes as the native engine, slower.  Tests inje
 
 from __future__ import annotations
 
+import itertools
+import random
 import threading
 import time
 from collections import deque
@@ -21,11 +23,15 @@ from ckptengine.errors import CheckpointError, SaveFailed
 from ckptengine.layout.box import Box
 from ckptengine.layout.digest import GRANULE_BYTES, combine, shift
 from ckptengine.snapshot.port import Digests, Extent, Extents, Progress
+from ckptengine.snapshot.streams import current, on
 from ckptengine.store.files import FileOps, write_all
 
 CHUNK_BYTES = 4 << 20
 CLOSE_S = 5.0
 """How long closing waits for a write in progress."""
+
+
+_dice = random.Random(0)  # of our own: the module's is part of the training's state
 
 
 def live_bytes(region: torch.Tensor) -> npt.NDArray[np.uint8]:
@@ -61,8 +67,10 @@ class PlainJob:
     def __init__(self, ops: FileOps, fd: int, path: Path, extents: Extents, begin: int, end: int) -> None:
         self._ops, self._fd, self._path = ops, fd, path
         self._extents = list(extents)
+        self._streams = current(extents.regions)
         self._begin, self._end = begin, end
-        self._changed = threading.Condition()
+        self._guard = threading.RLock()  # entered as it is: a Ctrl-C cannot leave it taken, as it can a condition
+        self._changed = threading.Condition(self._guard)
         self._pending = deque(range(len(self._extents)))
         self._captured = [False] * len(self._extents)
         self._done = False
@@ -80,19 +88,20 @@ class PlainJob:
         """Do the job on the calling thread."""
         try:
             self._fill_gaps()
-            while (extent := self._next()) is not None:
-                self._capture(extent)
+            with on(self._streams):
+                while (extent := self._next()) is not None:
+                    self._capture(extent)
         except CheckpointError as error:
             self._error = error
         except BaseException as error:  # a handle never loses an error
             self._error = SaveFailed(f"{self._path}: capture failed: {type(error).__name__}: {error}")
             self._error.__cause__ = error
-        with self._changed:
+        with self._guard:
             self._done = True
             self._changed.notify_all()
 
     def _next(self) -> int | None:
-        with self._changed:
+        with self._guard:
             if self._stop:
                 raise SaveFailed(f"{self._path}: the save was cancelled")
             return self._pending.popleft() if self._pending else None
@@ -143,7 +152,7 @@ class PlainJob:
             self._contributions[number] = shift(raw, _bytes_after(extent))
 
     def _mark(self, number: int) -> None:
-        with self._changed:
+        with self._guard:
             self._captured[number] = True
             self._changed.notify_all()
 
@@ -159,7 +168,7 @@ class PlainJob:
 
     def wait_captured(self, extents: Sequence[int] | None = None, timeout_s: float | None = None) -> bool:
         wanted = range(len(self._extents)) if extents is None else extents
-        with self._changed:
+        with self._guard:
             if extents is not None:
                 urgent = {number for number in extents if not self._captured[number]}
                 ahead = [number for number in self._pending if number in urgent]
@@ -167,7 +176,7 @@ class PlainJob:
             return self._changed.wait_for(lambda: self._done or all(self._captured[n] for n in wanted), timeout_s)
 
     def wait_written(self, timeout_s: float | None = None) -> bool:
-        with self._changed:
+        with self._guard:
             finished = self._changed.wait_for(lambda: self._done, timeout_s)
         if finished and self._error is not None:
             raise self._error
@@ -181,7 +190,7 @@ class PlainJob:
                 continue
             live = live_bytes(self._extents[number].region.detach().cpu().contiguous())
             count = len(kept) if samples is None else min(samples, len(kept))
-            for ordinal in np.unique(np.linspace(0, len(kept) - 1, count).astype(int)):
+            for ordinal in _sampled(count, len(kept)):
                 start = int(ordinal) * GRANULE_BYTES
                 if native.raw_crc64(live[start : start + GRANULE_BYTES]) != int(kept[ordinal]):
                     changed.append(number)
@@ -205,15 +214,22 @@ class PlainJob:
         return list(self._events)
 
     def stop(self) -> None:
-        """Ask the job to stop; see `cancel`."""
-        with self._changed:
+        with self._guard:
             self._stop = True
             self._changed.notify_all()
 
     def cancel(self) -> None:
         self.stop()
-        with self._changed:
+        with self._guard:
             self._changed.wait_for(lambda: self._done)
+
+
+def _sampled(samples: int, count: int) -> list[int]:
+    """The first granule, and one anywhere in every equal part of the rest."""
+    if samples == count:
+        return list(range(count))
+    cuts = [1 + (count - 1) * look // (samples - 1) for look in range(samples)] if samples > 1 else []
+    return [0, *(_dice.randrange(low, high) for low, high in itertools.pairwise(cuts))]
 
 
 def _bytes_after(extent: Extent) -> int:

@@ -125,7 +125,7 @@ class WriteJob(Protocol):
     def recheck(self, extents: Sequence[int], samples: int | None) -> list[int]:
         """Digest granules again from live memory and return the extents that differ from what was captured.
 
-        ``samples`` granules of each extent (evenly spread, first and last included); None: all.
+        ``samples`` granules of each extent (the first one, and others spread over the rest); None: all.
         """
 
     def digests(self) -> Digests:
@@ -136,8 +136,11 @@ class WriteJob(Protocol):
     def trace(self) -> list[dict[str, Any]]:
         """Chrome-trace events (``ph``, ``name``, ``ts``, ``dur`` in microseconds of the monotonic clock, ``tid``)."""
 
+    def stop(self) -> None:
+        """The job is void from now on: nothing more is begun.  Waits for nobody; what is under way is finished."""
+
     def cancel(self) -> None:
-        """Stop reading live memory and writing as soon as possible; returns when it has stopped."""
+        """`stop`, and wait until nothing reads live memory or writes any more."""
 
 
 class CaptureEngine(Protocol):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -14,7 +14,8 @@ from ckptengine.layout.box import Box
 from ckptengine.layout.piece import Piece
 from ckptengine.snapshot.capture import LazySet
 from ckptengine.snapshot.port import Extents
-from ckptengine.snapshot.witness import Witnesses, places_of, take
+from ckptengine.snapshot.streams import Marks, cuda_devices, mark
+from ckptengine.snapshot.witness import Watched, Witnesses
 from ckptengine.state.flatten import no_collection
 from ckptengine.state.leaves import TensorLeaf
 
@@ -54,13 +55,16 @@ class EagerPool:
 class Registered:
     """What `save` leaves behind when it returns: the leaves, and copies of those that may not wait.
 
-    Of those that may, by name: the version counters, and witnesses of the large ones.
+    Of those that may: the version counters and the witnesses, in ``rows`` by name.  ``marks``: what was queued on
+    devices by then.
     """
 
     leaves: Sequence[TensorLeaf]
     copies: dict[str, torch.Tensor]
-    versions: dict[str, int]
+    rows: Mapping[str, int] = field(repr=False)
+    versions: list[int] = field(repr=False)
     witnesses: Witnesses = field(repr=False)
+    marks: Marks
     pool: EagerPool = field(repr=False)
 
     def release(self) -> None:
@@ -78,26 +82,28 @@ class Registrar:
         self._pool = EagerPool()
         self._leaves: Sequence[TensorLeaf] | None = None
         self._eager: list[TensorLeaf] = []
-        self._names: list[str] = []
+        self._rows: dict[str, int] = {}
         self._tensors: list[torch.Tensor] = []
-        self._witnessed: list[tuple[str, int]] = []
+        self._watched = Watched([])
+        self._devices: tuple[int, ...] = ()
 
     def register(self, leaves: Sequence[TensorLeaf]) -> Registered:
         """Copy what may change before the fence, note the versions of the rest.  No device is synchronised."""
         if leaves is not self._leaves:
             self._look(leaves)
         copies = {leaf.name: self._pool.copy(leaf) for leaf in self._eager}
-        versions = dict(zip(self._names, [tensor._version for tensor in self._tensors], strict=True))
-        return Registered(leaves, copies, versions, take(self._witnessed), self._pool)
+        versions = [tensor._version for tensor in self._tensors]
+        marks = mark(self._devices)  # behind the copies
+        return Registered(leaves, copies, self._rows, versions, self._watched.take(), marks, self._pool)
 
     def _look(self, leaves: Sequence[TensorLeaf]) -> None:
         with no_collection():
             waiting = [leaf for leaf in leaves if _may_wait(leaf)]
-            self._names = [leaf.name for leaf in waiting]
+            self._rows = {leaf.name: row for row, leaf in enumerate(waiting)}
             self._tensors = [leaf.tensor for leaf in waiting]
-            known = set(self._names)
-            self._eager = [leaf for leaf in leaves if leaf.name not in known]
-            self._witnessed = places_of(waiting)
+            self._eager = [leaf for leaf in leaves if leaf.name not in self._rows]
+            self._watched = Watched(self._tensors)
+            self._devices = cuda_devices(leaf.tensor for leaf in leaves)
         self._leaves = leaves
 
 
@@ -132,7 +138,7 @@ class Planner:
         self._of: tuple[object, object, frozenset[str]] | None = None
         self._extents: Extents | None = None
         self._keys = np.zeros((0, 2), np.uint32)
-        self._lazy = LazySet([], [])
+        self._lazy = LazySet([], [], {})
         self._copied: list[tuple[int, str, Piece]] = []
 
     def plan(
@@ -175,7 +181,7 @@ class Planner:
                 boxes.append(piece.box)
                 shapes.append(leaf.global_shape)
         self._keys = np.array(keys, np.uint32).reshape(-1, 2)
-        self._lazy = LazySet(lazy, leaves)
+        self._lazy = LazySet(lazy, leaves, registered.rows)
         return Extents(regions, boxes, shapes)
 
 

@@ -1,49 +1,90 @@
-"""Witnesses: a few bytes of every large live tensor, kept from registration until it may change again.
+"""Witnesses: a word about every live tensor, taken at registration and again before the fence lets go.
 
-A write to all of a tensor that comes before its bytes are captured and advances no version counter (``.data``, numpy,
-DLPack) leaves nothing else to tell of it: what is captured then equals the memory.
+A write that comes before the bytes are captured and advances no version counter (``.data``, numpy, DLPack) leaves
+nothing else to tell of it: what is captured then equals the memory.
 """
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from ckptengine.state.leaves import TensorLeaf
+from ckptengine import native
+from ckptengine.layout.digest import Words
 
-WINDOW_BYTES = 64
-WITNESSED_BYTES = 16 << 10
-"""From this size on a tensor has a witness: a write to all of a state touches large ones, and small ones are many."""
+Rows = npt.NDArray[np.int64]
 
-Witnesses = Mapping[str, tuple[int, bytes]]
-"""By name: an address, and the bytes that were there."""
+_WHOLE_BYTES = 4 << 10
+"""Per tensor of the state, on average: so much is digested whole, the smallest tensors first."""
+_WHOLE_LEAST_BYTES, _WHOLE_MOST_BYTES = 1 << 20, 32 << 20
+_LINES = 1 << 18
+"""Cache lines that are looked at in all, of tensors that are not digested whole."""
+_MOST_LINES = 16
+"""Of one tensor: any write to an eighth of it in a row is found."""
 
-
-def places_of(leaves: Iterable[TensorLeaf]) -> list[tuple[str, int]]:
-    """The names of leaves that have a witness, and the address of each: in the middle of the tensor."""
-    return [(leaf.name, _middle(leaf.tensor)) for leaf in leaves if _has_witness(leaf.tensor)]
-
-
-def take(places: Iterable[tuple[str, int]]) -> dict[str, tuple[int, bytes]]:
-    """What is there now.  The tensors must lie where they did."""
-    return {name: (address, ctypes.string_at(address, WINDOW_BYTES)) for name, address in places}
+_seeds = itertools.count()
 
 
-def belied(witnesses: Witnesses, names: Iterable[str]) -> list[str]:
-    """Those of ``names`` whose bytes are not what they were.  The tensors must lie where they did."""
-    found = []
-    for name in names:
-        witness = witnesses.get(name)
-        if witness is not None and ctypes.string_at(witness[0], WINDOW_BYTES) != witness[1]:
-            found.append(name)
-    return found
+class Watched:
+    """The memory of tensors that may wait, one row each; those that no witness can be taken of have none.
+
+    That is what lies on a device, and strided views with memory between their elements.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        sizes = [_dense_bytes(tensor) for tensor in tensors]
+        places = zip(tensors, sizes, strict=True)
+        self._addresses = np.array([tensor.data_ptr() if size else 0 for tensor, size in places], np.uint64)
+        self._sizes = np.array(sizes, np.uint64)
+        self._whole_bytes = _whole_bytes(self._sizes)
+        self._lines = max(1, min(_MOST_LINES, _LINES // max(1, len(sizes))))
+
+    def take(self) -> Witnesses:
+        """What is there now; the tensors must lie where they did."""
+        seed = next(_seeds)  # other places in every save
+        return Witnesses(self, seed, self.words(slice(None), seed))
+
+    def words(self, rows: Rows | slice, seed: int) -> Words:
+        """A word for each of some rows."""
+        addresses, sizes = self._addresses[rows], self._sizes[rows]
+        return native.witnesses(addresses, sizes, whole_bytes=self._whole_bytes, lines=self._lines, seed=seed)
 
 
-def _has_witness(tensor: torch.Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.nbytes >= WITNESSED_BYTES and tensor.is_contiguous()
+@dataclass(frozen=True, slots=True)
+class Witnesses:
+    """What was there at one registration."""
+
+    watched: Watched
+    seed: int
+    words: Words
+
+    def belied(self, rows: Rows) -> Rows:
+        """Those of ``rows`` whose memory is not what it was; the tensors must lie where they did."""
+        changed: Rows = rows[self.watched.words(rows, self.seed) != self.words[rows]]
+        return changed
 
 
-def _middle(tensor: torch.Tensor) -> int:
-    return tensor.data_ptr() + tensor.nbytes // 2 // WINDOW_BYTES * WINDOW_BYTES
+def _dense_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor that is one block of host memory in whatever order; 0 for any other."""
+    if tensor.device.type != "cpu":
+        return 0
+    if not tensor.is_contiguous():
+        expected = 1
+        for stride, extent in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+            if extent != 1 and stride != expected:
+                return 0
+            expected *= extent
+    return tensor.nbytes
+
+
+def _whole_bytes(sizes: Words) -> int:
+    """Up to which size tensors are digested whole, so that all of them together are not too much."""
+    most = min(max(len(sizes) * _WHOLE_BYTES, _WHOLE_LEAST_BYTES), _WHOLE_MOST_BYTES)
+    ordered = np.sort(sizes)
+    fitting = int(np.searchsorted(np.cumsum(ordered), most, "right"))
+    return int(ordered[fitting]) - 1 if fitting < len(ordered) else int(ordered[-1]) if len(ordered) else 0

@@ -20,7 +20,17 @@ from ckptengine.errors import RootInUse
 from ckptengine.store.files import storage_failed
 
 _held: dict[tuple[int, int], Path] = {}
-_held_guard = threading.Lock()
+_held_guard = threading.RLock()  # garbage that is collected while one root is being taken may let another go
+
+
+def _forget_parent() -> None:
+    """In a forked child: the record locks are the parent's, and another thread of it may have been at the table."""
+    global _held_guard
+    _held_guard = threading.RLock()
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_forget_parent)
 
 
 class RootLock:

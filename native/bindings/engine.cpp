@@ -136,6 +136,12 @@ void bind_job(nb::module_& module) {
                      handle.engine->get().cancel(*handle.job);
                  }
              })
+        .def("stop",
+             [](const JobHandle& handle) {
+                 Engine& engine = handle.engine->get();
+                 const nb::gil_scoped_release release;
+                 engine.cancel(*handle.job, false);
+             })
         .def("state", [](const JobHandle& handle) {
             return static_cast<int>(handle.engine->get().state(*handle.job));
         })

@@ -9,6 +9,7 @@
 #include "reader.hpp"
 #include "runs.hpp"
 #include "strided.hpp"
+#include "witness.hpp"
 
 namespace ckpt::py {
 
@@ -42,6 +43,16 @@ void bind_digests(nb::module_& module) {
             for (std::uint64_t at = 0; at < size; at += granule_bytes) {
                 values.push_back(crc_digest(readable(address + at), std::min(granule_bytes, size - at)));
             }
+        }
+        return to_numpy(std::move(values));
+    });
+    module.def("witnesses", [](const Words& addresses, const Words& sizes, std::uint64_t whole_bytes,
+                               std::uint64_t lines, std::uint64_t seed) {
+        std::vector<std::uint64_t> values;
+        {
+            const nb::gil_scoped_release release;
+            values = witnesses({addresses.data(), addresses.size()}, {sizes.data(), sizes.size()}, whole_bytes, lines,
+                               seed);
         }
         return to_numpy(std::move(values));
     });

@@ -2,11 +2,13 @@
 
 #include <dlfcn.h>
 
+#include <optional>
+
 namespace ckpt {
 namespace {
 
 constexpr unsigned kNonBlockingStream = 1;    // cudaStreamNonBlocking
-constexpr unsigned kPlainEvent = 2;           // cudaEventDisableTiming
+constexpr unsigned kPlainEvent = 2 | 1;       // cudaEventDisableTiming | cudaEventBlockingSync: waiting takes no core
 constexpr unsigned kPortableRegistration = 1;  // cudaHostRegisterPortable
 constexpr int kDeviceToHost = 2;              // cudaMemcpyDeviceToHost
 constexpr int kAlreadyRegistered = 712;       // cudaErrorHostMemoryAlreadyRegistered
@@ -32,6 +34,7 @@ bool CudaRuntime::resolve(void* library) noexcept {
            look_up(library, "cudaEventRecord", event_record_) &&
            look_up(library, "cudaStreamWaitEvent", stream_wait_event_) &&
            look_up(library, "cudaEventSynchronize", event_synchronize_) &&
+           look_up(library, "cudaStreamSynchronize", stream_synchronize_) &&
            look_up(library, "cudaMemcpyAsync", memcpy_async_) &&
            look_up(library, "cudaHostRegister", host_register_) &&
            look_up(library, "cudaHostUnregister", host_unregister_) &&
@@ -45,6 +48,9 @@ const CudaRuntime* CudaRuntime::find() noexcept {
         for (const int flags : {RTLD_NOW | RTLD_NOLOAD, RTLD_NOW}) {
             for (const char* name : kLibraries) {
                 if (void* library = ::dlopen(name, flags); library != nullptr && runtime.resolve(library)) {
+                    void* driver = ::dlopen("libcuda.so.1", RTLD_NOW | RTLD_NOLOAD);
+                    (void)look_up(driver != nullptr ? driver : RTLD_DEFAULT, "cuDevicePrimaryCtxGetState",
+                                  runtime.primary_context_state_);
                     return &runtime;
                 }
             }
@@ -92,6 +98,10 @@ void CudaRuntime::make_wait(void* stream, void* event) const {
 
 void CudaRuntime::synchronize(void* event) const { check("cudaEventSynchronize", event_synchronize_(event)); }
 
+void CudaRuntime::synchronize_stream(void* stream) const {
+    check("cudaStreamSynchronize", stream_synchronize_(stream));
+}
+
 void CudaRuntime::copy_to_host(void* target, const void* source, std::size_t size, void* stream) const {
     check("cudaMemcpyAsync", memcpy_async_(target, source, size, kDeviceToHost, stream));
 }
@@ -103,6 +113,12 @@ void CudaRuntime::pin(void* memory, std::size_t size) const {
 
 void CudaRuntime::unpin(void* memory) const noexcept { (void)host_unregister_(memory); }
 
+bool CudaRuntime::has_context(int device) const noexcept {
+    unsigned flags = 0;
+    int active = 0;
+    return primary_context_state_ == nullptr || primary_context_state_(device, &flags, &active) != 0 || active != 0;
+}
+
 CudaDeviceScope::CudaDeviceScope(const CudaRuntime& runtime, int device) : runtime_(runtime), before_(runtime.device()) {
     if (before_ != device) {
         runtime_.set_device(device);
@@ -111,7 +127,9 @@ CudaDeviceScope::CudaDeviceScope(const CudaRuntime& runtime, int device) : runti
 
 CudaDeviceScope::~CudaDeviceScope() {
     try {
-        runtime_.set_device(before_);
+        if (runtime_.device() != before_ && runtime_.has_context(before_)) {
+            runtime_.set_device(before_);
+        }
     } catch (const CudaError&) {
         // The device was current a moment ago; if it no longer can be, the next real call says so.
     }
@@ -136,10 +154,16 @@ CudaCopier::Device& CudaCopier::at(int device) {
 }
 
 void CudaCopier::copy(int device, void* target, const void* source, std::size_t size) {
-    runtime_.copy_to_host(target, source, size, at(device).stream);
+    void* const stream = at(device).stream;
+    const CudaDeviceScope scope(runtime_, device);
+    runtime_.copy_to_host(target, source, size, stream);
 }
 
-void CudaCopier::wait_for(int device, void* event) { runtime_.make_wait(at(device).stream, event); }
+void CudaCopier::wait_for(int device, void* event) {
+    void* const stream = at(device).stream;
+    const CudaDeviceScope scope(runtime_, device);
+    runtime_.make_wait(stream, event);
+}
 
 std::vector<CudaCopier::Mark> CudaCopier::mark(const std::vector<int>& devices) {
     std::vector<Mark> marks;
@@ -160,11 +184,29 @@ std::vector<CudaCopier::Mark> CudaCopier::mark(const std::vector<int>& devices) 
 }
 
 void CudaCopier::reach(std::vector<Mark>& marks) {
+    std::optional<CudaError> failure;
     for (const Mark& mark : marks) {
-        runtime_.synchronize(mark.event);
+        try {
+            runtime_.synchronize(mark.event);
+        } catch (const CudaError& error) {
+            failure = error;
+        }
         at(mark.device).events.push_back(mark.event);
     }
     marks.clear();
+    if (failure.has_value()) {
+        throw *failure;
+    }
+}
+
+void CudaCopier::settle(const std::vector<int>& devices) noexcept {
+    for (const int index : devices) {
+        try {
+            runtime_.synchronize_stream(at(index).stream);
+        } catch (const CudaError&) {
+            // A device that refuses even this runs nothing any more.
+        }
+    }
 }
 
 }  // namespace ckpt

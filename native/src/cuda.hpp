@@ -38,9 +38,12 @@ public:
     void record(void* event, void* stream) const;
     void make_wait(void* stream, void* event) const;
     void synchronize(void* event) const;
+    void synchronize_stream(void* stream) const;
     void copy_to_host(void* target, const void* source, std::size_t size, void* stream) const;
     void pin(void* memory, std::size_t size) const;
     void unpin(void* memory) const noexcept;
+    // Whether the process uses a device already. True where that cannot be told.
+    bool has_context(int device) const noexcept;
 
 private:
     CudaRuntime() = default;
@@ -58,13 +61,16 @@ private:
     Status (*event_record_)(void*, void*) = nullptr;
     Status (*stream_wait_event_)(void*, void*, unsigned) = nullptr;
     Status (*event_synchronize_)(void*) = nullptr;
+    Status (*stream_synchronize_)(void*) = nullptr;
     Status (*memcpy_async_)(void*, const void*, std::size_t, int, void*) = nullptr;
     Status (*host_register_)(void*, std::size_t, unsigned) = nullptr;
     Status (*host_unregister_)(void*) = nullptr;
     const char* (*get_error_string_)(Status) = nullptr;
+    Status (*primary_context_state_)(int, unsigned*, int*) = nullptr;  // of the driver; may stay nullptr
 };
 
-// Makes a device current for a scope.
+// Makes a device current for a scope. A device that the process does not use is not made current again afterwards: that
+// would make a context on it, which takes hundreds of MiB of its memory.
 class CudaDeviceScope {
 public:
     CudaDeviceScope(const CudaRuntime& runtime, int device);
@@ -100,8 +106,10 @@ public:
         void* event;
     };
     std::vector<Mark> mark(const std::vector<int>& devices);
-    // Blocks until the marks have been reached, and takes their events back.
+    // Blocks until the marks have been reached, all of them even where one has failed, and takes their events back.
     void reach(std::vector<Mark>& marks);
+    // Blocks until nothing that was issued to these devices is under way. For the way out of a failure.
+    void settle(const std::vector<int>& devices) noexcept;
 
 private:
     struct Device {

@@ -32,12 +32,12 @@ Engine::Engine(const EngineOptions& options) : options_(options), arena_(options
     if (options.workers < 1 || options.workers > 256) {
         throw std::invalid_argument("an engine has between 1 and 256 workers");
     }
-    if (const CudaRuntime* runtime = options.pin ? CudaRuntime::find() : nullptr; runtime != nullptr) {
-        runtime->pin(arena_.data(), arena_.size_bytes());
-        pinned_ = true;
-    }
     try {
+        if (options.pin && CudaRuntime::find() != nullptr) {
+            pin();
+        }
         MutexLock lock(mutex_);
+        threads_.reserve(static_cast<std::size_t>(options.workers) + 1);
         for (int number = 0; number < options.workers; ++number) {
             threads_.push_back(start_thread([this, number] { worker_loop(number); }));
         }
@@ -47,7 +47,21 @@ Engine::Engine(const EngineOptions& options) : options_(options), arena_(options
     }
 }
 
-Engine::~Engine() { close(); }
+Engine::~Engine() {
+    close();
+    unpin();
+}
+
+void Engine::pin() {
+    CudaRuntime::find()->pin(arena_.data(), arena_.size_bytes());
+    pinned_ = true;
+}
+
+void Engine::unpin() noexcept {
+    if (pinned_.exchange(false)) {
+        CudaRuntime::find()->unpin(arena_.data());
+    }
+}
 
 void Engine::close() {
     std::vector<std::thread> threads;
@@ -60,18 +74,16 @@ void Engine::close() {
         }
         work_.notify_all();
         done_.notify_all();
+        if (closing_) {
+            return;  // somebody else is closing it or has closed it
+        }
+        closing_ = true;
         threads.swap(threads_);
-    }
-    if (threads.empty()) {
-        return;  // somebody else is closing it or has closed it
     }
     for (std::thread& thread : threads) {
         thread.join();
     }
-    if (pinned_) {
-        CudaRuntime::find()->unpin(arena_.data());
-        pinned_ = false;
-    }
+    unpin();
 }
 
 std::shared_ptr<WriteJob> Engine::submit(const WriteRequest& request) {
@@ -87,6 +99,9 @@ std::shared_ptr<WriteJob> Engine::submit(const WriteRequest& request) {
         }
         for (const ComputeStream& compute : request.compute_streams) {
             const CudaDeviceScope scope(*runtime, compute.device);
+            if (!pinned()) {
+                pin();
+            }
             void* event = runtime->make_event();
             job->order_marks_.push_back({compute.device, event});
             runtime->record(event, compute.stream);
@@ -242,13 +257,10 @@ void Engine::settle(WriteJob& job) {
     done_.notify_all();
 }
 
-void Engine::complete(const Task& task, std::optional<IoError> error) {
-    WriteJob& job = *task.job;
+// A task of the job is over, whatever became of it.
+void Engine::complete(WriteJob& job, std::uint8_t* buffer, std::optional<IoError> error) {
     --job.active_;
-    release(job, task.buffer);
-    if (task.kind == Task::Kind::kReserve) {
-        job.reserved_ = true;
-    }
+    release(job, buffer);
     if (error.has_value() && job.state_ == JobState::kRunning) {
         job.error_ = std::move(error);
         stop(job, JobState::kFailed);

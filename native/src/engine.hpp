@@ -1,6 +1,7 @@
 // Threads and an arena that carry write jobs to disk, first come first served; a job that a fence waits for overtakes.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <deque>
@@ -21,7 +22,7 @@ struct EngineOptions {
     int workers = 2;
     std::size_t buffers = 8;
     std::size_t buffer_bytes = 4u << 20;
-    bool pin = false;                      // page-lock the arena for CUDA
+    bool pin = false;                      // page-lock the arena for CUDA at once
     std::uint64_t bytes_per_second = 0;    // cap on writing; 0 for none. A fence that waits lifts it.
     int io_priority = 0;                   // 0 as the process, 1 lowest best-effort, 2 idle
     int niceness = 0;                      // added to the workers' CPU niceness
@@ -54,14 +55,16 @@ public:
     WaitResult wait_written(WriteJob& job, double timeout_s) CKPT_EXCLUDES(mutex_);
     // fdatasync of a written job's file; a failure is kept as the job's error.
     std::optional<IoError> sync(WriteJob& job) CKPT_EXCLUDES(mutex_);
-    // Drops what is not yet written and waits for the threads that work on the job.
-    void cancel(WriteJob& job) CKPT_EXCLUDES(mutex_);
+    // Drops what is not yet written and waits for the threads that work on the job; without `wait` they may still read
+    // its memory for a while, and write what is void.
+    void cancel(WriteJob& job, bool wait = true) CKPT_EXCLUDES(mutex_);
 
     JobState state(const WriteJob& job) CKPT_EXCLUDES(mutex_);
     std::optional<IoError> error(const WriteJob& job) CKPT_EXCLUDES(mutex_);
     JobProgress progress(const WriteJob& job) CKPT_EXCLUDES(mutex_);
     const EngineOptions& options() const noexcept { return options_; }
-    bool pinned() const noexcept { return pinned_; }
+    // Page-locked for CUDA: from the beginning with EngineOptions::pin, else from the first job with device memory on.
+    bool pinned() const noexcept { return pinned_.load(std::memory_order_relaxed); }
 
 private:
     struct Task {
@@ -78,6 +81,8 @@ private:
         std::int64_t begin_ns = 0;
     };
 
+    void pin();
+    void unpin() noexcept;
     void worker_loop(int number);
     void device_loop();
     std::optional<Task> pick() CKPT_REQUIRES(mutex_);
@@ -98,18 +103,19 @@ private:
     bool help_capture(WriteJob& job) CKPT_REQUIRES(mutex_) CKPT_UNCHECKED;
 
     void release(WriteJob& job, std::uint8_t* buffer) CKPT_REQUIRES(mutex_);
-    void complete(const Task& task, std::optional<IoError> error) CKPT_REQUIRES(mutex_);
+    void complete(WriteJob& job, std::uint8_t* buffer, std::optional<IoError> error) CKPT_REQUIRES(mutex_);
     void stop(WriteJob& job, JobState state) CKPT_REQUIRES(mutex_);
     void settle(WriteJob& job) CKPT_REQUIRES(mutex_);
 
     EngineOptions options_;
     Arena arena_;
-    bool pinned_ = false;
+    std::atomic<bool> pinned_{false};
     Mutex mutex_;
     Condition work_;  // something to do, or a buffer came free
     Condition done_;  // something was captured, written or stopped
     std::deque<std::shared_ptr<WriteJob>> jobs_ CKPT_GUARDED_BY(mutex_);
     bool stopping_ CKPT_GUARDED_BY(mutex_) = false;
+    bool closing_ CKPT_GUARDED_BY(mutex_) = false;
     int fences_waiting_ CKPT_GUARDED_BY(mutex_) = 0;
     Clock::time_point write_slot_ CKPT_GUARDED_BY(mutex_){};  // when the bandwidth cap allows the next write
     std::vector<std::thread> threads_ CKPT_GUARDED_BY(mutex_);

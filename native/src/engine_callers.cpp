@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cmath>
+#include <new>
 #include <stdexcept>
 
 #include "engine.hpp"
@@ -70,9 +71,15 @@ bool Engine::help_capture(WriteJob& job) {
     mutex_.unlock();
     const Segment& segment = job.layout_.segments()[index];
     const std::int64_t begin_ns = now_ns();
-    SegmentBuilder builder(job.layout_, job.digests_);
-    builder.build(segment, buffer, false);
-    job.record(TraceKind::kGather, begin_ns, segment.begin, segment.end - segment.begin, -1);
+    try {
+        SegmentBuilder builder(job.layout_, job.digests_);
+        builder.build(segment, buffer, false);
+        job.record(TraceKind::kGather, begin_ns, segment.begin, segment.end - segment.begin, -1);
+    } catch (const std::bad_alloc&) {
+        mutex_.lock();
+        complete(job, buffer, IoError{ENOMEM, "allocation", 0, "out of memory while capturing"});
+        return true;
+    }
     job.gathered_bytes_.fetch_add(segment.end - segment.begin, std::memory_order_relaxed);
     job.add_captured(segment);
     mutex_.lock();
@@ -153,11 +160,11 @@ std::optional<IoError> Engine::sync(WriteJob& job) {
     return error;
 }
 
-void Engine::cancel(WriteJob& job) {
+void Engine::cancel(WriteJob& job, bool wait) {
     MutexLock lock(mutex_);
     stop(job, JobState::kCancelled);
     work_.notify_all();
-    while (job.active_ != 0) {
+    while (wait && job.active_ != 0) {
         done_.wait(mutex_);
     }
 }

@@ -57,7 +57,8 @@ void Engine::worker_loop(int number) {
                 error = IoError{ENOMEM, "allocation", 0, "out of memory while writing"};
             }
             mutex_.lock();
-            complete(*task, std::move(error));
+            task->job->reserved_ |= task->kind == Task::Kind::kReserve;
+            complete(*task->job, task->buffer, std::move(error));
         } else if (stopping_) {
             break;
         } else {
@@ -164,6 +165,9 @@ void Engine::throttle(WriteJob& job, std::uint64_t bytes, int thread) {
             waited = true;
             work_.wait_until(mutex_, start);
         }
+        if (fences_waiting_ != 0) {
+            write_slot_ = Clock::now();  // what a fence lifts is not paid for later, or the next fence would wait for it
+        }
     }
     if (waited) {
         job.record(TraceKind::kThrottle, begin_ns, 0, bytes, thread);
@@ -173,19 +177,23 @@ void Engine::throttle(WriteJob& job, std::uint64_t bytes, int thread) {
 bool Engine::begin_device_copy(DeviceCopy& copy, CudaCopier& copier) {
     WriteJob& job = *copy.task.job;
     const Segment& segment = job.layout_.segments()[copy.task.segment];
+    std::vector<int> devices;
     copy.begin_ns = now_ns();
     try {
-        for (const CudaCopier::Mark& mark : job.order_marks_) {
+        while (!job.order_marks_.empty()) {
+            const CudaCopier::Mark mark = job.order_marks_.back();
             copier.wait_for(mark.device, mark.event);
             CudaRuntime::find()->destroy_event(mark.event);
+            job.order_marks_.pop_back();
         }
-        job.order_marks_.clear();
         SegmentBuilder builder(job.layout_, job.digests_);
-        copy.marks = copier.mark(builder.copy_from_devices(segment, copy.task.buffer, copier));
+        builder.copy_from_devices(segment, copy.task.buffer, copier, devices);
+        copy.marks = copier.mark(devices);
         return true;
     } catch (const CudaError& error) {
+        copier.settle(devices);  // no copy may arrive in a buffer that serves another segment by then
         MutexLock lock(mutex_);
-        complete(copy.task, cuda_failed(error, segment));
+        complete(job, copy.task.buffer, cuda_failed(error, segment));
         return false;
     }
 }
@@ -204,7 +212,7 @@ void Engine::finish_device_copy(DeviceCopy& copy, CudaCopier& copier) {
     }
     MutexLock lock(mutex_);
     if (error.has_value() || job.state_ != JobState::kRunning) {
-        complete(copy.task, std::move(error));
+        complete(job, copy.task.buffer, std::move(error));
         return;
     }
     job.ready_.push_back({copy.task.segment, copy.task.buffer, false});

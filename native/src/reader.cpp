@@ -10,6 +10,7 @@
 #include <numeric>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <thread>
 
 #include "crc64.hpp"
@@ -355,8 +356,12 @@ ReadResult Reader::run() {
     const auto threads = std::min<std::size_t>(static_cast<std::size_t>(options_.threads), chunks_.size());
     {
         std::vector<std::jthread> helpers;
-        for (std::size_t i = 1; i < threads; ++i) {
-            helpers.emplace_back([this] { work(); });
+        try {
+            for (std::size_t i = 1; i < threads; ++i) {
+                helpers.emplace_back([this] { work(); });
+            }
+        } catch (const std::system_error&) {
+            // No more threads are granted: those that there are do it all.
         }
         work();
     }

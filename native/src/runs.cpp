@@ -61,8 +61,9 @@ PositionedRuns::PositionedRuns(std::size_t run_bytes, std::span<const Dim> dims,
         size_bytes_ *= static_cast<std::size_t>(dim.count);  // cannot overflow: it is at most the span
         if (dims_.empty() && stride == run_bytes_) {
             run_bytes_ *= static_cast<std::size_t>(dim.count);
-        } else if (!dims_.empty() &&
-                   static_cast<std::uint64_t>(dims_.back().count * dims_.back().stride_bytes) == stride) {
+        } else if (std::int64_t inner = 0; !dims_.empty() &&
+                   !__builtin_mul_overflow(dims_.back().count, dims_.back().stride_bytes, &inner) &&
+                   inner == dim.stride_bytes) {
             dims_.back().count *= dim.count;
         } else {
             dims_.push_back(dim);

@@ -81,8 +81,8 @@ const std::vector<iovec>& SegmentBuilder::build(const Segment& segment, std::uin
     return vectors_;
 }
 
-std::vector<int> SegmentBuilder::copy_from_devices(const Segment& segment, std::uint8_t* buffer, CudaCopier& copier) {
-    std::vector<int> devices;
+void SegmentBuilder::copy_from_devices(const Segment& segment, std::uint8_t* buffer, CudaCopier& copier,
+                                       std::vector<int>& devices) {
     std::uint64_t at = segment.begin;
     for (std::uint32_t i = segment.first_extent; i < segment.last_extent; ++i) {
         const Extent& extent = layout_.extents()[i];
@@ -96,15 +96,14 @@ std::vector<int> SegmentBuilder::copy_from_devices(const Segment& segment, std::
             gather(i, begin, end, place(segment, buffer, begin), false);
         } else {
             const std::uint64_t source = extent.address + (begin - extent.file_offset);
-            copier.copy(extent.device, place(segment, buffer, begin), memory_at(source), end - begin);
             if (std::find(devices.begin(), devices.end(), extent.device) == devices.end()) {
                 devices.push_back(extent.device);
             }
+            copier.copy(extent.device, place(segment, buffer, begin), memory_at(source), end - begin);
         }
         at = end;
     }
     std::memset(place(segment, buffer, at), 0, segment.end - at);
-    return devices;
 }
 
 void SegmentBuilder::digest_buffer(const Segment& segment, const std::uint8_t* buffer) {

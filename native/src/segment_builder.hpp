@@ -23,9 +23,10 @@ public:
     // Bytes of the last build() that lie in its buffer.
     std::uint64_t gathered_bytes() const noexcept { return gathered_bytes_; }
 
-    // For segments with device memory: issues the copies into `buffer` and returns the devices they were issued to.
-    // Nothing is digested before digest_buffer() is called, after the copies have arrived.
-    std::vector<int> copy_from_devices(const Segment& segment, std::uint8_t* buffer, CudaCopier& copier);
+    // For segments with device memory: issues the copies into `buffer` and lists the devices they were issued to, those
+    // before a CudaError too. Nothing is digested before digest_buffer() is called, after the copies have arrived.
+    void copy_from_devices(const Segment& segment, std::uint8_t* buffer, CudaCopier& copier,
+                           std::vector<int>& devices);
     void digest_buffer(const Segment& segment, const std::uint8_t* buffer);
 
     // Where a file offset of a segment lies in its buffer.

@@ -4,29 +4,19 @@
 #include <stdexcept>
 
 #include "crc64.hpp"
+#include "scramble.hpp"
 
 namespace ckpt {
 namespace {
 
-std::uint64_t scramble(std::uint64_t value) noexcept {  // splitmix64
-    value += 0x9E3779B97F4A7C15ull;
-    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9ull;
-    value = (value ^ (value >> 27)) * 0x94D049BB133111EBull;
-    return value ^ (value >> 31);
-}
-
-// The first, the last, and one of every equal part between them; a single look goes anywhere.
+// The first, which is captured first, and one anywhere in every equal part of the rest; a single look goes anywhere.
 std::uint64_t sampled_granule(std::uint64_t look, std::uint64_t looks, std::uint64_t count,
                               std::uint64_t random) noexcept {
     if (looks == count || look == 0) {
         return looks == 1 ? random % count : look;
     }
-    if (look == looks - 1) {
-        return count - 1;
-    }
-    const std::uint64_t inner = count - 2;
-    const std::uint64_t begin = 1 + inner * (look - 1) / (looks - 2);
-    const std::uint64_t end = 1 + inner * look / (looks - 2);
+    const std::uint64_t begin = 1 + (count - 1) * (look - 1) / (looks - 1);
+    const std::uint64_t end = 1 + (count - 1) * look / (looks - 1);
     return begin + random % (end - begin);
 }
 

@@ -86,9 +86,10 @@ public:
     std::vector<TraceEvent> trace() const;
     void record(TraceKind kind, std::int64_t begin_ns, std::uint64_t offset, std::uint64_t size, int thread);
 
-    // Which of `extents` differ in live memory from what was captured. Looks at `samples` granules of each (0: all): the first, the
-    // last and others between, chosen by `seed`; only at extents that are captured and digested, which
-    // those in device memory (and what shares a segment with them) are once they are written. Throws std::out_of_range, CudaError.
+    // Which of `extents` differ in live memory from what was captured. Looks at `samples` granules of each (0: all): the
+    // first and others spread over the rest, chosen by `seed`; only at extents that are captured and digested, which those
+    // in device memory (and what shares a segment with them) are once they are written. Throws std::out_of_range,
+    // CudaError.
     std::vector<std::uint32_t> recheck(std::span<const std::uint32_t> extents, std::uint64_t samples,
                                        std::uint64_t seed) const;
 

@@ -19,7 +19,9 @@ struct Event {
 };
 
 std::recursive_mutex mutex;
-int current_device = 0;
+thread_local int current_device = 0;
+bool contexts[2] = {false, false};
+std::vector<Stream*> streams;
 int live_objects = 0;
 int copies_until_failure = -1;
 
@@ -41,10 +43,48 @@ using Lock = std::lock_guard<std::recursive_mutex>;
 
 EXPORT int cudaGetDeviceCount(int* count) { *count = 2; return 0; }
 EXPORT int cudaGetDevice(int* device) { Lock lock(mutex); *device = current_device; return 0; }
-EXPORT int cudaSetDevice(int device) { Lock lock(mutex); current_device = device; return device < 2 ? 0 : 101; }
-EXPORT int cudaStreamCreateWithFlags(void** stream, unsigned) { Lock lock(mutex); ++live_objects; *stream = new Stream; return 0; }
-EXPORT int cudaStreamDestroy(void* stream) { Lock lock(mutex); --live_objects; delete static_cast<Stream*>(stream); return 0; }
-EXPORT int cudaEventCreateWithFlags(void** event, unsigned) { Lock lock(mutex); ++live_objects; *event = new Event; return 0; }
+EXPORT int cudaSetDevice(int device) {
+    Lock lock(mutex);
+    if (device < 0 || device > 1) {
+        return 101;
+    }
+    current_device = device;
+    contexts[device] = true;
+    return 0;
+}
+EXPORT int cuDevicePrimaryCtxGetState(int device, unsigned* flags, int* active) {
+    Lock lock(mutex);
+    *flags = 0;
+    *active = contexts[device] ? 1 : 0;
+    return 0;
+}
+EXPORT int cudaStreamCreateWithFlags(void** stream, unsigned) {
+    Lock lock(mutex);
+    ++live_objects;
+    contexts[current_device] = true;
+    streams.push_back(new Stream);
+    *stream = streams.back();
+    return 0;
+}
+EXPORT int cudaStreamDestroy(void* stream) {
+    Lock lock(mutex);
+    --live_objects;
+    std::erase(streams, stream);
+    delete static_cast<Stream*>(stream);
+    return 0;
+}
+EXPORT int cudaStreamSynchronize(void* stream) {
+    Lock lock(mutex);
+    run_until({static_cast<Stream*>(stream), static_cast<Stream*>(stream)->work.size()});
+    return 0;
+}
+EXPORT int cudaEventCreateWithFlags(void** event, unsigned flags) {
+    Lock lock(mutex);
+    ++live_objects;
+    contexts[current_device] = true;
+    *event = new Event;
+    return flags == 3 ? 0 : 1;  // without timing, and no spinning while waiting
+}
 EXPORT int cudaEventDestroy(void* event) { Lock lock(mutex); --live_objects; delete static_cast<Event*>(event); return 0; }
 EXPORT int cudaEventRecord(void* event, void* stream) {
     Lock lock(mutex);
@@ -63,6 +103,7 @@ EXPORT int cudaMemcpyAsync(void* target, const void* source, std::size_t size, i
     if (kind != 2 || (copies_until_failure >= 0 && copies_until_failure-- == 0)) {
         return 700;
     }
+    contexts[current_device] = true;
     std::memset(target, 0xBD, size);  // what a reader that does not wait would find
     static_cast<Stream*>(stream)->work.push_back([=] { std::memcpy(target, source, size); });
     return 0;
@@ -77,4 +118,14 @@ EXPORT void fakeLaunch(void* stream, void (*kernel)(void*), void* argument) {
     static_cast<Stream*>(stream)->work.push_back([=] { kernel(argument); });
 }
 EXPORT int fakeLiveObjects() { Lock lock(mutex); return live_objects; }
+EXPORT int fakePending() {
+    Lock lock(mutex);
+    std::size_t pending = 0;
+    for (const Stream* stream : streams) {
+        pending += stream->work.size() - stream->done;
+    }
+    return static_cast<int>(pending);
+}
+EXPORT int fakeHasContext(int device) { Lock lock(mutex); return contexts[device] ? 1 : 0; }
+EXPORT void fakeDropContexts() { Lock lock(mutex); contexts[0] = contexts[1] = false; }
 EXPORT void fakeFailCopyAfter(int copies) { Lock lock(mutex); copies_until_failure = copies; }

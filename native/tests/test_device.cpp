@@ -11,6 +11,9 @@ struct Fake {
     void (*launch)(void*, void (*)(void*), void*);
     int (*live_objects)();
     void (*fail_copy_after)(int);
+    int (*pending)();
+    int (*has_context)(int);
+    void (*drop_contexts)();
 };
 
 const Fake& fake() {
@@ -21,7 +24,10 @@ const Fake& fake() {
         }
         return Fake{reinterpret_cast<void (*)(void*, void (*)(void*), void*)>(::dlsym(library, "fakeLaunch")),
                     reinterpret_cast<int (*)()>(::dlsym(library, "fakeLiveObjects")),
-                    reinterpret_cast<void (*)(int)>(::dlsym(library, "fakeFailCopyAfter"))};
+                    reinterpret_cast<void (*)(int)>(::dlsym(library, "fakeFailCopyAfter")),
+                    reinterpret_cast<int (*)()>(::dlsym(library, "fakePending")),
+                    reinterpret_cast<int (*)(int)>(::dlsym(library, "fakeHasContext")),
+                    reinterpret_cast<void (*)()>(::dlsym(library, "fakeDropContexts"))};
     }();
     return functions;
 }
@@ -110,6 +116,7 @@ CKPT_TEST(a_failing_device_stops_the_job) {
     const auto job = engine.submit(body.request(file.both()));
     EXPECT(engine.wait_written(*job, 60) == WaitResult::kStopped);
     EXPECT_EQ(engine.error(*job)->operation, "cudaMemcpyAsync");
+    EXPECT_EQ(fake().pending(), 0);  // else a copy could arrive in a buffer that serves the next job
     fake().fail_copy_after(-1);
     const auto next = engine.submit(body.request(file.both()));
     expect_written(engine, *next, body, file);
@@ -127,6 +134,34 @@ CKPT_TEST(cancelling_a_device_job_leaves_nothing_behind) {
         body.reset();
     }
     EXPECT_EQ(fake().live_objects(), before);
+}
+
+// A rank uses one device of several; whatever makes another one current, if only for a moment, takes memory of it.
+CKPT_TEST(devices_that_the_process_does_not_use_stay_untouched) {
+    Random random(44);
+    fake().drop_contexts();
+    EngineOptions options = pinned_engine(3);
+    options.pin = false;
+    Engine engine(options);
+    const ScratchFile file(false);
+    Body body = device_body(random);
+    for (Extent& extent : body.extents) {
+        extent.device = extent.device == kHost ? kHost : 1;
+    }
+    void* compute = nullptr;
+    {
+        const CudaDeviceScope scope(*CudaRuntime::find(), 1);
+        compute = CudaRuntime::find()->make_stream();
+    }
+    auto request = body.request(file.both());
+    request.compute_streams = {{1, compute}};
+    EXPECT(!engine.pinned());
+    const auto job = engine.submit(request);
+    EXPECT(engine.pinned());
+    expect_written(engine, *job, body, file);
+    EXPECT(job->recheck(body.all(), 0, 0).empty());
+    EXPECT(fake().has_context(1) != 0 && fake().has_context(0) == 0);
+    CudaRuntime::find()->destroy_stream(compute);
 }
 
 }  // namespace

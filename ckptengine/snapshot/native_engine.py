@@ -148,7 +148,7 @@ class NativeEngine:
                 body=(begin, end),
                 loops=loops,
                 granule_slots=slots,
-                compute_streams=[(int(stream.device.index), int(stream.cuda_stream)) for stream in current(extents.regions)],
+                compute_streams=[(int(made.device.index), int(made.cuda_stream)) for made in current(extents.regions)],
                 keep=extents.regions,
             )
         except BaseException:

@@ -144,7 +144,15 @@ class Checkpointer:
             if sigterm_s is not None:
                 self._last = LastSave(sigterm_s, port, onward, self._tally, os.fspath(root), rank_timeout_s)
             # Nothing here may refer to self: a checkpointer that nobody closed ends when it is collected, or at exit.
-            self._ending = Ending(saver=saver, places=places, callbacks=self._callbacks, port=port, pid=self._pid)
+            self._ending = Ending(
+                saver=saver,
+                troubles=self._troubles,
+                stopping=self._last.stopping if self._last is not None else None,
+                places=places,
+                callbacks=self._callbacks,
+                port=port,
+                pid=self._pid,
+            )
             undoing.pop_all()
         self._ends_by_itself()
         fence.watch(self)
@@ -336,9 +344,12 @@ class Checkpointer:
     # ---- ending
 
     def close(self, timeout_s: float | None = None) -> None:
-        """Finish what is in flight and let the root go.  Raises the error of a failed save nobody has heard of."""
+        """Finish what is in flight and let the root go.  Raises the error of a failed save nobody has heard of, and
+        `SystemExit` where SIGTERM came when the loop did not call `step` any more."""
         self._close(timeout_s)
         if os.getpid() == self._pid:
+            if self._last is not None and self._last.stopping.is_unanswered:
+                raise SystemExit(EXIT_STATUS)
             self._troubles.surface(None)
 
     def _close(self, timeout_s: float | None) -> None:
@@ -346,8 +357,6 @@ class Checkpointer:
             return
         self._closed = True
         try:
-            if self._last is not None:
-                self._last.stopping.close()
             self._ending.end(timeout_s)
         finally:  # not before: what is in flight is to be fenced until its end
             fence.unwatch(self)

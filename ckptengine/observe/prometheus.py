@@ -42,6 +42,7 @@ class CheckpointCollector(Collector):
         yield saves
         counters = (
             ("failures", "Saves and drains that failed", status.failures),
+            ("retries", "Tries of a drain that failed and were followed by another", status.retries),
             ("blocked_seconds", "Training time taken by saves and fences", status.blocked_s),
             ("written_bytes", "Bytes written where saves land", status.written_bytes),
         )

@@ -64,6 +64,7 @@ class _Job:
     companions: tuple[Named, ...]
     future: concurrent.futures.Future[DrainReport]
     key: str
+    tried: Callable[[CheckpointError], None]
     done_bytes: int = 0
 
     def add(self, size_bytes: int) -> None:
@@ -110,13 +111,19 @@ class Drain:
         self._thread.start()
 
     def submit(
-        self, step: int, files: Sequence[DrainFile], manifest: Named | None, companions: Sequence[Named] = ()
+        self,
+        step: int,
+        files: Sequence[DrainFile],
+        manifest: Named | None,
+        companions: Sequence[Named] = (),
+        tried: Callable[[CheckpointError], None] = lambda error: None,
     ) -> concurrent.futures.Future[DrainReport]:
         """Carry ``files`` of ``step``, this rank's own; returns at once.
 
         ``manifest``: what commits the step on the target, given by exactly one rank, put there last.  ``companions``:
-        small objects that must be there before it (attempt records); those that exist must be equal.  The future's
-        error is one of `CheckpointError`; `CoordinationFailed` says that another rank failed.
+        small objects that must be there before it (attempt records); those that exist must be equal.  ``tried``: told,
+        on the drain's thread, of each try that failed and that another one follows.  The future's error is one of
+        `CheckpointError`; `CoordinationFailed` says that another rank failed.
         """
         future: concurrent.futures.Future[DrainReport] = concurrent.futures.Future()
         with self._lock:
@@ -129,7 +136,7 @@ class Drain:
                 )
             count = self._counts[step] = self._counts.get(step, 0) + 1
             key = f"drain/{self._name}/{step}/{count}"
-            job = _Job(step, tuple(files), manifest, tuple(companions), future, key)
+            job = _Job(step, tuple(files), manifest, tuple(companions), future, key, tried)
             future.set_running_or_notify_cancel()  # not to be cancelled: other ranks count on this one
             self._jobs.append(job)
             self._queue.put(job)
@@ -197,6 +204,7 @@ class Drain:
                     *(job.step, self._target.label, wait_s, outcome),
                     extra=_fields(job, self._target.label, tries=tries, error=outcome.code),
                 )
+                job.tried(outcome)
                 if self._stopping.wait(wait_s):
                     break
                 job.key, job.done_bytes = f"{key}/{tries}", 0

@@ -11,6 +11,8 @@ from ckptengine.coordination.port import Coordinator
 from ckptengine.operations.callbacks import Callbacks
 from ckptengine.operations.places import Places
 from ckptengine.operations.save import CANCEL_S, Saver
+from ckptengine.operations.stopping import Stopping
+from ckptengine.operations.troubles import Troubles
 
 CLOSE_AT_EXIT_S = 60.0
 """How long saves in flight are waited for when nobody closed their checkpointer."""
@@ -20,10 +22,12 @@ CLOSE_AT_EXIT_S = 60.0
 class Ending:
     """Finishes what is in flight and lets the root go, once.  Refers to the parts only: their owner may be garbage.
 
-    Does nothing in a forked child.
+    Does nothing in a forked child.  ``stopping``: where SIGTERM is watched for, which may say how long there is.
     """
 
     saver: Saver
+    troubles: Troubles
+    stopping: Stopping | None
     places: Places
     callbacks: Callbacks
     port: Coordinator
@@ -41,6 +45,8 @@ class Ending:
             raise
         finally:
             self.ended = True
+            if self.stopping is not None:
+                self.stopping.close()
 
     def collected(self) -> None:
         """The owner is garbage, found on any thread: one of ours must not wait for itself."""
@@ -50,6 +56,8 @@ class Ending:
             threading.Thread(target=self.end, args=(CLOSE_AT_EXIT_S,), name="ckptengine-end").start()
 
     def _end(self, timeout_s: float | None) -> None:
+        if self.stopping is not None:
+            timeout_s = self.stopping.linger(self.troubles.under_way, timeout_s)
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         self.saver.close(timeout_s)
         self.places.drain(None if deadline_s is None else max(0.0, deadline_s - time.monotonic()))

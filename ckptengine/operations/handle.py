@@ -43,6 +43,8 @@ class SaveHandle:
         self._callbacks: list[Callable[[SaveHandle], object]] = []
         self._events: list[dict[str, Any]] = []
         self._progress: Callable[[], Progress] | None = None
+        self._carried: Callable[[], tuple[int, int]] | None = None
+        self._trouble: CheckpointError | None = None
         self._started_s = time.perf_counter()
 
     @property
@@ -95,10 +97,23 @@ class SaveHandle:
         self._call([callback])
 
     @property
+    def trouble(self) -> CheckpointError | None:
+        """What went wrong when the step was last carried on, while another try is to follow; None once it has ended."""
+        return None if self.done() else self._trouble
+
+    @property
     def progress(self) -> dict[str, float]:
         """Exact counters so far: bytes captured, written, copied, total, in-flight peak; seconds and milliseconds of
-        what has happened (``blocked_ms``, ``fence_ms``, ``captured_s``, ``committed_s``, ``durable_s``)."""
-        counters, progress = dict(self.counters), self._progress  # which goes when the save ends, at any time
+        what has happened (``blocked_ms``, ``fence_ms``, ``captured_s``, ``committed_s``, ``durable_s``).
+
+        On its way to the next tier also ``arrived_bytes`` of ``carried_bytes`` of this rank; ``retries`` where a try
+        has failed."""
+        # Either goes when the save ends, at any time.
+        counters, progress, carried = dict(self.counters), self._progress, self._carried
+        if carried is not None:
+            arrived_bytes, carried_bytes = carried()
+            if carried_bytes:
+                counters.update(arrived_bytes=arrived_bytes, carried_bytes=carried_bytes)
         if progress is not None:
             now = progress()
             counters.update(
@@ -126,6 +141,15 @@ class SaveHandle:
 
     def track(self, progress: Callable[[], Progress]) -> None:
         self._progress = progress
+
+    def follow(self, carried: Callable[[], tuple[int, int]]) -> None:
+        """``carried`` says how far the step has come to the next tier: bytes that have arrived there, and in all."""
+        self._carried = carried
+
+    def tried(self, error: CheckpointError) -> None:
+        """A try to carry the step on has failed; another one follows."""
+        self._trouble = error
+        self.counters["retries"] = self.counters.get("retries", 0.0) + 1
 
     def event(self, name: str, started_s: float, ended_s: float | None = None, thread: str = "save") -> None:
         """Add a span of the performance counter to the trace."""
@@ -180,6 +204,7 @@ class SaveHandle:
         if self._progress is not None:
             self.counters.update(self.progress)
             self._progress = None
+        self._carried = None
         bookkeepers, self._bookkeepers = self._bookkeepers, []
         self._call(bookkeepers)
         callbacks, self._callbacks = self._callbacks, []

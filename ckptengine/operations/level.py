@@ -6,6 +6,7 @@ import concurrent.futures
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from ckptengine.errors import CheckpointError
 from ckptengine.operations.drain import Drain
 from ckptengine.operations.transfer import DrainFile
 from ckptengine.policy.cost import CostHistory
@@ -79,10 +80,12 @@ class Level:
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """One step on its way: as far as tier ``reach``; ``arrived`` is told of each tier, ``done`` of the end."""
+    """One step on its way: as far as tier ``reach``; ``arrived`` is told of each tier, ``tried`` of each try that
+    failed and that another one follows, ``done`` of the end."""
 
     landed: Landed
     reach: int
     started_s: float
     arrived: Callable[[int], None]
+    tried: Callable[[CheckpointError], None]
     done: concurrent.futures.Future[int]

@@ -191,11 +191,15 @@ class Levels:
     # ---- carrying
 
     def landed(
-        self, landed: Landed, arrived: Callable[[int], None] = lambda number: None
+        self,
+        landed: Landed,
+        arrived: Callable[[int], None] = lambda number: None,
+        tried: Callable[[CheckpointError], None] = lambda error: None,
     ) -> concurrent.futures.Future[int]:
         """Carry a step on as far as it is wanted, in the background; called for each on every rank, in order.
 
-        ``arrived`` is told, on a background thread, of each further tier where the step is committed.
+        ``arrived`` is told, on a background thread, of each further tier where the step is committed, ``tried`` of each
+        try that failed and that another one follows.
         The future has the index of the last tier that wants it, once the step is committed there and what the tiers
         keep has been applied; `last` is the root's.  Its error is a `CheckpointError`; the step then stays where it has
         come to, and `landed` may be called for it again.
@@ -207,11 +211,17 @@ class Levels:
         self._put_own_manifest(self._levels[landed.at], landed)
         for level in self._levels[landed.at : reach + 1]:
             level.last = LastSave(landed.step, now_s)
-        way = Way(landed, reach, now_s, arrived, concurrent.futures.Future())
+        way = Way(landed, reach, now_s, arrived, tried, concurrent.futures.Future())
         self._carry(way, landed.at + 1)
         return way.done
 
-    def resume(self, ref: CommitRef, manifest: Manifest) -> concurrent.futures.Future[int] | None:
+    def resume(
+        self,
+        ref: CommitRef,
+        manifest: Manifest,
+        arrived: Callable[[int], None] = lambda number: None,
+        tried: Callable[[CheckpointError], None] = lambda error: None,
+    ) -> concurrent.futures.Future[int] | None:
         """Carry on to the root what an earlier job left on a tier; called by all ranks alike.  None: nothing to do.
 
         From the nearest tier where every file is found, by whichever ranks there are now; only where the root does not
@@ -222,11 +232,19 @@ class Levels:
         self._resumed += 1
         tiers, key = [level.flat for level in self._levels], f"resume/{self._resumed}"
         left = left_behind(tiers, ref, manifest, port=self._port, key=key, timeout_s=self._timeout_s)
-        return None if left is None else self.landed(left)
+        return None if left is None else self.landed(left, arrived, tried)
 
     def pending(self) -> dict[str, tuple[int, ...]]:
         """Steps on their way, by the tier that they go to."""
         return {level.spec.label: level.drain.pending for level in self._levels if level.drain is not None}
+
+    def progress(self, step: int) -> tuple[int, int]:
+        """(bytes of ``step`` that have arrived on the tier that it is on its way to, bytes in all) of this rank."""
+        for level in self._levels:
+            arrived, size = level.drain.progress(step) if level.drain is not None else (0, 0)
+            if size:
+                return arrived, size
+        return 0, 0
 
     def announce(self, attempt: int) -> None:
         """Rank 0, right after an attempt was claimed where saves land: claim it on every tier behind too.
@@ -300,7 +318,7 @@ class Levels:
         try:
             named = self._named(landed)
             companions = self._announced.of(landed.attempt) if named is not None else ()
-            carried = level.drain.submit(landed.step, landed.drain_files(), named, companions)
+            carried = level.drain.submit(landed.step, landed.drain_files(), named, companions, way.tried)
         except CheckpointError as error:
             self._strand(way, number - 1, error)
             return

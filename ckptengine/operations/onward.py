@@ -11,6 +11,8 @@ from ckptengine.operations.in_flight import SaveJob
 from ckptengine.operations.level import Landed
 from ckptengine.operations.levels import Levels
 from ckptengine.operations.tally import Tally
+from ckptengine.store.history import CommitRef
+from ckptengine.store.manifest import Manifest
 
 log = logging.getLogger("ckptengine")
 
@@ -43,6 +45,19 @@ class Onward:
         self._landed = None
         self._released.set()
 
+    def resume(self, ref: CommitRef, manifest: Manifest) -> None:
+        """Carry on what an earlier job left; called by all ranks alike.  A failure shows in the log and the counts."""
+
+        def ended(done: concurrent.futures.Future[int]) -> None:
+            error = _error_of(done, ref.step)
+            if error is not None:
+                self._tally.failed(error)
+
+        tally = self._tally
+        done = self._levels.resume(ref, manifest, lambda number: tally.arrived(number, ref.step), tally.tried)
+        if done is not None:
+            done.add_done_callback(ended)
+
     def __call__(self, job: SaveJob) -> None:
         """Carry one job's step on.  A failure ends its handle; the step stays where it has come to."""
         assert job.record is not None
@@ -56,19 +71,18 @@ class Onward:
                 handle.advance("durable")
 
         def ended(done: concurrent.futures.Future[int]) -> None:
-            error = done.exception()
+            error = _error_of(done, job.step)
             if error is None:
                 handle.end()
-                return
-            if not isinstance(error, CheckpointError):
-                failed = SaveFailed(f"step {job.step} was not carried on: {type(error).__name__}: {error}")
-                failed.__cause__ = error
-                error = failed
-            fields = {"ckptengine": {"step": job.step, "error": error.code}}
-            log.error("step %d stays where it is: %s", job.step, error, extra=fields)
-            handle.fail(error)
+            else:
+                handle.fail(error)
+
+        def tried(error: CheckpointError) -> None:
+            self._tally.tried(error)
+            handle.tried(error)
 
         arrived(0)
+        handle.follow(lambda: levels.progress(job.step))
         held = self._landed
         if held is not None:
             held.set()
@@ -81,4 +95,18 @@ class Onward:
             manifest=job.manifest.encode() if job.manifest is not None else None,
             all_the_way=job.all_the_way,
         )
-        levels.landed(landed, arrived).add_done_callback(ended)
+        levels.landed(landed, arrived, tried).add_done_callback(ended)
+
+
+def _error_of(done: concurrent.futures.Future[int], step: int) -> CheckpointError | None:
+    """Why a step stays where it is, told in the log; None where it has come as far as it is meant to."""
+    error = done.exception()
+    if error is None:
+        return None
+    if not isinstance(error, CheckpointError):
+        failed = SaveFailed(f"step {step} was not carried on: {type(error).__name__}: {error}")
+        failed.__cause__ = error
+        error = failed
+    fields = {"ckptengine": {"step": step, "error": error.code}}
+    log.error("step %d stays where it is: %s", step, error, extra=fields)
+    return error

@@ -79,6 +79,7 @@ class Places:
         self._port, self._root, self._policy = port, root, policy
         self.levels: Levels | None = None
         self.claims: Claims | None = None
+        self._onward: Onward | None = None
         self.interval = interval
         refused: CheckpointError | None = None
         try:
@@ -144,9 +145,9 @@ class Places:
             tally.on_end(recorder)
         if self.levels is None:
             return None
-        onward = Onward(self.levels, tally)
-        saver.carry_on(onward)
-        return onward
+        self._onward = Onward(self.levels, tally)
+        saver.carry_on(self._onward)
+        return self._onward
 
     def _recorder(self, rhythm: Rhythm) -> Callable[[object], None] | None:
         """What leaves a record of the policies in the root when a save has ended, or where saves land if the root is
@@ -192,7 +193,8 @@ class Places:
             restored = restore_newest(self._all, TieredFiles(tiers), self._port, request, number, step, openers=nearest)
             if restored is not None:
                 nearest.report(restored.step)
-                levels.resume(restored.ref, nearest.manifest())
+                if self._onward is not None:
+                    self._onward.resume(restored.ref, nearest.manifest())
             return restored
         finally:
             nearest.close()

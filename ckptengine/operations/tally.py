@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from ckptengine.errors import CheckpointError
 from ckptengine.operations.handle import SaveHandle
 
 log = logging.getLogger("ckptengine")
@@ -29,12 +30,15 @@ class Status:
     """Totals since the checkpointer was made.
 
     ``ended``: saves by how they ended (``durable``, ``committed``, ``captured``, ``skipped``, ``failed``).
-    ``blocked_s``: training time that `save` and fences took.  ``in_flight``: saves that have not ended.
+    ``failures``: saves that failed, and steps of an earlier job that could not be carried on.  ``retries``: tries to
+    carry a step on that failed and were followed by another.  ``blocked_s``: training time that `save` and fences took.
+    ``in_flight``: saves that have not ended.
     ``durable_age_s``: since the newest durable save, or since the start where there is none.
     """
 
     ended: dict[str, int]
     failures: int
+    retries: int
     last_error: str | None
     blocked_s: float
     written_bytes: int
@@ -62,6 +66,8 @@ class Tally:
     _started: int = 0
     _blocked_s: float = 0.0
     _written_bytes: int = 0
+    _retries: int = 0
+    _left_failed: int = 0
     _last_error: str | None = None
     _newest: dict[str, _Newest] = field(default_factory=dict)
     _durable: _Newest | None = None
@@ -77,7 +83,21 @@ class Tally:
     def arrived(self, number: int, step: int) -> None:
         """A step is on tier ``number``."""
         with self._guard:
-            self._newest[self.labels[number]] = _Newest(step, time.monotonic())
+            self._newest[self.labels[number]] = newest = _Newest(step, time.monotonic())
+            if number == len(self.labels) - 1:
+                self._durable = newest
+
+    def tried(self, error: CheckpointError) -> None:
+        """A try to carry a step on has failed; another one follows."""
+        with self._guard:
+            self._retries += 1
+            self._last_error = f"{error.code}: {error}"
+
+    def failed(self, error: CheckpointError) -> None:
+        """A step of an earlier job could not be carried on."""
+        with self._guard:
+            self._left_failed += 1
+            self._last_error = f"{error.code}: {error}"
 
     def on_end(self, call: Callable[[SaveHandle], object]) -> None:
         """Have ``call(handle)`` run on a background thread when a save ends."""
@@ -121,7 +141,8 @@ class Tally:
             durable = self._durable
             return Status(
                 ended=dict(self._ended),
-                failures=self._ended["failed"],
+                failures=self._ended["failed"] + self._left_failed,
+                retries=self._retries,
                 last_error=self._last_error,
                 blocked_s=self._blocked_s,
                 written_bytes=self._written_bytes,

@@ -7,7 +7,7 @@ import time
 
 from ckptengine.errors import CheckpointError
 from ckptengine.operations.handle import SaveHandle
-from ckptengine.policy.failure import FailurePolicy, Raise, Trouble
+from ckptengine.policy.failure import FailurePolicy, Raise, Tolerate, Trouble
 
 
 class Troubles:
@@ -16,7 +16,8 @@ class Troubles:
     def __init__(self, policy: FailurePolicy) -> None:
         self._policy = policy
         self._guard = threading.Lock()
-        self._failed: list[CheckpointError] = []
+        self._failed: dict[SaveHandle, CheckpointError] = {}
+        self._told: list[CheckpointError] = []
         self._durable_step: int | None = None
         self._durable_s = time.monotonic()
         self._first_step: int | None = None
@@ -39,23 +40,31 @@ class Troubles:
         with self._guard:
             self._under_way.remove(handle)
             if error is not None:
-                self._failed.append(error)
+                self._failed[handle] = error
             elif handle.stage == "durable":
                 self._durable_step, self._durable_s = handle.step, time.monotonic()
+                if isinstance(self._policy, Tolerate):
+                    # What failed before matters no more: there is something newer.
+                    self._failed = {one: why for one, why in self._failed.items() if one.step > handle.step}
 
     def surface(self, step: int | None) -> None:
-        """Raise the oldest failure where the policy says so; each failure is judged once, the age at every call."""
+        """Raise the oldest failure where the policy says so; each failure is judged once, the age at every call.
+
+        A step that is tried again and again counts as one that failed, as far as the age goes.
+        """
         with self._guard:
-            failed = self._failed
+            again = [error for handle in self._under_way if (error := handle.trouble) is not None]
+            found = [*self._failed.values(), *(error for error in again if error not in self._told)]
             since = self._durable_step if self._durable_step is not None else self._first_step
             age_steps = 0 if step is None or since is None else max(0, step - since)
             trouble = Trouble(
-                attempts=len(failed),
+                attempts=len(found),
                 age_steps=age_steps,
                 age_s=time.monotonic() - self._durable_s,
                 can_retry=False,
             )
-            if failed and isinstance(self._policy.decide(trouble), Raise):
-                error = failed[0]
-                self._failed = []
-                raise error
+            decision = self._policy.decide(trouble)
+            if found and isinstance(decision, Raise):
+                self._failed, self._told = {}, again
+                found[0].add_note(f"raised now because {decision.why}")
+                raise found[0]

@@ -158,6 +158,76 @@ def test_tolerance_ends_where_nothing_durable_is_young_enough(tmp_path: Path) ->
     checkpointer.close()
 
 
+def test_tolerance_ends_also_while_a_step_is_tried_again(tmp_path: Path) -> None:
+    """Tries that go on for ever end with no failure: the age counts all the same, and what went wrong can be seen."""
+    state = state_of(0)
+    checkpointer = ce.Checkpointer(
+        state,
+        tmp_path / "root",
+        tiers=[ce.Tier(tmp_path / "disk")],
+        interval=ce.Every(steps=1),
+        on_failure=ce.Tolerate(max_age_steps=3, retries=10**6, backoff_s=0.02, max_backoff_s=0.02),
+    )
+    run_steps(checkpointer, state, range(1, 2))
+    checkpointer.wait()
+    _break(tmp_path / "root")
+    (handle,) = run_steps(checkpointer, state, range(2, 3))
+    assert handle is not None
+    deadline_s = time.monotonic() + WITHIN_S
+    while handle.trouble is None:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+    assert isinstance(handle.trouble, StorageFailed)
+    assert handle.progress["retries"] >= 1
+    assert not handle.done()
+    run_steps(checkpointer, state, range(3, 5))
+    with pytest.raises(StorageFailed) as raised:
+        run_steps(checkpointer, state, range(5, 6))
+    assert raised.value.__notes__ == [
+        "raised now because the newest durable checkpoint is 4 steps old, more than the 3 that are tolerated"
+    ]
+    status = checkpointer.status()
+    assert (status.failures, status.ended) == (0, {"durable": 1})
+    assert status.retries >= 1
+    assert "storage-failed" in (status.last_error or "")
+    _mend(tmp_path / "root")
+    assert checkpointer.wait("durable", WITHIN_S)
+    assert handle.trouble is None
+    checkpointer.close()
+    assert ce.steps(tmp_path / "root") == [1, 2, 3, 4]
+
+
+def test_a_failure_that_something_newer_has_made_good_is_not_raised_later(tmp_path: Path) -> None:
+    state = state_of(0)
+    checkpointer = ce.Checkpointer(
+        state,
+        tmp_path / "root",
+        tiers=[ce.Tier(tmp_path / "disk")],
+        on_failure=ce.Tolerate(max_age_steps=10, retries=0),
+    )
+    checkpointer.save(1).result(WITHIN_S)
+    _break(tmp_path / "root")
+    assert checkpointer.save(2).exception(WITHIN_S) is not None
+    _mend(tmp_path / "root")
+    checkpointer.save(3).result(WITHIN_S)
+    assert checkpointer.step(100) is None, "no save is due, and the newest one that was asked for is durable"
+    checkpointer.close()
+
+
+def test_progress_says_how_far_a_step_has_come_to_the_next_tier(tmp_path: Path) -> None:
+    state = state_of(0)
+    slow = ce.Tier(tmp_path / "disk", max_bytes_per_s=300_000)
+    with ce.Checkpointer(state, tmp_path / "root", tiers=[ce.Tier(tmp_path / "fast"), slow]) as checkpointer:
+        handle = checkpointer.save(1)
+        while "carried_bytes" not in (seen := handle.progress):
+            assert not handle.done()
+            time.sleep(0.005)
+        assert seen["carried_bytes"] > state["big"].nbytes
+        assert 0 <= seen["arrived_bytes"] <= seen["carried_bytes"]
+        handle.result(WITHIN_S)
+        assert "carried_bytes" not in handle.progress, "it is under way no more"
+
+
 def test_close_gives_up_what_does_not_arrive_in_time(tmp_path: Path) -> None:
     state = state_of(1)
     slow = tmp_path / "root"

@@ -12,6 +12,7 @@ import pytest
 
 import ckptengine as ce
 from ckptengine.errors import CheckpointError, SaveFailed, UnsupportedValue, UnusableRequest
+from ckptengine.operations.handle import SaveHandle
 
 from .hub import Ranks, outcome, ranks_in_process
 from .states import set_state, state_of
@@ -127,19 +128,26 @@ def test_bad_arguments_on_one_rank(
     assert restore_exactly(ranks, tmp_path) == 1
 
 
+def fail_one(member: ce.Checkpointer) -> None:
+    """Let a save of this rank alone have failed."""
+    handle = SaveHandle(0)
+    member._troubles.watch(handle)
+    handle.fail(SaveFailed("the disk was full"))
+
+
 @pytest.mark.parametrize("bad", range(WORLD))
 def test_an_earlier_failure_that_only_one_rank_has_heard_of(ranks: Ranks, tmp_path: Path, bad: int) -> None:
     states = [state_of(2, rank, WORLD) for rank in ranks.ranks]
     members = members_of(ranks, states, tmp_path, interval=ce.Every(steps=2))
-    members[bad]._troubles._failed.append(SaveFailed("the disk was full"))
+    fail_one(members[bad])
     quiet = ranks.all(lambda rank: outcome(lambda: members[rank].step(1)))
     assert isinstance(quiet[bad], SaveFailed), "it surfaces at any hook"
     assert quiet[1 - bad] is None
-    members[bad]._troubles._failed.append(SaveFailed("the disk was full"))
+    fail_one(members[bad])
     got = ranks.all(lambda rank: outcome(lambda: members[rank].step(2)))
     assert isinstance(got[bad], SaveFailed)
     assert "the disk was full" in str(got[1 - bad].exception(PROMPT_S))
-    members[1 - bad]._troubles._failed.clear()
+    assert isinstance(outcome(lambda: members[1 - bad]._troubles.surface(None)), SaveFailed), "it is heard of here too"
     handles = ranks.all(lambda rank: members[rank].save(2))
     assert ranks.all(lambda rank: handles[rank].result(TIMEOUT_S)) == [2, 2]
     ranks.all(lambda rank: members[rank].close(TIMEOUT_S))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 
+from ckptengine.errors import Damaged, UnreadableFormat
 from ckptengine.store import names
 from ckptengine.store.files import make_dirs
 from ckptengine.store.history import Attempt
@@ -17,18 +19,31 @@ class Claims:
 
     ``linear``: saves continue one training run, so that a first save at step s without a restore leaves steps beyond s
     behind.  A one-shot save adds to whatever there is.  ``announce``: told the number of each claimed attempt before it
-    is used; where that raises, the attempt is not used.
+    is used; where that raises, the attempt is not used.  ``rests_at``: the root behind the tiers, where there are some.
     """
 
     def __init__(
-        self, root: Root, run: str | None, *, linear: bool, announce: Callable[[int], None] | None = None
+        self,
+        root: Root,
+        run: str | None,
+        *,
+        linear: bool,
+        announce: Callable[[int], None] | None = None,
+        rests_at: str = "",
     ) -> None:
         self._root, self._run, self._linear, self._announce = root, run, linear, announce
+        self._rests_at = rests_at
         self._guard = threading.Lock()
         self._attempt: Attempt | None = None
         self._base: int | None = None
         make_dirs(root.ops, root.path, root.mode)
         self._lock = RootLock(root.path / names.LOCK)
+
+    def require_run(self) -> None:
+        """Raise `Conflict` where the user names the run and what lies here is of another."""
+        if self._run is not None:
+            with contextlib.suppress(Damaged, UnreadableFormat):  # which restoring or saving has more to say about
+                self._root.require_run(self._run)
 
     def restored(self, step: int) -> None:
         """The job goes on from ``step``: what came after it is an abandoned line from now on."""
@@ -48,7 +63,7 @@ class Claims:
             return self._attempt
 
     def _claim(self, upto: int | None) -> Attempt:
-        attempt = self._root.claim(self._run, upto=upto)
+        attempt = self._root.claim(self._run, upto=upto, rests_at=self._rests_at)
         if self._announce is not None:
             self._announce(attempt.number)
         return attempt

@@ -30,7 +30,7 @@ from ckptengine.operations.levels_held import Held
 from ckptengine.operations.levels_keep import apply_keeps
 from ckptengine.operations.node import Node, among, node_of
 from ckptengine.operations.one_place import OnePlace
-from ckptengine.operations.one_run import require_run, run_on
+from ckptengine.operations.one_run import Left, left_on, place_of, require_own
 from ckptengine.operations.tiered import TieredFiles
 from ckptengine.policy.failure import FailurePolicy, Retry, Trouble
 from ckptengine.policy.interval import Interval, LastSave, Soonest
@@ -115,18 +115,22 @@ class Levels:
                 hop=str(hop),  # not by the places, which ranks may call by different paths
             )
 
-    def meet(self, hosts: Sequence[str | None], run: str | None) -> None:
-        """Hear of every rank's machine (see `ckptengine.operations.node`), and what rank 0 finds as the root's run.
-
-        Raises `Conflict` where a tier in front of the root holds checkpoints of another run.
-        """
+    def meet(self, hosts: Sequence[str | None]) -> None:
+        """Hear of every rank's machine; see `ckptengine.operations.node`."""
         self._node = among(self._port.rank, hosts)
-        if self._node.leads:
-            require_run(run, self.labels[-1], [level.flat for level in self._levels[:-1]])
 
-    def run(self) -> str | None:
-        """The run that the root is of, for `meet`."""
-        return run_on(self._levels[-1].flat)
+    def left(self) -> list[Left]:
+        """What this rank finds on the tiers in front of the root, where it sees to those of its machine."""
+        return left_on([level.flat for level in self._levels[:-1]]) if self._node.leads else []
+
+    def require_own(self, left: Sequence[Sequence[Left]], run: str | None) -> None:
+        """Rank 0: raise `Conflict` where what the ranks have ``left`` on their tiers was not saved for this root."""
+        require_own(left, [level.flat for level in self._levels], self.place, self.history(), run)
+
+    @property
+    def place(self) -> str:
+        """The root as attempts record it; empty where no tier lies in front of it."""
+        return "" if self.is_single else place_of(self._levels[-1].spec)
 
     # ---- where
 

@@ -8,13 +8,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ckptengine.coordination.port import Coordinator, agree
+from ckptengine.coordination.port import Coordinator, agree, gather
 from ckptengine.coordination.relay import error_note, error_of
 from ckptengine.errors import CheckpointError, UnusableRequest
 from ckptengine.operations.attempts import Claims
 from ckptengine.operations.levels import Levels
 from ckptengine.operations.nearest import Nearest
 from ckptengine.operations.node import host
+from ckptengine.operations.one_run import Left
 from ckptengine.operations.onward import Onward
 from ckptengine.operations.policy_record import PolicyRecord
 from ckptengine.operations.restore import Restored, RestoreRequest, restore_newest
@@ -97,29 +98,41 @@ class Places:
                 self._all.history = self.levels.history()
             if port.rank == 0:
                 announce = self.levels.announce if self.levels is not None else None
-                self.claims = Claims(self._all, writing.run, linear=writing.linear, announce=announce)
+                place = self.levels.place if self.levels is not None else ""
+                self.claims = Claims(self._all, writing.run, linear=writing.linear, announce=announce, rests_at=place)
         except CheckpointError as error:
             refused = error
         self._agree("opened", refused, timeout_s)
-        self._meet(timeout_s)
+        self._meet(writing.run, timeout_s)
 
-    def _meet(self, timeout_s: float) -> None:
-        """See that the tiers belong to the root; every rank says what it has, and rank 0 what the root has."""
-        levels, rank = self.levels, self._port.rank
-        if levels is None or levels.is_single:
+    def _meet(self, run: str | None, timeout_s: float) -> None:
+        """See that what lies here is this job's: rank 0 judges what every rank has found on its tiers."""
+        levels, refused = self.levels, None
+        has_tiers = levels is not None and not levels.is_single
+        if not has_tiers and run is None:
             return
-        refused: CheckpointError | None = None
-        run: str | None = None
         try:
-            run = levels.run() if rank == 0 else None
+            if levels is not None and has_tiers:
+                self._meet_tiers(levels, run, timeout_s)
+            if self.claims is not None:
+                self.claims.require_run()
         except CheckpointError as error:
             refused = error
-        told = agree(self._port, "meet", [host(), run], timeout_s)
-        try:
-            levels.meet([name for name, _ in told], told[0][1])
-        except CheckpointError as error:
-            refused = refused or error
         self._agree("met", refused, timeout_s)
+
+    def _meet_tiers(self, levels: Levels, run: str | None, timeout_s: float) -> None:
+        refused: CheckpointError | None = None
+        levels.meet(agree(self._port, "meet", host(), timeout_s))
+        left: list[Left] = []
+        try:
+            left = levels.left()
+        except CheckpointError as error:
+            refused = error
+        told = gather(self._port, "left", [dataclasses.asdict(one) for one in left], timeout_s)
+        if refused is not None:
+            raise refused
+        if told is not None:
+            levels.require_own([[Left(**one) for one in found] for found in told], run)
 
     def _agree(self, key: str, refused: CheckpointError | None, timeout_s: float) -> None:
         """Raise on every rank where any is ``refused``; everything is let go of then."""

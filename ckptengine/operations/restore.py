@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -85,13 +86,29 @@ class _Round:
         self._votes += 1
         return agree(self.port, f"restore/{self._number}/{self._votes}", document, self.request.timeout_s)
 
-    def all_good(self, error: CheckpointError | None) -> str | None:
-        """None when every rank is well, else what went wrong where."""
-        votes = self.vote(None if error is None else str(error))
+    def all_good(self, error: CheckpointError | None, source: Source | None = None) -> str | None:
+        """None when every rank is well, else what went wrong where; also when not all have opened one ``source``."""
+        opened = _identity(source) if self.port.world > 1 else None
+        told = self.vote([None if error is None else str(error), opened])
+        first = told[0][1]
+        votes = [
+            "what it has under the name of this commit is another job's"
+            if why is None and first is not None and one != first
+            else why
+            for why, one in told
+        ]
         wrong = [f"rank {rank}: {told}" for rank, told in enumerate(votes) if told is not None]
         if len(votes) == 1:
             wrong = [told for told in votes if told is not None]
         return "; ".join(wrong[:4]) or None
+
+
+def _identity(source: Source | None) -> str | None:
+    """What tells a commit of ours from others of the same step, attempt and save."""
+    if not isinstance(source, NativeSource):
+        return None
+    files = [(file.nbytes, file.tail_crc) for file in source.manifest.files]
+    return hashlib.sha256(repr((source.manifest.run, files)).encode()).hexdigest()
 
 
 Openers = Callable[[CommitRef], Sequence[Callable[[], Source]]]
@@ -209,7 +226,7 @@ def _planned_and_filled(
         problems = (str(refused),)
     except BAD_COPY as found:
         error = found
-    told = turn.all_good(error)
+    told = turn.all_good(error, source)
     if told is not None:
         return told
     strict = turn.request.strict and turn.request.names is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -21,12 +22,17 @@ class CommitRef:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
-    """What one opening for writing recorded: its number, the run, and the commits it builds on."""
+    """What one opening for writing recorded: its number, the run, and the commits it builds on.
+
+    ``root``: where its checkpoints come to rest, where tiers lie in front of that; ``digest``: that of the record.
+    """
 
     number: int
     run: str
     parent: int
     inherited: frozenset[CommitRef] = field(default_factory=frozenset)
+    root: str = ""
+    digest: str = field(default="", compare=False)
 
 
 class RootFiles(Protocol):
@@ -123,7 +129,12 @@ def decode_attempt(data: bytes, number: int, where: str) -> Attempt:
     try:
         inherited = frozenset(CommitRef(int(s), int(a), int(n)) for s, a, n in body["inherited"])
         attempt = Attempt(
-            number=int(body["number"]), run=str(body["run"]), parent=int(body["parent"]), inherited=inherited
+            number=int(body["number"]),
+            run=str(body["run"]),
+            parent=int(body["parent"]),
+            inherited=inherited,
+            root=str(body.get("root", "")),
+            digest=hashlib.sha256(data).hexdigest(),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UnreadableFormat(f"{where}: not the record of an attempt ({error})") from None

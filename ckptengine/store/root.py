@@ -78,8 +78,20 @@ class Root:
 
     # ---- writing
 
-    def claim(self, run: str | None, *, upto: int | None = None) -> Attempt:
+    def require_run(self, run: str | None) -> Attempt | None:
+        """The newest attempt.  Raises `Conflict` where a ``run`` is given and that attempt is of another."""
+        parent = self.history.newest_attempt()
+        if parent is not None and run is not None and run != parent.run:
+            raise Conflict(
+                f"{self.path}: holds checkpoints of run {parent.run!r}, not of {run!r}; "
+                "use another root or that run's id"
+            )
+        return parent
+
+    def claim(self, run: str | None, *, upto: int | None = None, rests_at: str = "") -> Attempt:
         """Claim the next attempt and record what it builds on: the current line, up to step ``upto`` where given.
+
+        ``rests_at``: the root that its checkpoints are carried on to, where it is another than this.
 
         The number is claimed by exclusive create *before* the commits are listed; a writer of an older attempt that
         publishes later finds the claim and does not acknowledge (`check_newest`).  Durable when it returns.
@@ -87,12 +99,7 @@ class Root:
         directory = self.path / names.ATTEMPTS
         make_dirs(self.ops, directory, self.mode)
         known = self.history.attempt_numbers()
-        parent = self.history.newest_attempt()
-        if parent is not None and run is not None and run != parent.run:
-            raise Conflict(
-                f"{self.path}: holds checkpoints of run {parent.run!r}, not of {run!r}; "
-                "use another root or that run's id"
-            )
+        parent = self.require_run(run)
         number = self._claim_number(directory, (known[-1] if known else 0) + 1)
         inherited = frozenset(ref for ref in self.history.line().values() if upto is None or ref.step <= upto)
         attempt = Attempt(
@@ -100,6 +107,7 @@ class Root:
             run=run or (parent.run if parent else uuid.uuid4().hex),
             parent=parent.number if parent else 0,
             inherited=inherited,
+            root=rests_at,
         )
         data = _encode_attempt(attempt)
         for copy in (0, 1):
@@ -151,6 +159,7 @@ def _encode_attempt(attempt: Attempt) -> bytes:
             "run": attempt.run,
             "parent": attempt.parent,
             "inherited": [[r.step, r.attempt, r.save] for r in sorted(attempt.inherited)],
+            **({"root": attempt.root} if attempt.root else {}),
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "created": utc_now(),

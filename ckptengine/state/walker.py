@@ -71,11 +71,12 @@ class _Probes:
     """What must still hold for one module or optimizer: sizes of dicts, and identity and address of tensors."""
 
     sizes: list[tuple[Any, int]] = field(default_factory=list)
+    transient: list[tuple[nn.Module, set[str]]] = field(default_factory=list)
     parts: list[tuple[dict[str, Any], str, object]] = field(default_factory=list)
     tensors: list[Probe] = field(default_factory=list)
     pre_hooked: list[tuple[nn.Module, str]] = field(default_factory=list)
     members: list[tuple[dict[str, Any], list[int]]] = field(default_factory=list)
-    plain: list[tuple[str, dict[Any, Any]]] = field(default_factory=list)
+    plain: list[tuple[str, dict[Any, Any], int]] = field(default_factory=list)
 
     def watch(self, holder: dict[Any, Any], key: Any, tensor: torch.Tensor) -> None:
         self.tensors.append((holder, key, tensor, laid_of(tensor)))
@@ -84,6 +85,9 @@ class _Probes:
         """Raises `_Changed` where something does not hold any more."""
         for sized, size in self.sizes:
             if len(sized) != size:
+                raise _Changed
+        for module, names_of_buffers in self.transient:
+            if module._non_persistent_buffers_set != names_of_buffers:
                 raise _Changed
         for holder, key, part in self.parts:
             if holder.get(key) is not part:
@@ -115,7 +119,8 @@ def _module_probes(view: modules.ModuleView) -> _Probes:
         if modules.pre_hooks(part):
             probes.pre_hooked.append((part, raw))
         dicts = (part._parameters, part._buffers, part._modules, part._state_dict_hooks, part._state_dict_pre_hooks)
-        probes.sizes += [(sized, len(sized)) for sized in (*dicts, part._non_persistent_buffers_set)]
+        probes.sizes += [(sized, len(sized)) for sized in dicts]
+        probes.transient.append((part, set(part._non_persistent_buffers_set)))
         probes.parts += [(part._modules, name, child) for name, child in part._modules.items()]
         for holder in (part._parameters, part._buffers):
             for key, tensor in holder.items():
@@ -136,8 +141,9 @@ def _optimizer_probes(view: OptimizerView) -> _Probes:
             continue
         probes.sizes.append((parts, len(parts)))
         probes.parts.append((view.optimizer.state, entry.parameter, parts))  # type: ignore[arg-type]
-        if not all(isinstance(part, torch.Tensor) for part in parts.values()):
-            probes.plain.append((key, parts))
+        plain = sum(not isinstance(part, torch.Tensor) for part in parts.values())
+        if plain:
+            probes.plain.append((key, parts, plain))
         for state_key, part in parts.items():
             if isinstance(part, torch.Tensor):
                 probes.watch(parts, state_key, part)
@@ -224,10 +230,12 @@ class _Recollector(Collector):
         self._visited += 1
         node["groups"] = self._groups(view)
         state: dict[str, Json] = {}
-        for key, parts in probes.plain:
+        for key, parts, count in probes.plain:
             self._parameter = view.entries[key].described
             try:
                 plain = {k: part for k, part in parts.items() if not isinstance(part, torch.Tensor)}
+                if len(plain) != count:  # a tensor where there was none
+                    raise _Changed
                 state[key] = self.encoder.encode(plain, names.join(name, key))
             finally:
                 self._parameter = None

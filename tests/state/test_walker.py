@@ -28,6 +28,9 @@ def make() -> dict[str, object]:
     net[1](net[0](torch.randn(5, 3))).sum().backward()
     optimizer.step()
     nested.step()
+    optimizer.state[net[0].bias]["note"] = None
+    net[0].register_buffer("kept", torch.zeros(1))
+    net[0].register_buffer("transient", torch.ones(1), persistent=False)
     tied = torch.ones(3)
     return {
         "model": net,
@@ -101,6 +104,12 @@ def test_values_are_read_anew(name):
     assert after.structure_key == before.structure_key
 
 
+def exchange_buffers(state: dict) -> None:
+    linear = state["model"][0]
+    linear.register_buffer("transient", linear.transient)
+    linear.register_buffer("kept", linear.kept, persistent=False)
+
+
 def replace_parameter(state: dict) -> None:
     state["model"][0].bias = nn.Parameter(torch.ones(3))
     state["optims"][0] = torch.optim.SGD([p for p in state["model"].parameters() if p.ndim])
@@ -122,12 +131,15 @@ STRUCTURE: dict[str, Callable[[dict], object]] = {
     "turned among many": lambda s: s["many"]["3"].t_(),
     "read otherwise": lambda s: setattr(s["square"], "data", s["square"].data.view(torch.int32)),
     "read otherwise among many": lambda s: setattr(s["many"]["3"], "data", s["many"]["3"].data.view(torch.int32)),
+    "local tensor": lambda s: setattr(s["shard"], "tensor", torch.ones(2)),
     "swapped": lambda s: torch.utils.swap_tensors(s["data"]["a"], torch.ones(2)),
     "added module": lambda s: s["model"].append(nn.Linear(1, 1)),
     "replaced module": lambda s: s["model"].__setitem__(1, nn.BatchNorm1d(3)),
     "buffer": lambda s: s["model"].register_buffer("b", torch.ones(1)),
     "non-persistent": lambda s: s["model"][1]._non_persistent_buffers_set.add("running_mean"),
+    "exchanged": exchange_buffers,
     "replaced parameter": replace_parameter,
+    "value becomes state": lambda s: s["optims"][0].state[s["model"][0].bias].update(note=torch.ones(3)),
     "new state": lambda s: s["optims"][0].state[s["model"][0].bias].update(more=torch.ones(3)),
     "other state": lambda s: s["optims"][0].state[s["model"][0].bias].update(exp_avg=torch.ones(3)),
     "dropped state": lambda s: s["optims"][0].state.clear(),
@@ -156,7 +168,7 @@ def test_structural_changes_are_seen(name):
         state["optims"] = []
     after = walker.flatten()
     assert equal(after, flatten(state, random=False))
-    same_structure = {"other tensor", "storage", "swapped", "other state", "regrouped", "new group"}
+    same_structure = {"other tensor", "storage", "swapped", "other state", "regrouped", "new group", "local tensor"}
     assert (after.structure_key == before.structure_key) == (name in same_structure or "turned" in name)
     assert equal(walker.flatten(), flatten(state, random=False))
 

@@ -59,6 +59,8 @@ def _assign_mapping(live: Any, new: Any) -> Any:
         live[key] = part
     if isinstance(live, defaultdict):
         live.default_factory = new.default_factory
+    if hasattr(new, "_metadata"):
+        live._metadata = new._metadata
     return live
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec
 from torch.optim import Optimizer
 
 from ckptengine.errors import CheckpointError, UnsupportedValue
@@ -55,6 +57,7 @@ class Walk:
     in_containers: dict[str, TensorLike] = field(default_factory=dict)
     tensor_dicts: dict[str, TensorDict] = field(default_factory=dict)
     on_meta: list[str] = field(default_factory=list)
+    specs: dict[str, DTensorSpec] = field(default_factory=dict)  # of the DTensors in objects' states
 
 
 class Collector:
@@ -124,6 +127,8 @@ class Collector:
             return self._add(name, described, value, "optimizer", False, in_container=in_container)
         described = describe(value, name, meta_ok=self._meta_ok)
         if self._in_object:
+            if isinstance(value, DTensor):
+                self.walk.specs[name] = value._spec
             return self._add(name, described, None, "other", True)
         tensor = _tensor_of(value)
         plain = type(tensor) is torch.Tensor and not getattr(tensor, "_is_param", False)
@@ -204,7 +209,7 @@ class Collector:
         for member in (id(parameter) for group in optimizer.param_groups for parameter in group["params"]):
             if member not in self.walk.parameters and member in self._bare:
                 self.walk.parameters[member] = [_bare_entry(*self._bare[member])]
-        optimizers.check_custom(optimizer, name)
+        optimizers.check_custom(optimizer, name, {id(one) for one, _, _ in self._pending})
         view = optimizers.view(optimizer, name, self.walk.parameters)
         self.walk.optimizers[name] = view
         self.walk.optimizer_at[id(optimizer)] = name

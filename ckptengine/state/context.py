@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
 from ckptengine.layout.dtypes import itemsize
 from ckptengine.layout.piece import Piece
@@ -234,6 +236,18 @@ class Context:
         self.targets.append(Target(source, tensor, whole(shape)))
         return tensor
 
+    def fresh_part(self, source: str, described: Described, spec: DTensorSpec | None) -> torch.Tensor:
+        """A new tensor laid out as a live one, ``described``, for its part of a stored one; a DTensor of ``spec``."""
+        dtype, shape = self.saved.tensors[source]
+        self.used.add(source)
+        local = torch.zeros_like(described.tensor, dtype=torch_dtype(dtype))
+        self.targets.append(Target(source, local, described.pieces))
+        if spec is None:
+            return local
+        return DTensor.from_local(
+            local, spec.mesh, spec.placements, run_check=False, shape=torch.Size(shape), stride=spec.stride
+        )
+
     # values
 
     def decode(self, data: Json) -> Any:
@@ -251,7 +265,9 @@ class Context:
             self.used |= {name, source}
             if tag == "ndarray":
                 return self._array(node, source)
-            known = self.walk.found.get(name)
+            known, spec = self.walk.found.get(name), self.walk.specs.get(name)
+            if known is not None and spec is not None and known.described.global_shape == self.saved.tensors[source][1]:
+                return self.fresh_part(source, known.described, spec)  # an object gets back what it gave
             return self.fresh(source, known.described.tensor.device if known is not None else self.device)
         if tag in ("module", "optimizer", "object", "per_rank"):
             self.problems.append(f"a saved {tag} has no live counterpart to take its state; put one into the state")

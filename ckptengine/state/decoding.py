@@ -134,6 +134,13 @@ def _no_constant(text: str) -> object:
     raise ValueError(f"{text} is no JSON number")
 
 
+def _ordered_dict(decoder: Decoder, node: dict[str, Json]) -> object:
+    made = OrderedDict(decoder.items(node["items"]))
+    if "metadata" in node:
+        made._metadata = decoder.decode(node["metadata"])  # type: ignore[attr-defined]
+    return made
+
+
 def _enum(decoder: Decoder, node: dict[str, Json]) -> object:
     stored, member = checked(node["type"], str), node["name"]
     value = decoder.decode(node["value"])
@@ -243,7 +250,7 @@ DECODERS |= {
     "set": lambda d, n: set(d.sequence(n["v"])),
     "frozenset": lambda d, n: frozenset(d.sequence(n["v"])),
     "dict": lambda d, n: dict(d.items(n["items"])),
-    "OrderedDict": lambda d, n: OrderedDict(d.items(n["items"])),
+    "OrderedDict": _ordered_dict,
     "Counter": lambda d, n: Counter(dict(d.items(n["items"]))),
     "defaultdict": _defaultdict,
     "range": _range,

@@ -259,6 +259,15 @@ def _tagged_dict(encoder: Encoder, value: dict[Any, Any], name: str) -> Json:
     return {"$": type(value).__name__, "items": _items(encoder, value, name)}
 
 
+def _ordered_dict(encoder: Encoder, value: OrderedDict[Any, Any], name: str) -> Json:
+    """With the versions that torch hangs on a module's state dict, by which older ones are read."""
+    node: dict[str, Json] = {"$": "OrderedDict", "items": _items(encoder, value, name)}
+    metadata = getattr(value, "_metadata", None)
+    if metadata:
+        node["metadata"] = encoder.plain(metadata, f"{name} (its _metadata)")
+    return node
+
+
 def _defaultdict(encoder: Encoder, value: defaultdict[Any, Any], name: str) -> Json:
     factory = value.default_factory
     stored = next((known for known, kind in FACTORIES.items() if kind is factory), None)
@@ -285,7 +294,7 @@ def _list(encoder: Encoder, value: list[Any], name: str) -> Json:
 ENCODERS |= {
     type(None): _identity, bool: _identity, int: _int, float: _float, complex: _complex, str: _str, bytes: _bytes,
     bytearray: _bytearray, list: _list, tuple: _tuple, deque: _deque, set: _set, frozenset: _set, dict: _dict,
-    OrderedDict: _tagged_dict, Counter: _tagged_dict, defaultdict: _defaultdict, range: _range, slice: _slice,
+    OrderedDict: _ordered_dict, Counter: _tagged_dict, defaultdict: _defaultdict, range: _range, slice: _slice,
 }  # fmt: skip
 
 

@@ -155,7 +155,7 @@ class _Offer:
             if isinstance(live.get(key), torch.Tensor) or type(value) not in (int, float, bool, str):
                 continue
             counts = key == "step" and type(optimizer).__module__.startswith("torch.optim")
-            made = torch.tensor(float(value)) if counts else value
+            made = torch.tensor(float(value), dtype=torch.float32) if counts else value
             self._later("optimizers", lambda k=key, m=made: optimizer.state.setdefault(parameter, {}).update({k: m}))  # type: ignore[misc]
 
 

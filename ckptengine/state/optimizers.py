@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,18 +102,24 @@ def view(optimizer: Optimizer, name: str, parameters: Mapping[int, Sequence[Para
     return OptimizerView(optimizer, name, tuple(groups), entries)
 
 
-def check_custom(optimizer: Optimizer, name: str) -> None:
+def check_custom(optimizer: Optimizer, name: str, present: Collection[int]) -> None:
     """Refuse an optimizer whose own ``state_dict`` holds more than ``optimizer.state`` and its groups.
 
-    State is saved and restored through those two; what a subclass or a hook adds beside would be lost in silence.
+    State is saved and restored through those two; what a subclass or a hook adds beside would be lost in silence, and
+    so would the state of an optimizer that it wraps, unless that is ``present`` (by ``id``) in the state too.
     """
     hooks = getattr(optimizer, "_optimizer_state_dict_post_hooks", None)
+    inner = [key for key, held in vars(optimizer).items() if _is_apart(held, optimizer) and id(held) not in present]
     if type(optimizer).state_dict is Optimizer.state_dict and not hooks:
+        if inner:  # SAM's base_optimizer, of which its own state_dict() says nothing
+            raise UnsupportedValue(
+                f"{where(name)}: {type(optimizer).__qualname__} keeps state in .{inner[0]}, which its state_dict() "
+                f"leaves out; put that optimizer into the state too"
+            )
         return
     try:
         state = optimizer.state_dict()
     except Exception as refused:  # some refuse it on principle; their state is in optimizer.state all the same
-        inner = [key for key, held in vars(optimizer).items() if _is_apart(held, optimizer)]
         if inner:  # but not a wrapper's, which is in what it wraps: ZeroRedundancyOptimizer, before it consolidates
             raise UnsupportedValue(
                 f"{where(name)}: {type(optimizer).__qualname__} keeps its state in .{inner[0]}; put that optimizer "
@@ -127,7 +133,7 @@ def check_custom(optimizer: Optimizer, name: str) -> None:
         isinstance(index, int)
         and index < len(order)
         and isinstance(parts, dict)
-        and not set(parts) <= set(optimizer.state.get(order[index]) or {})
+        and _has_more(parts, optimizer.state.get(order[index]) or {})
         for index, parts in stored.items()
     )
     if extra or hidden:
@@ -136,6 +142,14 @@ def check_custom(optimizer: Optimizer, name: str) -> None:
             f"{where(name)}: state_dict() of {type(optimizer).__qualname__} has {what}, which cannot be kept by "
             f"parameter name; put the inner optimizer into the state, and what is left beside it"
         )
+
+
+def _has_more(parts: dict[Any, Any], own: dict[Any, Any]) -> bool:
+    """Whether ``parts`` are more than a parameter's ``own`` state, some of it perhaps in a dict of its own."""
+    return any(
+        key not in own and not (isinstance(part, dict) and all(own.get(k) is inner for k, inner in part.items()))
+        for key, part in parts.items()
+    )
 
 
 def _is_apart(held: object, optimizer: Optimizer) -> bool:

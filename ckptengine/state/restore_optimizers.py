@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ckptengine.state import names
-from ckptengine.state.context import Absent, Build, Context, Target, below, is_node, mapping_items
+from ckptengine.state.context import Absent, Build, Context, below, is_node, mapping_items
 from ckptengine.state.decoding import Decoder, loads
 from ckptengine.state.dtypes import torch_dtype
 from ckptengine.state.encoding import Encoder, Json
@@ -308,7 +308,9 @@ class _ParameterState:
             self.context.problems.append(f"{name}: differs among the parameters of one flat parameter of FSDP1")
         if key == "step" and not self.saved.native and self._is_torchs() and type(part) in (int, float):
             count = float(part)  # type: ignore[arg-type]
-            self._attach_later(key, lambda: torch.tensor(count))  # torch itself counted in plain numbers once
+            self._attach_later(
+                key, lambda: torch.tensor(count, dtype=torch.float32)
+            )  # torch itself counted in plain numbers once
             return
         self.context.device = self.entry.described.tensor.device
         try:
@@ -329,15 +331,9 @@ class _ParameterState:
         if shape != described.global_shape:
             tensor = context.fresh(source, described.tensor.device)
             return lambda: tensor
-        local = torch.zeros_like(described.tensor, dtype=torch_dtype(dtype))
-        context.targets.append(Target(source, local, described.pieces))
         parameter = self.entry.parameter
-        if isinstance(parameter, DTensor):
-            mesh, placements, stride = parameter.device_mesh, parameter.placements, parameter.stride()
-            return lambda: DTensor.from_local(
-                local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
-            )
-        return lambda: local
+        made = context.fresh_part(source, described, parameter._spec if isinstance(parameter, DTensor) else None)
+        return lambda: made
 
     def _is_torchs(self) -> bool:
         return type(self.view.optimizer).__module__.startswith("torch.optim")

@@ -133,6 +133,26 @@ def test_a_loader_continues_where_it_was():
     assert [next(draws) for _ in range(5)] == [next(others) for _ in range(5)]
 
 
+class Owner:
+    """Has a module that reads older state dicts by the versions which torch notes beside the entries."""
+
+    def __init__(self) -> None:
+        self.module = torch.nn.utils.spectral_norm(nn.Linear(3, 3))
+
+    def state_dict(self) -> dict[str, object]:
+        return {"module": self.module.state_dict()}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        self.module.load_state_dict(state["module"])
+
+
+def test_an_objects_state_dicts_of_modules_keep_their_versions():
+    source, target = Owner(), Owner()
+    save({"owner": source}).restore({"owner": target})
+    assert_same_state({"owner": source}, {"owner": target})
+    assert source.module(torch.ones(3)).isfinite().all()
+
+
 class Recorder:
     def __init__(self, name: str, order: list[str], fail: bool = False) -> None:
         self.name, self.order, self.fail = name, order, fail

@@ -119,6 +119,16 @@ def test_counters_that_were_numbers():
     assert torch.equal(state["step"], torch.tensor(4.0))
 
 
+def test_counts_are_exact_whatever_the_default_dtype_is():
+    live, count = training(), 1_000_001
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        restore(live, {"optim": {"param_groups": groups(), "state": {"0.weight": {"step": count}}}})
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert live["optim"].state[live["model"][0].weight]["step"].item() == count
+
+
 def test_a_rate_that_is_a_tensor():
     live = training()
     rate = torch.tensor(0.01)

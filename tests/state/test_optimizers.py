@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
@@ -336,6 +337,51 @@ class Refusing(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, object]:
         raise RuntimeError("consolidate first")
+
+
+class Sharpness(torch.optim.Optimizer):
+    """Steps by another optimizer, of whose state its own ``state_dict`` knows nothing, as SAM does."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        super().__init__(parameters, {"rho": 0.05})
+        self.base = torch.optim.SGD(self.param_groups, lr=0.1, momentum=0.9)
+        self.param_groups = self.base.param_groups
+
+    def step(self, closure: Callable[[], torch.Tensor]) -> torch.Tensor:
+        return self.base.step(closure)
+
+
+def test_a_wrapped_optimizer_that_nothing_saves_is_asked_for() -> None:
+    (net, other), states = (model(), model()), []
+    for one in (net, other):
+        optimizer = Sharpness(one.parameters())
+        with pytest.raises(UnsupportedValue, match=r"'optim': Sharpness keeps state in \.base, .*into the state too"):
+            flatten({"model": one, "optim": optimizer}, random=False)
+        states.append({"model": one, "optim": optimizer, "base": optimizer.base})
+    train(net, states[0]["optim"])
+    save(states[0]).restore(states[1])
+    assert_same_state(*states)
+    assert states[1]["base"].state[other[0].weight]["momentum_buffer"].any()
+
+
+class Wrapping(torch.optim.AdamW):
+    """Puts some of its state into a dict of its own when asked for it, as those of bitsandbytes do."""
+
+    def state_dict(self) -> dict[str, object]:
+        packed = super().state_dict()
+        packed["state"] = {
+            index: {"step": state["step"], "wrapped": {k: part for k, part in state.items() if k != "step"}}
+            for index, state in packed["state"].items()
+        }
+        return packed
+
+
+def test_state_that_is_only_packed_otherwise_is_the_optimizers_own() -> None:
+    states = [{"model": net, "optim": Wrapping(net.parameters())} for net in (model(), model())]
+    train(states[0]["model"], states[0]["optim"])
+    save(states[0]).restore(states[1])
+    assert_same_state(*states)
+    assert len(states[1]["optim"].state) == 3
 
 
 def test_a_wrapper_whose_state_is_in_what_it_wraps_is_refused() -> None:

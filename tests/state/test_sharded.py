@@ -198,6 +198,42 @@ def test_dtensors_are_restored_into_any_layout(as_rank, placements):
         assert torch.equal(live.to_local(), local_part(full, mesh, placements))
 
 
+class Holder:
+    """Gives and takes a state dict of DTensors, as an object around torch's distributed state dicts does."""
+
+    def __init__(self, tensor: DTensor) -> None:
+        self.tensor = tensor
+
+    def state_dict(self) -> dict[str, object]:
+        return {"deep": [self.tensor], "n": 1}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        (self.tensor,) = state["deep"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_object_gets_back_dtensors_as_it_gave_them(as_rank, dtype):
+    flats, full = [], indices(5, 7)
+    for rank in range(2):
+        as_rank(rank, 2)
+        mesh = init_device_mesh("cpu", (2,))
+        flats.append(flatten({"h": Holder(as_dtensor(full, mesh, (Shard(0),)))}, random=False))
+    saved = MemoryCheckpoint(*flats)
+    for rank in range(4):
+        as_rank(rank, 4)
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("x", "y"))
+        given = as_dtensor(torch.zeros(5, 7, dtype=dtype), mesh, (Replicate(), Shard(1)))
+        holder = Holder(given)
+        saved.restore({"h": holder}, random=False)
+        assert isinstance(holder.tensor, DTensor)
+        assert holder.tensor is not given
+        assert (holder.tensor.placements, holder.tensor.device_mesh) == (given.placements, mesh)
+        assert torch.equal(holder.tensor.to_local(), local_part(full, mesh, given.placements))
+    plain = Holder(torch.zeros(5, 7))
+    saved.restore({"h": plain}, random=False)
+    assert torch.equal(plain.tensor, full)
+
+
 def test_a_submesh_numbers_its_ranks_globally(as_rank):
     as_rank(3, 4)
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))

@@ -74,6 +74,7 @@ class Collector:
         self._owned: tuple[int, ...] = ()
         self._eager = False
         self._pending: list[tuple[Optimizer, str, dict[str, Json]]] = []
+        self._first: dict[object, Found] = {}
         self._tied: dict[tuple[Any, ...], Found] = {}
         self._bare: dict[int, tuple[torch.Tensor, str, Described]] = {}
 
@@ -161,9 +162,8 @@ class Collector:
             walk.on_meta.append(name)
         elif live is not None and 0 not in described.global_shape:
             # An empty shard has no memory by which to know it, but tied tensors are one object.
-            place = tensor.data_ptr() if tensor.numel() else -id(_tensor_of(live))
-            key = (place, tensor.shape, tensor.stride(), tensor.dtype, described.global_shape, self._rank)
-            owner = self._tied.setdefault(key, found)
+            filled = described.sharding is None or tensor.numel()
+            owner = self._owner(tensor.data_ptr() if filled else -id(_tensor_of(live)), found)
             if owner is not found and owner.described.pieces == described.pieces:
                 owner.eager = owner.eager or eager
                 if role == "parameter":
@@ -173,6 +173,18 @@ class Collector:
                 return name
         walk.found[name] = found
         return name
+
+    def _owner(self, place: object, found: Found) -> Found:
+        """The first tensor that lay as ``found`` does at its place, which may be itself; few places have several."""
+        place = place if self._rank is None else (place, self._rank)
+        first = self._first.setdefault(place, found)
+        if first is found:
+            return found
+        for one in (first, found):
+            lies = one.described.tensor
+            key = (place, lies.shape, lies.stride(), lies.dtype, one.described.global_shape)
+            owner = self._tied.setdefault(key, one)
+        return owner
 
     def _module(self, module: nn.Module, name: str) -> Json:
         try:

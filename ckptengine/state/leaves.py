@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -17,8 +17,7 @@ from ckptengine.state.encoding import Json
 Role = Literal["parameter", "optimizer", "buffer", "other"]
 
 
-@dataclass(frozen=True, slots=True)
-class TensorLeaf:
+class TensorLeaf(NamedTuple):  # quick to make: there may be a hundred thousand
     """One logical tensor and the part of it that this rank holds.
 
     ``tensor`` is a detached alias of the live local memory (or the only copy of a tensor that a hook made), any

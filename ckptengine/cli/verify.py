@@ -12,6 +12,7 @@ from ckptengine.cli.text import counted
 from ckptengine.errors import CheckpointError, Damaged
 from ckptengine.operations.opening import open_any
 from ckptengine.operations.verify import verify
+from ckptengine.sources.port import Checksummed, Source
 
 
 def main(argv: Sequence[str]) -> int:
@@ -27,9 +28,9 @@ def main(argv: Sequence[str]) -> int:
     try:
         source = open_any(options.path, None, options.rules)
         step, kind, tensors = source.step, source.format, len(source.names())
-        digests = not tensors or any(source.tensor(name).digest is not None for name in source.names())
         with Meter("verifying") as meter:
             problems = verify(source, meter.progress)
+        digests = bool(problems) or not tensors or _records_digests(source)
     except Damaged as damage:  # found before the first tensor could be looked at
         problems = [damage]
     if options.json:
@@ -44,3 +45,9 @@ def main(argv: Sequence[str]) -> int:
         proven = "" if digests else "; it records no digests: all that can be told is that its bytes can be read"
         sys.stdout.write(f"{options.path}:{which} holds: {counted(tensors, 'tensor')} of a {kind} checkpoint{proven}\n")
     return 1 if problems else 0
+
+
+def _records_digests(source: Source) -> bool:
+    if isinstance(source, Checksummed) and source.checksums():
+        return True
+    return any(source.tensor(name).digest is not None for name in source.names())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Mapping
 
 from ckptengine import native
 from ckptengine.errors import CheckpointError, DigestMismatch
@@ -11,7 +12,7 @@ from ckptengine.layout.cover import prove_cover
 from ckptengine.operations.convert_digests import digest_of
 from ckptengine.operations.read import BoxReader
 from ckptengine.sources.native import NativeSource
-from ckptengine.sources.port import Source
+from ckptengine.sources.port import Checksummed, Files, Source
 from ckptengine.store import rankfile
 from ckptengine.store.history import History
 
@@ -25,7 +26,7 @@ def verify(source: Source, progress: Progress | None = None) -> list[CheckpointE
 
     Of our own format every byte is checked: attempt records, headers, extents, padding, granule tables, indexes, the
     tensors' digests and their cover.  Of a foreign one: cover, and that every byte can be read (and its digest where
-    one is recorded).
+    one is recorded, of a tensor or of a whole file).
     """
     problems: list[CheckpointError] = []
     if isinstance(source, NativeSource):
@@ -37,6 +38,8 @@ def verify(source: Source, progress: Progress | None = None) -> list[CheckpointE
             done += record.nbytes
         if problems:
             return problems
+    if isinstance(source, Checksummed):
+        problems += _verify_files(source.files, source.checksums(), progress)
     for name in source.names():
         try:
             _verify_tensor(source, name, recompute=not isinstance(source, NativeSource))
@@ -44,6 +47,37 @@ def verify(source: Source, progress: Progress | None = None) -> list[CheckpointE
             problems.append(error)
     if isinstance(source, NativeSource) and not problems:
         problems += _verify_digests(source)
+    return problems
+
+
+def _verify_files(files: Files, checksums: Mapping[str, str], progress: Progress | None) -> list[CheckpointError]:
+    """Whole files against the checksums that were recorded of them."""
+    problems: list[CheckpointError] = []
+    sizes: dict[str, int] = {}
+    for path in checksums:
+        try:
+            sizes[path] = files.size(path)
+        except CheckpointError as error:
+            problems.append(error)
+    done, total = 0, sum(sizes.values())
+    for path, size in sizes.items():
+        found = hashlib.sha256()
+        try:
+            for start in range(0, size, _CHUNK_BYTES):
+                found.update(files.read(path, start, min(_CHUNK_BYTES, size - start)))
+                if progress is not None:
+                    progress(min(done + start + _CHUNK_BYTES, done + size), total)
+        except CheckpointError as error:
+            problems.append(error)
+            continue
+        finally:
+            done += size
+        if found.hexdigest() != checksums[path]:
+            problems.append(
+                DigestMismatch(
+                    f"{files.root}/{path} has the SHA-256 {found.hexdigest()}, {checksums[path]} was recorded"
+                )
+            )
     return problems
 
 

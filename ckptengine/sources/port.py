@@ -124,6 +124,15 @@ class KnowsPaths(Protocol):
         ...
 
 
+@runtime_checkable
+class Checksummed(Protocol):
+    """The optional ability of a source that records checksums of whole files."""
+
+    def checksums(self) -> Mapping[str, str]:
+        """The SHA-256 of each file in hexadecimal, by its path; empty where none were recorded."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Opening:
     """What an opener is given.

@@ -27,6 +27,11 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "dist_moe_ep2": (2, {"ep": 2, "experts": 4, "bf16": True, "swiglu": True}),
     "dist_homogeneous": (2, {"tp": 2, "per_layer": True}),
     "flat_tp2_dp2": (4, {"tp": 2, "bf16": True, "distributed": "fully_sharded_model_space", "swiglu": True}),
+    "flat_experts": (
+        4,
+        {"layers": 1, "width": 4, "heads": 2, "ffn": 4, "bf16": True, "rms": True, "rope": True}
+        | {"ep": 2, "experts": 4, "etp": 1, "grouped": True, "distributed": "fully_sharded_model_space"},
+    ),
     "legacy_tp2_pp2": (4, {"tp": 2, "pp": 2, "legacy": True, "swiglu": True, "groups": 2, "untied": True}),
     "legacy_tp2_dp2_distopt": (4, {"tp": 2, "legacy": True, "bf16": True, "distributed": "fully_reshardable"}),
     "legacy_tp1_bf16": (1, {"legacy": True, "bf16": True}),

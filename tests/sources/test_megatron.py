@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import tarfile
@@ -10,11 +11,13 @@ from typing import Any
 
 import pytest
 
-from ckptengine.errors import CheckpointError, Damaged, NotFound, RuleError, Truncated, UnreadableFormat
+from ckptengine.cli.verify import main as verify_command
+from ckptengine.errors import CheckpointError, Damaged, DigestMismatch, NotFound, RuleError, Truncated, UnreadableFormat
 from ckptengine.layout.box import Box
 from ckptengine.layout.tensor import Fragment
+from ckptengine.operations.verify import verify
 from ckptengine.sources.detect import FORMATS, open_source
-from ckptengine.sources.megatron.flattened import is_flattened, unflatten
+from ckptengine.sources.megatron.flattened import elements, is_flattened, turned, unflatten
 from ckptengine.sources.megatron.source import FORMAT
 from ckptengine.sources.rules.parse import load_rules
 from ckptengine.sources.rules.present import present
@@ -74,6 +77,32 @@ def test_legacy_ranks_with_the_preset(written: Path, case: str) -> None:
     assert any(name.endswith("linear_fc1.weight") for group in weights for name in group["params"])
 
 
+@pytest.fixture
+def experts(tmp_path: Path) -> Path:
+    """Written by Megatron-core 0.12: experts fused for one matrix product, on two expert-parallel ranks of dp 4."""
+    with tarfile.open(ARCHIVE.with_name("megatron_experts.tar.xz")) as tar:
+        tar.extractall(tmp_path, filter="data")
+    return tmp_path / "flat_experts"
+
+
+def test_flattened_states_of_fused_experts_lie_the_other_way_round(experts: Path) -> None:
+    """Their matrices are square, so that nothing but the fp32 copies tells."""
+    agrees(open_(experts / "checkpoint"), experts / "truth.json")
+
+
+def test_flattened_states_of_experts_that_no_order_explains(experts: Path) -> None:
+    folder = experts / "checkpoint"
+    source = open_(folder)
+    name = next(name for name in source.names() if ".experts." in name and name.endswith("fc1.weight.master"))
+    fragment = source.tensor(name).fragments[0]
+    victim = folder / fragment.file
+    data = bytearray(victim.read_bytes())
+    data[fragment.offset + 3] ^= 0x80
+    victim.write_bytes(data)
+    with pytest.raises(UnreadableFormat, match=r"experts\.linear_fc1.* in what order; .*megatron-weights"):
+        open_(folder).tensor(name)
+
+
 def test_legacy_ranks_without_rules_are_refused(written: Path) -> None:
     with pytest.raises(RuleError, match="megatron-gpt"):
         open_(written / "legacy_tp2_pp2" / "checkpoint")
@@ -120,6 +149,81 @@ def test_other_versions_and_backends_are_refused(copy: Any) -> None:
         open_(folder)
 
 
+def test_a_missing_last_rank_is_named_too(copy: Any) -> None:
+    """No folder's number tells that there was another; the arguments do."""
+    folder = copy("legacy_tp2_dp2_distopt")
+    shutil.rmtree(folder / "iter_0000003" / "mp_rank_01")
+    with pytest.raises(NotFound, match=r"tensor-parallel rank 1.*1 of 2 ranks"):
+        open_(folder, rules="megatron-gpt")
+
+
+def test_ranks_of_different_iterations_are_refused(copy: Any) -> None:
+    torch = pytest.importorskip("torch")
+    folder = copy("legacy_tp2_pp2")
+    victim = folder / "iter_0000003" / "mp_rank_01_001" / "model_optim_rng.pt"
+    state = torch.load(victim, weights_only=False)
+    torch.save({**state, "iteration": 2}, victim)
+    with pytest.raises(Damaged, match=r"mp_rank_01_001.* is of iteration 2, but .* of iteration 3"):
+        open_(folder, rules="megatron-gpt")
+
+
+def test_a_missing_or_damaged_manifest_is_named(copy: Any) -> None:
+    """The rest would be read as a checkpoint of torch DCP, under other names and without the optimizer's shapes."""
+    folder = copy(FLAT)
+    (folder / "metadata.json").write_bytes(b"\0" * 119)
+    with pytest.raises(Damaged, match=r"metadata\.json is damaged"):
+        open_(folder)
+    (folder / "metadata.json").unlink()
+    with pytest.raises(NotFound, match=r"no metadata\.json"):
+        open_(folder)
+
+
+def with_checksums(folder: Path) -> None:
+    """As Megatron-core writes them when it is asked to."""
+    files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+    (folder / "integrity.json").write_text(json.dumps({"algorithm": "sha256", "files": files}))
+
+
+def test_recorded_checksums_are_verified(copy: Any, capsys: Any) -> None:
+    folder = copy(FLAT)
+    assert verify_command([str(folder)]) == 0
+    assert "records no digests" in capsys.readouterr().out
+    with_checksums(folder)
+    told: list[tuple[int, int]] = []
+    assert verify(open_(folder), lambda done, total: told.append((done, total))) == []
+    nbytes = sum(path.stat().st_size for path in folder.iterdir() if path.name != "integrity.json")
+    assert told[-1] == (nbytes, nbytes)
+    assert verify_command([str(folder)]) == 0
+    assert "records no digests" not in capsys.readouterr().out
+    source = open_(folder)
+    fragment = source.tensor("model.decoder.layers.mlp.linear_fc1.weight").fragments[0]
+    victim = folder / fragment.file
+    data = bytearray(victim.read_bytes())
+    data[fragment.offset] ^= 1
+    victim.write_bytes(data)
+    for rules in (None, "megatron-to-llama"):
+        (problem,) = verify(open_source(folder, rules=rules))
+        assert isinstance(problem, DigestMismatch)
+        assert victim.name in str(problem)
+    lost = next(path for path in folder.glob("*.distcp") if path != victim)
+    lost.unlink()
+    problems = verify(open_(folder))
+    assert any(isinstance(problem, NotFound) and lost.name in str(problem) for problem in problems)
+    assert any(isinstance(problem, DigestMismatch) for problem in problems)
+    assert verify_command([str(folder)]) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [("{", Damaged), ("[]", UnreadableFormat), ('{"algorithm": "md5", "files": {}}', UnreadableFormat)],
+)
+def test_checksums_that_cannot_be_read(copy: Any, text: str, error: type[Exception]) -> None:
+    folder = copy(FLAT)
+    (folder / "integrity.json").write_text(text)
+    with pytest.raises(error, match=r"integrity\.json"):
+        verify(open_(folder))
+
+
 def test_a_cut_off_rank_file(copy: Any) -> None:
     folder = copy("legacy_tp2_dp2_distopt")
     victim = folder / "iter_0000003" / "mp_rank_01" / "distrib_optim.pt"
@@ -163,3 +267,15 @@ def test_unflatten_against_a_grid() -> None:
     assert rest == [Fragment(Box((2, 5), (1, 1)), "g", 0), Fragment(Box((3, 4), (1, 2)), "g", 4)]
     with pytest.raises(Damaged):
         unflatten("t", "float32", (4, 6), (2, 3, 4), Fragment(Box((0, 0, 0), (2, 1, 4)), "f", 0))
+
+
+def test_unflatten_what_lies_the_other_way_round() -> None:
+    """Two experts' [6, 4], each kept as [4, 6] in memory and cut in half along the columns of that."""
+    shape, stored = (2, 6, 4), (2, 1, 2, 12)
+    assert is_flattened(stored, turned(shape))
+    found = unflatten("t", "float32", shape, stored, Fragment(Box((1, 0, 1, 3), (1, 1, 1, 6)), "f", 8), True)
+    assert found == [Fragment(Box((1, 3, 1), (1, 3, 2)), "f", 8, (6, 1, 3))]
+    assert sorted(elements(found[0], 64, 4), key=lambda at: at[1]) == [
+        ((1, 3 + n % 3, 1 + n // 3), 8 + 4 * n) for n in range(6)
+    ]
+    assert len(list(elements(found[0], 4, 4))) == 4

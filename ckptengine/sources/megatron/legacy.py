@@ -11,7 +11,7 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ckptengine.errors import NotFound, UnreadableFormat
+from ckptengine.errors import Damaged, NotFound, UnreadableFormat
 from ckptengine.layout.dtypes import itemsize
 from ckptengine.layout.tensor import LogicalTensor
 from ckptengine.sources.files import InlineFiles
@@ -61,6 +61,7 @@ class LegacySource:
         self.metrics: Mapping[str, float] = {}
         self._ranks = {rank: _read(base, folder) for rank, folder in _numbered(base).items()}
         first = self._ranks[0, 0, 0]
+        self._check_iterations(first)
         self._expert_tp = _size(first.arguments, "expert_tensor")
         iteration = first.rest.get("iteration")
         self.step = iteration if type(iteration) is int else opening.step
@@ -106,6 +107,13 @@ class LegacySource:
         return self._values
 
     # reading
+
+    def _check_iterations(self, first: RankFile) -> None:
+        """`Damaged` where ranks were saved at different times."""
+        for rank in self._ranks.values():
+            here, there = rank.rest.get("iteration"), first.rest.get("iteration")
+            if here != there:
+                raise Damaged(f"{rank.path} is of iteration {here!r}, but {first.path} of iteration {there!r}")
 
     def _check_experts(self) -> None:
         """`NotFound` where experts are cut over more ranks than there are folders: Megatron-LM does not write those."""
@@ -213,7 +221,9 @@ def _numbered(files: Files) -> dict[Rank, str]:
     for numbers, folder in found.items():
         tp, second, third = (*numbers, 0, 0)[:3]
         ranks[(tp, second, third) if pipeline else (tp, 0, second)] = folder
-    tps, pps, eps = (1 + max(rank[axis] for rank in ranks) for axis in range(3))
+    axes = ("tensor_model", "pipeline_model", "expert_model")
+    found_sizes = [1 + max(rank[axis] for rank in ranks) for axis in range(3)]
+    tps, pps, eps = (max(_size(arguments, axis) or 1, n) for axis, n in zip(axes, found_sizes, strict=True))
     expert_tp = _size(arguments, "expert_tensor") or tps
     pairs = {(rank % tps, rank // expert_tp % eps) for rank in range(tps * eps * expert_tp)}
     wanted = [(tp, pp, ep) for tp in range(tps) for pp in range(pps) for ep in range(eps) if (tp, ep) in pairs]

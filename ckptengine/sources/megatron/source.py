@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from ckptengine.sources.megatron.legacy import LegacySource, rank_folders
-from ckptengine.sources.megatron.torch_dist import TorchDistSource, read_manifest
+from ckptengine.sources.megatron.torch_dist import TorchDistSource, is_torch_dist
 from ckptengine.sources.port import Format, Opening, Source
 
 
 def _probe(opening: Opening) -> bool:
     if opening.entry is not None:
         return False
-    return bool(rank_folders(opening.files)) or read_manifest(opening.files) is not None
+    return bool(rank_folders(opening.files)) or is_torch_dist(opening.files)
 
 
 def _open(opening: Opening) -> Source:
-    if read_manifest(opening.files) is not None:
+    if is_torch_dist(opening.files):
         return TorchDistSource(opening)
     return LegacySource(opening)
 

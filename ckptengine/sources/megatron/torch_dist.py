@@ -8,12 +8,14 @@ from typing import Any
 
 from ckptengine.errors import CheckpointError, Damaged, NotFound, UnreadableFormat
 from ckptengine.layout.box import Box
+from ckptengine.layout.dtypes import itemsize
 from ckptengine.layout.tensor import Fragment, LogicalTensor
 from ckptengine.sources.dcp.metadata import METADATA, Item, TensorRecord, read_metadata
 from ckptengine.sources.dcp.source import DcpItems
 from ckptengine.sources.files import InlineFiles
 from ckptengine.sources.megatron.distributed import DistributedStates, is_shared
-from ckptengine.sources.megatron.flattened import is_flattened, unflatten
+from ckptengine.sources.megatron.flattened import elements, is_flattened, turned, unflatten
+from ckptengine.sources.megatron.masters import SAMPLE, rounds_to
 from ckptengine.sources.megatron.naming import canonical_names, wrapper_prefix
 from ckptengine.sources.megatron.steps import common_step
 from ckptengine.sources.plain import DROPPED, plain
@@ -25,6 +27,8 @@ from ckptengine.sources.torchzip import load_torch
 MANIFEST = "metadata.json"
 COMMON = "common.pt"
 COMMON_OBJECT = "common_state"
+INTEGRITY = "integrity.json"
+EXPERTS = ".experts."
 MAX_MANIFEST_BYTES = 1 << 20
 _BACKENDS = ("torch_dist",)
 
@@ -53,6 +57,7 @@ class TorchDistSource:
         iteration = self._common.get("iteration")
         self.step = iteration if type(iteration) is int else opening.step
         self._step = common_step(self._common.get("optimizer"), self._inline)
+        self._turned: dict[str, bool] = {}
         self._buckets: DistributedStates | None = None
         if not _leaves_out(opening):
             arguments = self._common.get("args")
@@ -82,12 +87,27 @@ class TorchDistSource:
         except NotFound as error:
             raise NotFound(f"{error}; it holds a part of {name!r}: fetch the missing file") from error
         if shape != record.shape:
-            pieces = [part for p in pieces for part in unflatten(name, record.dtype, shape, record.shape, p)]
+            way = self._is_turned(name[len("optim.") :].rpartition(".")[0])
+            pieces = [part for p in pieces for part in unflatten(name, record.dtype, shape, record.shape, p, way)]
         return LogicalTensor(name, record.dtype, shape, pieces, meta={"key": key})
 
     def aliases(self) -> Mapping[str, str]:
         """None: a tied output layer is stored under the embedding's key only."""
         return {}
+
+    def checksums(self) -> Mapping[str, str]:
+        """Those of ``integrity.json``, which Megatron-core writes from 0.19 on when it is asked to."""
+        if not self.files.exists(INTEGRITY):
+            return {}
+        where = f"{self.files.root}/{INTEGRITY}"
+        try:
+            found = json.loads(self.files.read(INTEGRITY, 0, self.files.size(INTEGRITY)))
+        except (ValueError, RecursionError):
+            raise Damaged(f"{where} is damaged: it is not JSON") from None
+        files = found.get("files") if isinstance(found, dict) else None
+        if not isinstance(files, dict) or found.get("algorithm", "sha256") != "sha256":
+            raise UnreadableFormat(f"{where} has no SHA-256 checksums of files")
+        return {str(path): str(digest) for path, digest in files.items()}
 
     def values(self) -> object:
         made = plain(dict(self._common))
@@ -101,7 +121,7 @@ class TorchDistSource:
         return {**values, "objects": objects} if objects else values
 
     def _read_common(self) -> Mapping[Any, Any]:
-        """What all ranks share: a file of its own, or (from Megatron-core 0.17 on) one of the objects."""
+        """What all ranks share: a file of its own, or (from Megatron-core 0.20 on) one of the objects."""
         files = self._inline
         key = next((key for key in self._objects if key.partition("/")[0] == COMMON_OBJECT), None)
         item = self._objects.pop(key) if key is not None else None
@@ -133,7 +153,46 @@ class TorchDistSource:
         if weight is None or self._records[weight].shape == record.shape:
             return record.shape
         shape = self._records[weight].shape
-        return shape if is_flattened(record.shape, shape) else record.shape
+        is_experts = EXPERTS in parameter and is_flattened(record.shape, turned(shape))
+        return shape if is_flattened(record.shape, shape) or is_experts else record.shape
+
+    def _is_turned(self, parameter: str) -> bool:
+        """Whether the states of experts lie in memory the other way round than their weights.
+
+        The grid that they are cut by may tell, else the fp32 copies, which rounded are the weights.
+        """
+        weight, master = self._keys[f"model.{parameter}"], self._keys.get(f"optim.{parameter}.master")
+        if EXPERTS not in parameter or len(self._records[weight].shape) < 2:
+            return False
+        if parameter not in self._turned:
+            states = [key for name, key in self._keys.items() if name.startswith(f"optim.{parameter}.")]
+            shape, stored = self._records[weight].shape, self._records[master or states[0]].shape
+            ways = [way for way in (False, True) if is_flattened(stored, turned(shape) if way else shape)]
+            if len(ways) > 1 and master is not None:
+                ways = [way for way in ways if self._has_copies(weight, master, way)]
+            if len(ways) != 1:
+                raise UnreadableFormat(
+                    f"{self.files.root}: the optimizer's states of {parameter} are flattened, and it is not certain in "
+                    "what order; leave the optimizer out with rules='megatron-weights'"
+                )
+            self._turned[parameter] = ways[0]
+        return self._turned[parameter]
+
+    def _has_copies(self, weight: str, master: str, is_turned: bool) -> bool:
+        """Whether some elements of flattened fp32 copies, put back into their shape, round to those of the weight."""
+        record, copies = self._records[weight], self._records[master]
+        width = itemsize(record.dtype)
+        chunk = next(chunk for chunk in copies.chunks if 0 not in chunk.shape)
+        piece = self._items.fragment(master, copies, chunk)
+        for part in unflatten(master, copies.dtype, record.shape, copies.shape, piece, is_turned):
+            for place, offset in elements(part, SAMPLE, 4):
+                one = Box(place, (1,) * len(place))
+                there = next(c for c in record.chunks if Box(c.offsets, c.shape).intersect(one) is not None)
+                held = self._items.fragment(weight, record, there).part(one, width)
+                data = self.files.read(part.file, offset, 4)
+                if not rounds_to(data, self.files.read(held.file, held.offset, width), record.dtype):
+                    return False
+        return True
 
     def _bucketed(self) -> Sequence[str]:
         return list(self._buckets.names) if self._buckets is not None else []
@@ -144,20 +203,40 @@ class TorchDistSource:
         return {f"optim.{parameter}.step": None for parameter in parameters}
 
 
+def is_torch_dist(files: Files) -> bool:
+    """Whether a folder is one of Megatron's distributed checkpoints, be it complete or not."""
+    if read_manifest(files) is not None:
+        return True
+    if not files.exists(METADATA):
+        return False
+    if not files.exists(MANIFEST):
+        return files.exists(COMMON)  # nothing else puts that beside the metadata of DCP
+    return files.size(MANIFEST) <= MAX_MANIFEST_BYTES and _parsed(files) is None
+
+
 def read_manifest(files: Files) -> dict[str, Any] | None:
     """``metadata.json`` where it is Megatron's, else None."""
     if not files.exists(MANIFEST) or files.size(MANIFEST) > MAX_MANIFEST_BYTES:
         return None
+    manifest = _parsed(files)
+    return manifest if isinstance(manifest, dict) and "sharded_backend" in manifest else None
+
+
+def _parsed(files: Files) -> object:
+    """What ``metadata.json`` holds; None where that is not JSON."""
     try:
-        manifest = json.loads(files.read(MANIFEST, 0, files.size(MANIFEST)))
+        return json.loads(files.read(MANIFEST, 0, files.size(MANIFEST)))
     except (ValueError, RecursionError):
         return None
-    return manifest if isinstance(manifest, dict) and "sharded_backend" in manifest else None
 
 
 def check_manifest(files: Files) -> None:
     """`UnreadableFormat` for another backend or version than those that are read here."""
-    manifest = read_manifest(files) or {}
+    if not files.exists(MANIFEST):
+        raise NotFound(f"{files.root} has {COMMON} and {METADATA}, but no {MANIFEST}: files are missing")
+    manifest = read_manifest(files)
+    if manifest is None:
+        raise Damaged(f"{files.root}/{MANIFEST} is damaged: it is not the JSON that Megatron writes")
     backend, version = manifest.get("sharded_backend"), manifest.get("sharded_backend_version")
     if backend not in _BACKENDS:
         raise UnreadableFormat(

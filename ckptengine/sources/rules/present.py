@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from ckptengine.errors import NotFound, RuleError
 from ckptengine.layout.tensor import LogicalTensor
-from ckptengine.sources.port import Files, Source, Verifying
+from ckptengine.sources.port import Checksummed, Files, Source, Verifying
 from ckptengine.sources.rules.algebra import (
     Placed,
     Segment,
@@ -118,6 +118,10 @@ class _View:
             if new in self._recipes and target in self._recipes and new != target:
                 shown.setdefault(new, target)
         return shown
+
+    def checksums(self) -> Mapping[str, str]:
+        """See `ckptengine.sources.port.Checksummed`."""
+        return self._base.checksums() if isinstance(self._base, Checksummed) else {}
 
     def values(self) -> object:
         return _with_groups(self._values, self._renamed)

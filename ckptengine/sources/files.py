@@ -6,14 +6,12 @@ import contextlib
 import os
 import posixpath
 import re
-import stat
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from ckptengine.errors import CheckpointError, NotFound, StorageFailed, Truncated, UnreadableFormat, UnusableRequest
+from ckptengine.sources.handles import Handles
 from ckptengine.sources.port import Files
 
 T = TypeVar("T")
@@ -73,7 +71,7 @@ class LocalFiles:
         above = os.path.dirname(real)
         if os.path.basename(above) == "snapshots":
             self._allowed.append(os.path.join(os.path.dirname(above), "blobs"))
-        self._handles = _Handles(MAX_OPEN_FILES)
+        self._handles = Handles(MAX_OPEN_FILES)
 
     @property
     def root(self) -> str:
@@ -93,42 +91,61 @@ class LocalFiles:
         """The path for error messages."""
         return os.path.join(self._root, path) if path else self._root
 
-    @contextlib.contextmanager
-    def _errors(self, path: str) -> Iterator[None]:
-        try:
-            yield
-        except (FileNotFoundError, NotADirectoryError):
-            raise NotFound(f"{self.shown(path)} does not exist") from None
-        except PermissionError as error:
-            raise UnusableRequest(f"cannot read {self.shown(path)}: {error.strerror}; check its permissions") from error
-        except OSError as error:
-            raise StorageFailed(f"cannot read {self.shown(path)}: {error.strerror or error}") from error
+    def _refused(self, path: str, error: OSError) -> CheckpointError:
+        if isinstance(error, FileNotFoundError | NotADirectoryError):
+            return NotFound(f"{self.shown(path)} does not exist")
+        if isinstance(error, PermissionError):
+            return UnusableRequest(f"cannot read {self.shown(path)}: {error.strerror}; check its permissions")
+        return StorageFailed(f"cannot read {self.shown(path)}: {error.strerror or error}")
+
+    # The three below are called for each of very many small tensors: plain calls cost half of what context managers do.
 
     def size(self, path: str) -> int:
-        with self._errors(path), self._handles.use(path, self._real) as (_, size):
-            return size
+        try:
+            handle = self._handles.acquire(path, self._real)
+        except OSError as error:
+            raise self._refused(path, error) from error
+        size = handle.size
+        self._handles.release(handle)
+        return size
 
     def read(self, path: str, offset: int, nbytes: int) -> bytes:
-        with self._errors(path), self._handles.use(path, self._real) as (fd, size):
-            _check_range(self.shown(path), offset, nbytes, size)
-            chunks: list[bytes] = []
-            while nbytes:
-                chunk = os.pread(fd, nbytes, offset)
-                if not chunk:
-                    raise Truncated(f"{self.shown(path)} ends at byte {offset}, {nbytes} bytes too early")
-                chunks.append(chunk)
-                offset, nbytes = offset + len(chunk), nbytes - len(chunk)
-            return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        try:
+            handle = self._handles.acquire(path, self._real)
+            try:
+                if not 0 <= offset <= offset + nbytes <= handle.size:
+                    _check_range(self.shown(path), offset, nbytes, handle.size)
+                data = os.pread(handle.fd, nbytes, offset)
+                while len(data) < nbytes:
+                    more = os.pread(handle.fd, nbytes - len(data), offset + len(data))
+                    if not more:
+                        raise self._ended(path, offset + len(data), nbytes - len(data))
+                    data += more
+                return data
+            finally:
+                self._handles.release(handle)
+        except OSError as error:
+            raise self._refused(path, error) from error
 
     def read_into(self, path: str, offset: int, view: memoryview) -> None:
         view = view.cast("B")
-        with self._errors(path), self._handles.use(path, self._real) as (fd, size):
-            _check_range(self.shown(path), offset, len(view), size)
-            while view:
-                done = os.preadv(fd, [view], offset)
-                if not done:
-                    raise Truncated(f"{self.shown(path)} ends at byte {offset}, {len(view)} bytes too early")
-                view, offset = view[done:], offset + done
+        try:
+            handle = self._handles.acquire(path, self._real)
+            try:
+                if not 0 <= offset <= offset + len(view) <= handle.size:
+                    _check_range(self.shown(path), offset, len(view), handle.size)
+                while view:
+                    done = os.preadv(handle.fd, [view], offset)
+                    if not done:
+                        raise self._ended(path, offset, len(view))
+                    view, offset = view[done:], offset + done
+            finally:
+                self._handles.release(handle)
+        except OSError as error:
+            raise self._refused(path, error) from error
+
+    def _ended(self, path: str, offset: int, nbytes: int) -> Truncated:
+        return Truncated(f"{self.shown(path)} ends at byte {offset}, {nbytes} bytes too early")
 
     def exists(self, path: str) -> bool:
         try:
@@ -138,10 +155,12 @@ class LocalFiles:
 
     def entries(self, folder: str = "") -> list[str]:
         try:
-            with self._errors(folder), os.scandir(self._real(folder)) as entries:
+            with os.scandir(self._real(folder)) as entries:
                 return sorted(entry.name + "/" if entry.is_dir() else entry.name for entry in entries)
-        except NotFound:
+        except (FileNotFoundError, NotADirectoryError):
             return []
+        except OSError as error:
+            raise self._refused(folder, error) from error
 
     def sub(self, folder: str) -> Files:
         if not folder:
@@ -154,71 +173,6 @@ class LocalFiles:
 
     def close(self) -> None:
         self._handles.close()
-
-
-class _Handles:
-    """A bounded set of open file descriptors that several threads read from."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._lock = threading.Lock()
-        self._open: OrderedDict[str, _Handle] = OrderedDict()
-
-    @contextlib.contextmanager
-    def use(self, path: str, resolve: Callable[[str], str]) -> Iterator[tuple[int, int]]:
-        """The descriptor and size of a file; the descriptor stays open inside the block."""
-        handle = self._acquire(path, resolve)
-        try:
-            yield handle.fd, handle.size
-        finally:
-            with self._lock:
-                handle.release()
-
-    def _acquire(self, path: str, resolve: Callable[[str], str]) -> _Handle:
-        with self._lock:
-            handle = self._open.get(path)
-            if handle is not None:
-                self._open.move_to_end(path)
-                handle.users += 1
-                return handle
-        fresh = _Handle(resolve(path))
-        with self._lock:
-            handle = self._open.get(path)
-            if handle is not None:
-                fresh.release()
-            else:
-                handle = self._open[path] = fresh
-            handle.users += 1
-            while len(self._open) > self._limit:
-                self._open.popitem(last=False)[1].release()
-            return handle
-
-    def close(self) -> None:
-        with self._lock:
-            while self._open:
-                self._open.popitem()[1].release()
-
-    def __del__(self) -> None:
-        self.close()
-
-
-class _Handle:
-    """One open file; closed when the set and every reader have let go of it."""
-
-    def __init__(self, real: str) -> None:
-        self.users = 1
-        # O_NONBLOCK: opening a named pipe must not wait for a writer.
-        self.fd = os.open(real, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
-        status = os.fstat(self.fd)
-        self.size = status.st_size
-        if not stat.S_ISREG(status.st_mode):
-            os.close(self.fd)
-            raise UnreadableFormat(f"{real} is not a regular file")
-
-    def release(self) -> None:
-        self.users -= 1
-        if not self.users:
-            os.close(self.fd)
 
 
 class RemoteFiles:

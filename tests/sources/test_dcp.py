@@ -16,7 +16,7 @@ import torch.distributed.checkpoint as dcp
 from ckptengine.errors import CheckpointError, Damaged, NotFound, Truncated, UnreadableFormat
 from ckptengine.operations.read import read_tensor
 from ckptengine.sources.dcp.metadata import read_metadata
-from ckptengine.sources.dcp.source import canonical_names
+from ckptengine.sources.dcp.source import DcpItems, canonical_names
 from ckptengine.sources.detect import open_source
 from ckptengine.sources.files import LocalFiles
 
@@ -75,6 +75,48 @@ def test_a_transposed_tensor_keeps_its_strides(tmp_path: Path) -> None:
     source = open_source(tmp_path)
     assert source.tensor("w").fragments[0].strides == (1, 3)
     holds(source, {"w": counting(5, 3).t()})
+
+
+def test_items_alike_are_read_without_their_zips_directories(tmp_path: Path) -> None:
+    """Of tensors of one type and shape the first is read in full; the others where their own bytes say the same."""
+    tensors = {f"w{n}": counting(6, 6, start=100 * n) for n in range(4)}
+    tensors |= {"turned": counting(6, 6, start=7).t(), "after": counting(6, 6, start=900)}
+    tensors |= {"whole": counting(6, 6).to(torch.int32), "complex": torch.complex(counting(3, 6), counting(3, 6))}
+    save(tensors, tmp_path)
+    holds(open_source(tmp_path), tensors)
+    counted = Counted(str(tmp_path))
+    items, records = DcpItems(counted), read_metadata(counted).tensors
+    reads = []
+    for name in ("w0", "w1", "turned", "w2"):
+        before = counted.reads
+        fragment = items.fragment(name, records[name], records[name].chunks[0])
+        assert fragment.strides == ((1, 6) if name == "turned" else None)
+        reads.append(counted.reads - before)
+    assert reads[1] == reads[3] == 2 < reads[2]
+
+
+@pytest.mark.parametrize("place", ["head", "end"])
+def test_an_item_that_is_not_like_the_others_is_read_in_full(tmp_path: Path, place: str) -> None:
+    """A damaged head or end of one of many items alike is found, however many were in order before it."""
+    save({f"w{n}": counting(6, 6, start=100 * n) for n in range(3)}, tmp_path)
+    items = [record.chunks[0].item for record in read_metadata(LocalFiles(str(tmp_path))).tensors.values()]
+    last = max((item for item in items if item is not None), key=lambda item: item.offset)
+    data = bytearray((tmp_path / last.path).read_bytes())
+    at = last.offset + 64 if place == "head" else last.offset + last.nbytes - 22
+    data[at : at + 4] = b"none"
+    (tmp_path / last.path).write_bytes(data)
+    with pytest.raises(CheckpointError, match=rf"__0_0\.distcp at byte {last.offset}"):
+        read_all(tmp_path)
+
+
+class Counted(LocalFiles):
+    """Counts its reads."""
+
+    reads = 0
+
+    def read(self, path: str, offset: int, nbytes: int) -> bytes:
+        self.reads += 1
+        return super().read(path, offset, nbytes)
 
 
 def test_names_of_optimizers() -> None:

@@ -112,13 +112,17 @@ class _Reader:
             raise UnreadableFormat(f"{self._shown} has no record of where its items lie; it has another storage layer")
         places: dict[tuple[str, tuple[int, ...]], Item] = {}
         for index, info in data.items():
-            key, corner = _attribute(index, "fqn"), _attribute(index, "offset")
-            path, offset, nbytes = (_attribute(info, name) for name in ("relative_path", "offset", "length"))
+            about, place = _attributes(index), _attributes(info)
+            key: Any = about.get("fqn")
+            corner: Any = about.get("offset")
+            path: Any = place.get("relative_path")
+            offset: Any = place.get("offset")
+            nbytes: Any = place.get("length")
             corner = () if corner is None else corner
             proper = isinstance(key, str) and isinstance(path, str) and isinstance(corner, tuple) and _whole(corner)
             if not proper or not _whole((offset, nbytes)):
                 raise UnreadableFormat(f"{self._shown}: the place of {key!r} is not recorded as torch's files do")
-            steps = _attribute(info, "transform_descriptors")
+            steps = place.get("transform_descriptors")
             if steps:
                 raise UnreadableFormat(
                     f"{self._shown}: {key!r} is stored by way of {steps}; save it without extensions"
@@ -127,13 +131,17 @@ class _Reader:
         return places
 
     def _tensor(self, key: str, entry: Placeholder, places: Mapping[tuple[str, tuple[int, ...]], Item]) -> None:
-        dtype = _dtype(entry.get("properties"))
-        shape, boxes = entry.get("size"), entry.get("chunks")
+        about = _attributes(entry)
+        dtype = _dtype(about.get("properties"))
+        shape: Any = about.get("size")
+        boxes: Any = about.get("chunks")
         if dtype is None or not isinstance(shape, tuple) or not _whole(shape) or not isinstance(boxes, list):
             raise UnreadableFormat(f"{self._shown}: {key!r} has no proper shape or an element type that is not known")
         chunks = {(chunk.offsets, chunk.shape): chunk for chunk in self._known_chunks(key, dtype, shape)}
         for box in boxes:
-            corner, extent = _attribute(box, "offsets"), _attribute(box, "sizes")
+            place = _attributes(box)
+            corner: Any = place.get("offsets")
+            extent: Any = place.get("sizes")
             proper = isinstance(corner, tuple) and isinstance(extent, tuple) and _whole(corner) and _whole(extent)
             if not proper or not len(corner) == len(extent) == len(shape):
                 raise Damaged(f"{self._shown}: {key!r} has a chunk without proper offsets and sizes")
@@ -153,8 +161,13 @@ class _Reader:
         return known.chunks
 
 
-def _attribute(record: object, name: str) -> Any:
-    return record.get(name) if isinstance(record, Placeholder) else None
+def _attributes(record: object) -> Mapping[str, Any]:
+    """The attributes of a record, of which a checkpoint has very many: its ``__dict__``, or its slots."""
+    state = record.state if isinstance(record, Placeholder) else None
+    if type(state) is dict:
+        return state
+    parts = state if isinstance(state, tuple) else ()
+    return {name: value for part in reversed(parts) if isinstance(part, dict) for name, value in part.items()}
 
 
 def _whole(numbers: tuple[Any, ...]) -> bool:

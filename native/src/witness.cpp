@@ -1,5 +1,6 @@
 #include "witness.hpp"
 
+#include <algorithm>
 #include <array>
 #include <stdexcept>
 
@@ -11,14 +12,19 @@ namespace {
 
 constexpr std::uint64_t kLine = 64;
 
+__extension__ using Wide = unsigned __int128;
+
 std::uint64_t sampled(std::uint64_t address, std::uint64_t size, std::uint64_t parts, std::uint64_t random) noexcept {
     std::array<const std::uint8_t*, kMostWitnessLines> lines{};
+    const std::uint64_t share = size / parts;
+    const std::uint64_t larger = size % parts;  // so many parts have one byte more
     for (std::uint64_t part = 0; part < parts; ++part) {
         random = scramble(random);
-        const std::uint64_t begin = size / parts * part + size % parts * part / parts;
-        const std::uint64_t room = size / parts * (part + 1) + size % parts * (part + 1) / parts - begin;
+        const std::uint64_t room = share + (part < larger ? 1 : 0);
+        // Anywhere in the part, without a division.
+        const std::uint64_t ahead = static_cast<std::uint64_t>((Wide{random} * Wide{room}) >> 64);
         // Rounded down to a whole line, but never to before the beginning.
-        const std::uint64_t place = address + begin + random % room;
+        const std::uint64_t place = address + share * part + std::min(part, larger) + ahead;
         const std::uint64_t line = place / kLine * kLine;
         lines[part] = reinterpret_cast<const std::uint8_t*>(line < address ? address : line);
         __builtin_prefetch(lines[part]);

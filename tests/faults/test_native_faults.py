@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,7 +50,9 @@ def assert_holds(root: Path, step: int) -> None:
 def test_every_write(tmp_path: Path, error: int, sticky: bool, short_bytes: int) -> None:
     state = state_of(1)
     with ce.Checkpointer(state, tmp_path, on_failure=ce.Tolerate(), random=False) as checkpointer:
-        checkpointer.save(1).result(WITHIN_S)
+        told = threading.Event()
+        checkpointer.save(1).add_done_callback(lambda _: told.set())
+        assert told.wait(WITHIN_S)  # by a thread that the first save to end starts
         descriptors, threads = open_descriptors(), engine_threads()
         good, failures = [1], 0
         for number, nth in enumerate((1, 2, 3, 4, 5, 9)):

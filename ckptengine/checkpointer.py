@@ -143,22 +143,21 @@ class Checkpointer:
             self._overlap = Overlap(overlap, saver, port, rank_timeout_s)
             if sigterm_s is not None:
                 self._last = LastSave(sigterm_s, port, onward, self._tally, os.fspath(root), rank_timeout_s)
-            # Nothing here may refer to self: a checkpointer that nobody closed ends when it is collected, or at exit.
-            self._ending = Ending(
-                saver=saver,
-                troubles=self._troubles,
-                stopping=self._last.stopping if self._last is not None else None,
-                places=places,
-                callbacks=self._callbacks,
-                port=port,
-                pid=self._pid,
-            )
             undoing.pop_all()
         self._ends_by_itself()
         fence.watch(self)
 
     def _ends_by_itself(self) -> None:
-        """When it is collected, or at exit, if nobody closes it."""
+        """When it is collected, or at exit, if nobody closes it: what that takes may not refer to self."""
+        self._ending = Ending(
+            saver=self._saver,
+            troubles=self._troubles,
+            stopping=self._last.stopping if self._last is not None else None,
+            places=self._places,
+            callbacks=self._callbacks,
+            port=self._port,
+            pid=self._pid,
+        )
         self._finalizer = weakref.finalize(self, self._ending.collected)
         # At exit our own hook ends it: that of the native engine, which weakref's may follow, would cut saves off.
         self._finalizer.atexit = False

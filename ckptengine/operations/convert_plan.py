@@ -129,9 +129,7 @@ def make_plan(
     writer = writer_of(to)
     if to not in OWN_FORMATS:
         source = spelled(source)
-    names = list(source.names())
-    tensors = SourceTensors(source)
-    aliases = source.aliases()
+    names, aliases, tensors = list(source.names()), source.aliases(), SourceTensors(source)
     own = [name for name in names if name not in aliases]
     _prove_covers(map(tensors.tensor, own))
     threads = _fitting_workers(workers, memory_bytes)

@@ -104,7 +104,13 @@ def _load(module: nn.Module, state: dict[str, Any], replaced: dict[str, Any]) ->
     metadata = getattr(state, "_metadata", None)
     result = _with_metadata(loaded, metadata)
     with torch.no_grad():
-        module.load_state_dict(result)
+        if type(module).load_state_dict is not nn.Module.load_state_dict:
+            module.load_state_dict(result)
+            return
+        told = module.load_state_dict(result, strict=False)  # what its own state_dict() leaves out may be missing
+    lost = [*told.unexpected_keys, *(key for key in told.missing_keys if key in loaded)]
+    if lost:
+        raise RuntimeError(f"load_state_dict of {type(module).__qualname__} did not take {', '.join(lost)}")
 
 
 class _StateDict(dict[str, Any]):

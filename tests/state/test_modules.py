@@ -234,3 +234,46 @@ def test_unused_lazy_module_after_first_forward():
     target(torch.ones(1, 3))
     save({"m": source}).restore({"m": target})
     assert_same_state(source, target)
+
+
+class Adapter(nn.Module):
+    """Saves its own small part only, above a base whose modules have load hooks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = torch.nn.utils.spectral_norm(nn.Linear(3, 3))
+        self.small = nn.Linear(3, 3)
+
+    def state_dict(self, *args: object, **options: object) -> dict[str, object]:
+        return {key: part for key, part in super().state_dict(*args, **options).items() if "small" in key}
+
+
+def test_what_a_module_leaves_out_of_its_state_may_be_missing() -> None:
+    source, target = Adapter(), Adapter()
+    base = target.base.weight_orig.clone()
+    assert names({"m": source}) == ["m.small.weight", "m.small.bias"]
+    save({"m": source}).restore({"m": target})
+    assert torch.equal(target.small.weight, source.small.weight)
+    assert torch.equal(target.base.weight_orig, base)
+
+
+class Dropping(nn.Module):
+    """Makes an entry of its own, and drops or renames it when it is to take it."""
+
+    def __init__(self, becomes: str | None) -> None:
+        super().__init__()
+        self.weight, self.becomes = nn.Parameter(torch.zeros(2)), becomes
+        self.register_state_dict_post_hook(lambda module, state, prefix, _: state.update(weight=state["weight"] + 1))
+        self.register_load_state_dict_pre_hook(self.drop)
+
+    def drop(self, module: nn.Module, state: dict[str, object], prefix: str, *_: object) -> None:
+        taken = state.pop(prefix + "weight")
+        if self.becomes is not None:
+            state[prefix + self.becomes] = taken
+
+
+@pytest.mark.parametrize("becomes", [None, "other"])
+def test_what_a_module_gave_and_does_not_take_is_told(becomes: str | None) -> None:
+    saved = save({"m": Dropping(becomes)})
+    with pytest.raises(RestoreIncomplete, match=f"Dropping did not take .*{becomes or 'weight'}"):
+        saved.restore({"m": Dropping(becomes)})

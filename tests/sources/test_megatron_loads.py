@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def test_written_and_read_again(written: Path, tmp_path: Path, layout: str | Non
     assert [{**group, "step": 3.0} for group in groups[0]] == groups[1]
 
 
-@pytest.mark.parametrize("layout", ["tp=1", "tp=2,pp=1", "tp=4,pp=2", "tp=2,pp=4"])
+@pytest.mark.parametrize("layout", ["tp=1", "tp=2,pp=1", "tp=4,pp=2", "tp=2,pp=4", "pp=2,vpp=2"])
 def test_legacy_weights(written: Path, tmp_path: Path, layout: str) -> None:
     source = open_source(written / "legacy_tp2_pp2" / "checkpoint", rules="megatron-gpt")
     convert(source, tmp_path / "target", to="megatron", layout=layout, options={"legacy": True})
@@ -64,6 +65,46 @@ def test_legacy_weights(written: Path, tmp_path: Path, layout: str) -> None:
     ranks = sorted(path.name for path in (tmp_path / "target" / "iter_0000003").iterdir())
     degrees = dict(item.split("=") for item in layout.split(","))
     assert len(ranks) == int(degrees.get("tp", 1)) * int(degrees.get("pp", 1))
+
+
+@pytest.mark.parametrize(("layout", "ranks"), [("tp=1", 1), ("ep=2", 2), ("tp=2,ep=2", 4), ("tp=2,ep=2,etp=1", 2)])
+def test_legacy_experts(tmp_path: Path, layout: str, ranks: int) -> None:
+    """Experts over fewer tensor-parallel ranks than the rest: a rank has some whole ones."""
+    with tarfile.open(ARCHIVE.with_name("megatron_buckets.tar.xz")) as tar:
+        tar.extractall(tmp_path, filter="data")
+    source = open_source(tmp_path / "tiny_legacy_moe" / "checkpoint", rules="megatron-gpt")
+    convert(source, tmp_path / "target", to="megatron", layout=layout, options={"legacy": True})
+    made = open_source(tmp_path / "target", rules="megatron-gpt")
+    assert contents(made) == {name: held for name, held in contents(source).items() if name.startswith("model.")}
+    assert len(list((tmp_path / "target" / "iter_0000003").iterdir())) == ranks
+
+
+def test_legacy_weights_of_stacked_layers(written: Path, tmp_path: Path) -> None:
+    """One tensor of torch_dist for all layers, each layer of it on the stage that it belongs to."""
+    source = open_source(written / FLAT / "checkpoint")
+    convert(source, tmp_path / "target", to="megatron", layout="tp=2,pp=2,vpp=2", options={"legacy": True})
+    made = open_source(tmp_path / "target", rules="megatron-gpt")
+    key = "self_attention.linear_qkv.weight"
+    stacked = source.tensor(f"model.decoder.layers.{key}")
+    layers = [made.tensor(f"model.decoder.layers.{layer}.{key}") for layer in range(stacked.shape[0])]
+    assert b"".join(read_bytes(made.files, layer) for layer in layers) == read_bytes(source.files, stacked)
+    with zipfile.ZipFile(tmp_path / "target" / "iter_0000003" / "mp_rank_01_001" / "model_optim_rng.pt") as file:
+        pickled = file.read(next(name for name in file.namelist() if name.endswith("data.pkl")))
+    assert b"model0" in pickled
+    assert b"model1" in pickled
+    with pytest.raises(UnusableRequest, match="vpp"):
+        convert(source, tmp_path / "other", to="megatron", layout="vpp=2", options={"legacy": True})
+
+
+def test_the_form_of_the_optimizer_is_said(written: Path, tmp_path: Path) -> None:
+    """Megatron asks a checkpoint for its optimizer in the form that the checkpoint says it has."""
+    source = open_source(written / FLAT / "checkpoint")
+    for master, form in (("param", "fully_reshardable"), ("fp32_param", None)):
+        convert(source, tmp_path / master, to="megatron", options={"master": master})
+        content = open_source(tmp_path / master).values()["content_metadata"]
+        assert content.get("distrib_optim_sharding_type") == form
+        assert content["singleton_local_shards"] is False
+        assert content["chained_optim_avoid_prefix"] is True
 
 
 def test_what_cannot_be_written(written: Path, tmp_path: Path) -> None:

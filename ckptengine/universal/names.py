@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import string
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 
@@ -16,8 +17,19 @@ SELF = "="
 """The member of a group that is the array of the group's own name; no component can be written like this."""
 
 _PLAIN = re.compile(r"(?!__)[A-Za-z0-9_-]+(?:\.(?!__)[A-Za-z0-9_-]+)*")
-_UNSAFE = re.compile(r"[^A-Za-z0-9_-]")
 _LONGEST = 200
+
+
+class _Written(dict[int, str]):
+    """What stands for a character: itself or, where a file name or a URL cannot hold it, its bytes as ``%XX``."""
+
+    def __missing__(self, code: int) -> str:
+        return "".join(f"%{byte:02X}" for byte in chr(code).encode("utf-8", "surrogatepass"))
+
+
+_SAFE = {ord(character): character for character in string.ascii_letters + string.digits + "_-"}
+_WRITTEN = _Written(_SAFE)
+_WRITTEN |= {code: _WRITTEN[code] for code in range(128)}
 
 
 def path_of(name: str) -> str:
@@ -31,20 +43,18 @@ def _components(name: str) -> list[str]:
     """The name cut at dots that are not escaped with a backslash."""
     parts: list[str] = []
     current = ""
-    characters = iter(name)
-    for character in characters:
-        if character == "\\":
-            current += character + next(characters, "")
-        elif character == ".":
+    for piece in name.split("."):
+        current += piece
+        if (len(current) - len(current.rstrip("\\"))) % 2:  # the dot that follows is escaped
+            current += "."
+        else:
             parts.append(current)
             current = ""
-        else:
-            current += character
-    return [*parts, current]
+    return [*parts, current[:-1]] if current else parts
 
 
 def _encode(component: str) -> str:
-    encoded = _UNSAFE.sub(lambda m: "".join(f"%{b:02X}" for b in m.group().encode("utf-8", "surrogatepass")), component)
+    encoded = component.translate(_WRITTEN)
     if encoded.startswith("__"):  # reserved by zarr
         encoded = "%5F" + encoded[1:]
     if len(encoded) > _LONGEST:  # longer than a file name may be

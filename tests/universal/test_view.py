@@ -216,6 +216,25 @@ def test_any_set_of_names_makes_a_tree(names: list[str]) -> None:
     assert sorted(seen) == sorted(tree.arrays)
 
 
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("model.w-1_b", "model/w-1_b"),
+        (r"layers\.3\.w.step", "layers%5C%2E3%5C%2Ew/step"),
+        (r"a\\.b", "a%5C%5C/b"),
+        (r"a\\\.b", "a%5C%5C%5C%2Eb"),
+        ("a\\", "a%5C"),
+        ("a.\\", "a/%5C"),
+        ("a..b.", "a/==/b/=="),
+        ("\u00e9/ .\ud800", "%C3%A9%2F%20/%ED%A0%80"),
+        ("__a.b", "%5F_a/b"),
+    ],
+)
+def test_paths_of_names(name: str, path: str) -> None:
+    """As in hierarchies that exist: cut at dots that no backslash escapes, the rest safe for files and addresses."""
+    assert path_of(name) == path
+
+
 def test_very_long_names_stay_apart() -> None:
     first, second = "x" * 400 + ".é" * 3, "x" * 401 + ".é" * 3
     assert path_of(first) != path_of(second)

@@ -27,7 +27,7 @@ class Progress:
     """Counters of a job, in bytes and in nanoseconds of `time.monotonic_ns` (0 for what has not happened).
 
     ``captured_bytes`` of extents are no longer needed in live memory; ``gathered_bytes`` went through the arena;
-    ``peak_buffer_bytes`` of the arena were held at most.
+    ``peak_buffer_bytes`` of the arena were held at most; ``starved``: a fence has waited while no buffer was free.
     """
 
     body_bytes: int
@@ -39,6 +39,7 @@ class Progress:
     captured_ns: int
     written_ns: int
     direct_refused: bool
+    starved: bool
 
 
 class Engine:

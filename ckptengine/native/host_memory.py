@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import random
 import zlib
 from collections.abc import Sequence
@@ -66,8 +67,11 @@ def witnesses(addresses: Words, sizes: Words, *, whole_bytes: int, lines: int, s
             words.append(zlib.crc32(ctypes.string_at(address, size)))
             continue
         dice = random.Random(seed ^ address)
-        part = size // lines
-        starts = [n * part + dice.randrange(part) for n in range(lines)]
+        cuts = [size * n // lines for n in range(lines + 1)]
+        # Lines as the library takes them, so that the first byte is seen as often as others.
+        starts = [
+            low + dice.randrange(high - low) // _LINE_BYTES * _LINE_BYTES for low, high in itertools.pairwise(cuts)
+        ]
         seen = [ctypes.string_at(address + start, min(_LINE_BYTES, size - start)) for start in starts]
         words.append(zlib.crc32(b"".join(seen)))
     return np.array(words, np.uint64)

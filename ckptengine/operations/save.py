@@ -29,6 +29,7 @@ from ckptengine.operations.in_flight import InFlight, SaveJob
 from ckptengine.operations.one_place import require_one_place
 from ckptengine.operations.rank_writer import RankWriter, Sealed
 from ckptengine.operations.replicas import check_replicas, held_digests
+from ckptengine.operations.slow_storage import SlowStorage
 from ckptengine.operations.structure import Agreement, Refusal, Structure
 from ckptengine.snapshot.capture import Capture
 from ckptengine.snapshot.port import CaptureEngine
@@ -73,6 +74,7 @@ class Saver:
         self._to_capture: queue.SimpleQueue[SaveJob | Refusal | None] = queue.SimpleQueue()
         self._to_commit: queue.SimpleQueue[SaveJob | Refusal | None] = queue.SimpleQueue()
         self._flight = InFlight()
+        self._slow = SlowStorage()
         self._onward: Callable[[SaveJob], None] | None = None
         self._threads = [
             threading.Thread(
@@ -105,7 +107,9 @@ class Saver:
             budget_s = self._settings.stall_budget_s
             if self._flight.wait_ready(job, budget_s) and job.capture is not None:
                 left_s = None if budget_s is None else max(0.0, budget_s - (time.perf_counter() - started_s))
+                waiting_s = time.perf_counter()
                 job.capture.fence(optimizer, left_s)
+                self._slow.look(job.step, job.capture.progress(), time.perf_counter() - waiting_s)
             elif job.capture is None and not job.ready:
                 job.cancelled = SaveFailed(f"the save of step {job.step} did not start within the stall budget")
             job.handle.add_ms("fence_ms", (time.perf_counter() - started_s) * 1e3)

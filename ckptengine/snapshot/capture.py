@@ -11,7 +11,7 @@ import torch
 from torch.optim.optimizer import Optimizer
 
 from ckptengine.errors import CheckpointError, SaveFailed, Stalled, TornCapture
-from ckptengine.snapshot.port import WriteJob
+from ckptengine.snapshot.port import Progress, WriteJob
 from ckptengine.snapshot.witness import Witnesses
 from ckptengine.state.leaves import TensorLeaf
 
@@ -78,6 +78,10 @@ class Capture:
         """Whether every live tensor may change again."""
         return self._released
 
+    def progress(self) -> Progress:
+        """The counters of its job."""
+        return self._job.progress()
+
     def fence(self, optimizer: Optimizer | None, timeout_s: float | None) -> None:
         """Block until what ``optimizer`` (None: everything) overwrites, and what no optimizer owns, is captured.
 
@@ -88,9 +92,9 @@ class Capture:
             return
         try:
             if not self._job.wait_captured(self._lazy.extents[places].tolist(), timeout_s):
-                self._job.stop()  # what is at it writes what is void; waiting for that would block training further
                 told = f"the save was given up: it would have blocked training for more than {timeout_s:g} s"
-                self._tear(Stalled(told))
+                self._tear(Stalled(told))  # first, so that who waits in the background hears why it has stopped
+                self._job.stop()  # what is at it writes what is void; waiting for that would block training further
             self._release(places)
         except Exception as error:  # a device that fails, say
             failed = SaveFailed(f"the capture failed: {type(error).__name__}: {error}")

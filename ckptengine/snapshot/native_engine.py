@@ -74,6 +74,7 @@ class NativeJob:
             total_bytes=now.body_bytes,
             copied_bytes=now.gathered_bytes,
             peak_bytes=now.peak_buffer_bytes,
+            starved=now.starved,
         )
 
     def trace(self) -> list[dict[str, Any]]:

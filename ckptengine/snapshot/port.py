@@ -100,13 +100,17 @@ class Digests:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """Counters of one job, in bytes; ``peak_bytes`` is the most arena memory it held at once."""
+    """Counters of one job, in bytes; ``peak_bytes`` is the most arena memory it held at once.
+
+    ``starved``: an update has waited for it while the arena was full; never where there is no arena.
+    """
 
     captured_bytes: int
     written_bytes: int
     total_bytes: int
     copied_bytes: int
     peak_bytes: int
+    starved: bool = False
 
 
 class WriteJob(Protocol):

@@ -96,6 +96,7 @@ nb::dict progress(const JobHandle& handle) {
     result["captured_ns"] = now.captured_ns;
     result["written_ns"] = now.written_ns;
     result["direct_refused"] = now.direct_refused;
+    result["starved"] = now.starved;
     return result;
 }
 

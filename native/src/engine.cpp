@@ -126,6 +126,7 @@ bool Engine::take(WriteJob& job, std::uint32_t segment, std::uint8_t*& buffer, b
     if (always_buffer || !job.layout_.segments()[segment].live_only) {
         buffer = arena_.try_acquire();
         if (buffer == nullptr) {
+            job.starved_ |= fences_waiting_ != 0 && job.hurried_;
             return false;
         }
         job.peak_buffers_ = std::max(job.peak_buffers_, ++job.buffers_);

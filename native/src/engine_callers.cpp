@@ -190,7 +190,8 @@ JobProgress Engine::progress(const WriteJob& job) {
             job.submitted_ns_,
             job.captured_ns_.load(std::memory_order_relaxed),
             job.written_ns_.load(std::memory_order_relaxed),
-            job.direct_refused_.load(std::memory_order_relaxed)};
+            job.direct_refused_.load(std::memory_order_relaxed),
+            job.starved_};
 }
 
 }  // namespace ckpt

@@ -53,6 +53,7 @@ struct JobProgress {
     std::int64_t captured_ns;
     std::int64_t written_ns;
     bool direct_refused;           // direct I/O failed at run time and the buffered descriptor took over
+    bool starved;                  // a fence has waited for it while no buffer was free
 };
 
 // Work of one kind (host or device segments), in the order in which it is to be done.
@@ -133,6 +134,7 @@ private:
     bool reserve_started_ = false;
     bool reserved_ = false;
     bool hurried_ = false;
+    bool starved_ = false;
     JobState state_ = JobState::kRunning;
     std::optional<IoError> error_;
 

@@ -82,6 +82,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "stage0_dp1_fp32_onegroup": (1, {"stage": 0, "dtype": "fp32", "groups": "one", "odd": True}),
     "stage0_dp2_fp32_reversed": (2, {"stage": 0, "dtype": "fp32", "groups": "reversed"}),
     "stage0_dp2_bf16_each": (2, {"stage": 0, "groups": "each"}),
+    "stage0_dp2_bf16_groupstep": (2, {"stage": 0, "optimizer": "groupstep"}),
     "stage0_dp2_fp32_sgd0": (2, {"stage": 0, "dtype": "fp32", "optimizer": "sgd0"}),
     "scheduler_and_skips": (2, {"stage": 2, "dtype": "fp16", "scheduler": True, "config": {
         "fp16": {"enabled": True, "initial_scale_power": 40, "loss_scale_window": 2, "hysteresis": 1}}, "steps": 30}),
@@ -564,11 +565,13 @@ def _unsharded(engine: Any, torch: Any) -> dict[str, Any]:
     else:
         base = inner
         pairs = [(p, p) for group in inner.param_groups for p in group["params"]]
+    counters = {id(p): group.get("step") for group in base.param_groups for p in group["params"]}
     for parameter, master in pairs:
         name = engine.param_names[parameter]
         if master is not parameter:
             found[f"optim.{name}.master"] = master.detach()
-        for key, value in base.state.get(master, {}).items():
+        state = base.state.get(master, {})
+        for key, value in {**({"step": counters.get(id(master))} if state else {}), **state}.items():
             if value is not None:
                 found[f"optim.{name}.{key}"] = value.detach() if torch.is_tensor(value) else _scalar(torch, value)
     return found

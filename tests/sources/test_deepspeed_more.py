@@ -15,7 +15,10 @@ import pytest
 import ckptengine as ce
 from ckptengine.errors import NotFound, RuleError, UnreadableFormat, UnusableRequest
 from ckptengine.operations.convert import convert
+from ckptengine.sources.deepspeed.plainopt import Pools, plain_optimizer
 from ckptengine.sources.detect import open_source
+from ckptengine.sources.files import InlineFiles, LocalFiles
+from ckptengine.sources.torchzip import load_torch
 
 from .make_deepspeed_zoo import CASES
 from .reading import compare, read_bytes, truth_of_json, truth_of_safetensors
@@ -349,3 +352,20 @@ def test_positions_fill_a_live_optimizer_by_its_order(tmp_path: Path) -> None:
     for at, name in enumerate("bdac"):
         assert torch.equal(optimizer.state[model[name]]["exp_avg"], states[at]["exp_avg"]), name
         assert torch.equal(optimizer.state[model[name]]["exp_avg_sq"], states[at]["exp_avg_sq"]), name
+
+
+def test_without_zero_a_step_that_its_group_counts_is_each_parameters(tmp_path: Path) -> None:
+    """As fused optimizers keep it, and as it is read under ZeRO; a counter of the parameter's own comes first."""
+    weight, bias = torch.arange(6.0).reshape(2, 3), torch.ones(2)
+    state = {0: {"exp_avg": weight / 2}, 1: {"exp_avg": bias / 2, "step": 9}}
+    optimizer = {"state": state, "param_groups": [{"lr": 0.1, "step": 7, "params": [0, 1]}]}
+    torch.save({"module": {"w": weight, "b": bias}, "optimizer": optimizer}, tmp_path / "m.pt")
+    files = LocalFiles(str(tmp_path))
+    held: Any = load_torch(files, "m.pt")
+    inline = InlineFiles(files)
+    found, _ = plain_optimizer(held["optimizer"], Pools(list(held["module"].items())), inline)
+    steps = {name: piece for name, key, piece in found if key == "step"}
+    assert {name: int.from_bytes(inline.read(piece.path, 0, 8), "little") for name, piece in steps.items()} == {
+        "w": 7,
+        "b": 9,
+    }

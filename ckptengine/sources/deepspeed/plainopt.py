@@ -16,7 +16,7 @@ from ckptengine.sources.port import Files
 from ckptengine.sources.stored import StoredTensor
 from ckptengine.sources.torchrecords import cast
 
-NAMELESS = "state"
+NAMELESS, STEP = "state", "step"
 Entries = list[tuple[str, str, Held]]
 
 
@@ -64,9 +64,10 @@ def plain_optimizer(
     found: list[tuple[str, str, Held]] = []
     for position, tensor in masters.items():
         found.append((name_of(position), MASTER, Whole(tensor)))
+    steps = {at: group.get(STEP) for group in groups for at in int_list(group.get("params")) or []}
     for position, state in by_position.items():
         if isinstance(state, dict):
-            found += _entries(name_of(position), state, inline)
+            found += _entries(name_of(position), {STEP: steps.get(position), **state}, inline)
     return found, [{**group, "params": [name_of(at) for at in group.get("params") or []]} for group in groups]
 
 
@@ -99,8 +100,8 @@ def _entries(name: str, state: Mapping[Any, Any], inline: InlineFiles) -> Iterat
     for key, value in state.items():
         if isinstance(value, StoredTensor):
             yield name, str(key), Whole(value)
-        elif key == "step" and (held := number(value, inline)) is not None:
-            yield name, "step", held
+        elif key == STEP and (held := number(value, inline)) is not None:
+            yield name, STEP, held
 
 
 def _masters(outer: Mapping[Any, Any], groups: Sequence[Mapping[Any, Any]]) -> dict[int, StoredTensor]:

@@ -82,7 +82,6 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "stage0_dp1_fp32_onegroup": (1, {"stage": 0, "dtype": "fp32", "groups": "one", "odd": True}),
     "stage0_dp2_fp32_reversed": (2, {"stage": 0, "dtype": "fp32", "groups": "reversed"}),
     "stage0_dp2_bf16_each": (2, {"stage": 0, "groups": "each"}),
-    "stage0_dp2_bf16_groupstep": (2, {"stage": 0, "optimizer": "groupstep"}),
     "stage0_dp2_fp32_sgd0": (2, {"stage": 0, "dtype": "fp32", "optimizer": "sgd0"}),
     "scheduler_and_skips": (2, {"stage": 2, "dtype": "fp16", "scheduler": True, "config": {
         "fp16": {"enabled": True, "initial_scale_power": 40, "loss_scale_window": 2, "hysteresis": 1}}, "steps": 30}),

@@ -107,6 +107,30 @@ def test_the_form_of_the_optimizer_is_said(written: Path, tmp_path: Path) -> Non
         assert content["chained_optim_avoid_prefix"] is True
 
 
+@pytest.mark.parametrize(
+    ("case", "master", "wraps"),
+    [
+        ("legacy_tp2_pp2", "fp32_param", False),
+        ("legacy_tp2_pp2", "param", True),
+        (FLAT, "fp32_param", True),
+        (FLAT, "param", True),
+    ],
+)
+def test_only_an_optimizer_of_fp32_weights_wraps_nothing(
+    written: Path, tmp_path: Path, case: str, master: str, wraps: bool
+) -> None:
+    """Megatron looks for the groups where the optimizer that it builds has them, not where the source had."""
+    source = open_source(written / case / "checkpoint", rules="megatron-gpt" if "legacy" in case else None)
+    convert(source, tmp_path / "target", to="megatron", options={"master": master})
+    values = open_source(tmp_path / "target").values()["optimizer"]
+    assert ("optimizer" in values) == wraps
+    inner = values["optimizer"] if wraps else values
+    assert len(inner["param_groups"]) == 2
+    assert all("wd_mult" in group for group in inner["param_groups"])
+    assert all(("step" in group) == (master == "param") for group in inner["param_groups"])
+    assert values.get("param_state_sharding_type") == ("fully_reshardable" if master == "param" else None)
+
+
 def test_what_cannot_be_written(written: Path, tmp_path: Path) -> None:
     source = open_source(written / "legacy_tp2_pp2" / "checkpoint", rules="megatron-gpt")
     target = tmp_path / "target"

@@ -35,6 +35,7 @@ from ckptengine.sources.torchrecords import TorchFile
 from ckptengine.sources.typed import plain_values
 from ckptengine.sources.writer import Document, Job, Sink, Target, Unit, Wanted
 
+HALVES = ("bfloat16", "float16")
 TRACKER = "latest_checkpointed_iteration.txt"
 _BACKEND = {
     "sharded_backend": "torch_dist",
@@ -100,6 +101,7 @@ class _View:
         if master not in MASTERS:
             raise UnusableRequest(f"option master = {master!r}; it is one of {', '.join(MASTERS)}")
         self._is_distributed = master == MASTERS[1]
+        self._is_half = any(name[:6] == "model." and job.tensor(name).dtype in HALVES for name in job.names)
         names = [name for name in job.names if name not in job.aliases]
         known = Names(names)
         self.names: dict[str, str] = {}
@@ -169,18 +171,18 @@ class _View:
         return content
 
     def _for_optimizer(self, optimizer: dict[Any, Any], file: TorchFile) -> dict[Any, Any]:
-        """The optimizer's values with its step where that kind of optimizer keeps it: once, or in every group.
+        """The optimizer's values as that kind of optimizer has them, whatever kind they were of.
 
-        A chain of optimizers has its values by number.
+        The step is kept once, or in every group; an optimizer of fp32 weights that is not distributed wraps nothing.  A
+        chain of optimizers has its values by number.
         """
         if optimizer and all(isinstance(key, int) for key in optimizer):
             chain = {key: value for key, value in optimizer.items() if isinstance(value, dict)}
             return {key: self._for_optimizer(value, file) for key, value in chain.items()}
-        made = {key: value for key, value in optimizer.items() if key not in ("param_state_sharding_type", "state")}
-        inner = made.get("optimizer")
-        if isinstance(inner, dict):
-            made["optimizer"] = self._for_optimizer(inner, file)
-            return {**made, "param_state_sharding_type": "fully_reshardable"} if self._is_distributed else made
+        inner = optimizer.get("optimizer")
+        if not isinstance(inner, dict):
+            inner, optimizer = optimizer, {}
+        made = {key: value for key, value in inner.items() if key not in ("param_state_sharding_type", "state")}
         groups = made.get("param_groups")
         if isinstance(groups, list) and self._steps:
             bare = [{k: v for k, v in group.items() if k != "step"} for group in groups if isinstance(group, dict)]
@@ -190,7 +192,10 @@ class _View:
             else:
                 made["param_groups"] = bare
                 made["state"] = {"common_step": file.whole(self._job, self._steps[0])}
-        return made
+        outer = {key: value for key, value in optimizer.items() if key not in ("param_state_sharding_type", "state")}
+        if self._is_distributed:
+            return {**outer, "optimizer": made, "param_state_sharding_type": "fully_reshardable"}
+        return {**outer, "optimizer": made} if self._is_half else made
 
     def _read_step(self) -> float | int:
         tensor = self._job.tensor(self._steps[0])

@@ -85,6 +85,7 @@ class Checkpointer:
 
     Raises:
         RootInUse: another live job holds the root.
+        Conflict: what lies under the root or on a tier was saved by another run, or for another root.
     """
 
     def __init__(
@@ -143,21 +144,14 @@ class Checkpointer:
             self._overlap = Overlap(overlap, saver, port, rank_timeout_s)
             if sigterm_s is not None:
                 self._last = LastSave(sigterm_s, port, onward, self._tally, os.fspath(root), rank_timeout_s)
+            stopping = None if self._last is None else self._last.stopping
+            self._ending = Ending(saver, self._troubles, stopping, places, self._callbacks, port, self._pid)
             undoing.pop_all()
-        self._ends_by_itself()
-        fence.watch(self)
+        self._go_live()
 
-    def _ends_by_itself(self) -> None:
-        """When it is collected, or at exit, if nobody closes it: what that takes may not refer to self."""
-        self._ending = Ending(
-            saver=self._saver,
-            troubles=self._troubles,
-            stopping=self._last.stopping if self._last is not None else None,
-            places=self._places,
-            callbacks=self._callbacks,
-            port=self._port,
-            pid=self._pid,
-        )
+    def _go_live(self) -> None:
+        """Hear of every update; end when it is collected, or at exit, if nobody closes it."""
+        fence.watch(self)
         self._finalizer = weakref.finalize(self, self._ending.collected)
         # At exit our own hook ends it: that of the native engine, which weakref's may follow, would cut saves off.
         self._finalizer.atexit = False

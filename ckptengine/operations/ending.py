@@ -18,7 +18,7 @@ CLOSE_AT_EXIT_S = 60.0
 """How long saves in flight are waited for when nobody closed their checkpointer."""
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True)
 class Ending:
     """Finishes what is in flight and lets the root go, once.  Refers to the parts only: their owner may be garbage.
 

@@ -40,7 +40,7 @@ class PolicyRecord:
             if time.monotonic() - self._written_s < _PAUSE_S:
                 return
             self._written_s = time.monotonic()
-            fresh = self._path.with_name(f"{NAME}.{os.getpid()}.tmp")
+            fresh = self._path.with_name(f"{NAME}.tmp")  # one name: what a killed job left is written over
             try:
                 fresh.write_text(json.dumps({"format": FORMAT, **self._describe()}) + "\n")
                 os.replace(fresh, self._path)

@@ -160,21 +160,21 @@ class Capture:
 
     def _changed(self, places: Places) -> list[int]:
         """Those of some places that are not as they were at registration, or not as they were captured."""
-        lazy, versions, rows = self._lazy, self._versions, self._lazy.rows[places]
-        moved = [
-            place
-            for place, row in zip(places.tolist(), rows.tolist(), strict=True)
-            if lazy.tensors[place]._version != versions[row] or lazy.tensors[place].data_ptr() != lazy.addresses[place]
-        ]
-        if moved:
-            return moved
+        lazy, rows, chosen = self._lazy, self._lazy.rows[places], places.tolist()
+        tensors = [lazy.tensors[place] for place in chosen]
+        versions, noted = [tensor._version for tensor in tensors], [self._versions[row] for row in rows.tolist()]
+        addresses, known = [tensor.data_ptr() for tensor in tensors], [lazy.addresses[place] for place in chosen]
+        if versions != noted or addresses != known:  # whole lists: a hundred thousand tensors are looked at
+            now, then = zip(versions, addresses, strict=True), zip(noted, known, strict=True)
+            return [place for place, is_, was in zip(chosen, now, then, strict=True) if is_ != was]
         # Everything lies where it did, and so may be looked at.
         belied = places[np.isin(rows, self._witnesses.belied(rows))]
         if len(belied):
             return list(dict.fromkeys(belied.tolist()))
-        by_extent = dict(zip(lazy.extents[places].tolist(), places.tolist(), strict=True))
-        samples = None if self._paranoid else GUARD_SAMPLES
-        return [by_extent[extent] for extent in self._job.recheck(list(by_extent), samples)]
+        extents = lazy.extents[places]
+        changed = self._job.recheck(extents.tolist(), None if self._paranoid else GUARD_SAMPLES)
+        torn: list[int] = places[np.isin(extents, changed)].tolist()
+        return torn
 
     def _let_go(self, places: Places) -> None:
         self._waiting[places] = False

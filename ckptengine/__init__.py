@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ckptengine.checkpointer import Checkpointer
     from ckptengine.errors import CheckpointError
     from ckptengine.operations.convert import convert
-    from ckptengine.operations.handle import SaveHandle
+    from ckptengine.operations.saving.handle import SaveHandle
     from ckptengine.policy.failure import Tolerate
     from ckptengine.policy.interval import AutoInterval, Every
     from ckptengine.policy.keep import Keep
@@ -32,7 +32,7 @@ _HOMES = {
     "Every": "policy.interval",
     "Keep": "policy.keep",
     "PerRank": "state.sharded",
-    "SaveHandle": "operations.handle",
+    "SaveHandle": "operations.saving.handle",
     "Sharded": "state.sharded",
     "Tier": "tiers.spec",
     "Tolerate": "policy.failure",

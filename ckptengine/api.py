@@ -15,12 +15,12 @@ from ckptengine.coordination.choose import choose
 from ckptengine.errors import NotFound, UnusableRequest
 from ckptengine.layout.box import Box
 from ckptengine.layout.piece import Piece
-from ckptengine.operations.convert_digests import digest_of
-from ckptengine.operations.filling import array_of, fill_targets
+from ckptengine.operations.digests import digest_of
+from ckptengine.operations.filling.fill import array_of, fill_targets
 from ckptengine.operations.opening import open_any
 from ckptengine.operations.read import BoxReader
 from ckptengine.operations.restore import RestoreRequest, restore_from, restore_newest
-from ckptengine.operations.step_number import step_number
+from ckptengine.operations.saving.step_number import step_number
 from ckptengine.operations.verify import verify
 from ckptengine.sources.detect import split_step
 from ckptengine.sources.files import is_url, open_files

@@ -18,22 +18,22 @@ from torch.optim.optimizer import Optimizer
 
 from ckptengine.coordination.choose import choose
 from ckptengine.errors import CheckpointError, RestoreIncomplete, UnusableRequest
-from ckptengine.operations.callbacks import Callbacks
-from ckptengine.operations.ending import CLOSE_AT_EXIT_S, Ending
-from ckptengine.operations.handle import SaveHandle
-from ckptengine.operations.in_flight import SaveJob
-from ckptengine.operations.metrics import metrics_of
+from ckptengine.operations.levels.places import Places, Writing, check_places
+from ckptengine.operations.levels.tally import Status
 from ckptengine.operations.opening import open_any
-from ckptengine.operations.overlap import Overlap, OverlapPolicy, check_policy
-from ckptengine.operations.places import Places, Writing, check_places
 from ckptengine.operations.restore import RestoreRequest, WorldPolicy, restore_from
-from ckptengine.operations.rhythm import Rhythm
 from ckptengine.operations.save import Saver, SaveSettings
-from ckptengine.operations.step_number import step_number
-from ckptengine.operations.stopping import EXIT_STATUS
-from ckptengine.operations.stopping_order import LastSave
-from ckptengine.operations.tally import Status
-from ckptengine.operations.troubles import Troubles
+from ckptengine.operations.saving.callbacks import Callbacks
+from ckptengine.operations.saving.handle import SaveHandle
+from ckptengine.operations.saving.in_flight import SaveJob
+from ckptengine.operations.saving.metrics import metrics_of
+from ckptengine.operations.saving.overlap import Overlap, OverlapPolicy, check_policy
+from ckptengine.operations.saving.rhythm import Rhythm
+from ckptengine.operations.saving.step_number import step_number
+from ckptengine.operations.saving.troubles import Troubles
+from ckptengine.operations.stopping.ending import CLOSE_AT_EXIT_S, Ending
+from ckptengine.operations.stopping.last_save import LastSave
+from ckptengine.operations.stopping.stopping import EXIT_STATUS
 from ckptengine.policy.failure import FailurePolicy, failure_policy
 from ckptengine.policy.interval import Interval
 from ckptengine.policy.keep import Keep

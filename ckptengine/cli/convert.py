@@ -13,7 +13,7 @@ from ckptengine.cli.meter import Meter
 from ckptengine.cli.text import counted, parse_size, size_text
 from ckptengine.errors import UnusableRequest
 from ckptengine.operations.convert import Shard, TargetDiffers, convert
-from ckptengine.operations.convert_plan import FORMATS, Plan
+from ckptengine.operations.converting.plan import FORMATS, Plan
 from ckptengine.sources.writer import Layout
 
 

@@ -14,8 +14,8 @@ from ckptengine.cli import parser
 from ckptengine.cli.roots import require_root
 from ckptengine.cli.text import number_text, size_text, table
 from ckptengine.errors import CheckpointError, NotFound
-from ckptengine.operations.policy_record import read_policy
-from ckptengine.operations.tier_listing import list_tier
+from ckptengine.operations.levels.policy_record import read_policy
+from ckptengine.operations.levels.tier_listing import list_tier
 from ckptengine.store.listing import StepEntry, list_steps
 from ckptengine.store.root import Root
 from ckptengine.tiers.redact import is_url

@@ -13,8 +13,9 @@ from ckptengine.cli.meter import Meter
 from ckptengine.cli.roots import require_root
 from ckptengine.cli.text import counted, size_text
 from ckptengine.errors import RootInUse, UnusableRequest
+from ckptengine.operations.levels.policy_record import remove_unfinished
 from ckptengine.operations.retain import apply_retention, plan_retention
-from ckptengine.operations.weights_left import WeightsLeft, plan_weights, remove_weights
+from ckptengine.operations.stopping.weights_left import WeightsLeft, plan_weights, remove_weights
 from ckptengine.policy.keep import Keep
 from ckptengine.sources.files import is_url
 from ckptengine.store import names
@@ -41,6 +42,7 @@ def main(argv: Sequence[str]) -> int:
     if local and not options.dry_run:
         with RootLock(Path(options.root) / names.LOCK):  # a live job's saves look like debris until they commit
             document = _prune(options.root, keep, dry_run=False)
+            remove_unfinished(Path(options.root))
     else:
         document = _prune(options.root, keep, dry_run=options.dry_run)
     sys.stdout.write(json.dumps(document) + "\n" if options.json else _text(document))

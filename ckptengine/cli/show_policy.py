@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptengine.errors import UnreadableFormat, UnusableRequest
-from ckptengine.operations.policy_record import read_policy
+from ckptengine.operations.levels.policy_record import read_policy
 from ckptengine.policy.cost import SaveCost
 from ckptengine.policy.interval import AutoInterval
 from ckptengine.tiers.redact import is_url

@@ -25,7 +25,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from ckptengine.checkpointer import Checkpointer
 from ckptengine.demo.corpus import ShuffledLoader, read_corpus
 from ckptengine.demo.gpt import GPT, GPTConfig
-from ckptengine.operations.handle import SaveHandle
+from ckptengine.operations.saving.handle import SaveHandle
 
 
 def build(steps: int, rank: int, world: int) -> dict[str, Any]:

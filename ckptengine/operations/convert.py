@@ -14,11 +14,11 @@ from typing import Any
 
 from ckptengine.errors import DigestMismatch, RuleError, UnusableRequest
 from ckptengine.layout.box import Box
-from ckptengine.operations.convert_dask import run_on_dask
-from ckptengine.operations.convert_digests import digest_of
-from ckptengine.operations.convert_plan import Plan, Planned, make_plan
-from ckptengine.operations.convert_run import Outcome, Progress, finish, run_units
-from ckptengine.operations.convert_workspace import open_workspace
+from ckptengine.operations.converting.on_dask import run_on_dask
+from ckptengine.operations.converting.plan import Plan, Planned, make_plan
+from ckptengine.operations.converting.run import Outcome, Progress, finish, run_units
+from ckptengine.operations.converting.workspace import open_workspace
+from ckptengine.operations.digests import digest_of
 from ckptengine.operations.opening import open_any
 from ckptengine.operations.read import BoxReader
 from ckptengine.sources.port import Source
@@ -72,8 +72,8 @@ def convert(
 ) -> Plan:
     """Convert a checkpoint; returns what was done, or with ``dry_run`` what would be.
 
-    ``to`` is one of `ckptengine.operations.convert_plan.FORMATS`; ``layout`` the parallel layout of formats that have
-    one; ``rules`` a rule file or preset for sources and targets that need it; ``options`` the format's own.
+    ``to`` is one of `ckptengine.operations.converting.plan.FORMATS`; ``layout`` the parallel layout of formats that
+    have one; ``rules`` a rule file or preset for sources and targets that need it; ``options`` the format's own.
     ``verify`` reads the target again.  ``shard`` does one part of the work of a job array: the last part that ends
     commits.  ``dask`` is the address of a scheduler whose workers see both source and target.
 

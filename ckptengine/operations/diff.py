@@ -13,7 +13,7 @@ import numpy.typing as npt
 from ckptengine.layout.box import Box
 from ckptengine.layout.dtypes import itemsize
 from ckptengine.layout.tensor import LogicalTensor
-from ckptengine.operations.convert_digests import blocks
+from ckptengine.operations.digests import blocks
 from ckptengine.operations.element_values import as_numbers
 from ckptengine.operations.read import BoxReader
 from ckptengine.sources.port import Source

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from ckptengine.coordination.alone import Alone
 from ckptengine.coordination.port import Coordinator
 from ckptengine.errors import CheckpointError, Conflict, Damaged, RankTimeout, SaveFailed, UnusableRequest
-from ckptengine.operations.drain_commit import Named, publish
-from ckptengine.operations.peers import Peers
-from ckptengine.operations.progress import progress_log
-from ckptengine.operations.transfer import Budget, DrainFile, Moved, Throttle, Transfer
+from ckptengine.operations.draining.commit import Named, publish
+from ckptengine.operations.draining.peers import Peers
+from ckptengine.operations.draining.progress import progress_log
+from ckptengine.operations.draining.transfer import Budget, DrainFile, Moved, Throttle, Transfer
 from ckptengine.tiers.loop import IoLoop
 from ckptengine.tiers.port import TierPort
 

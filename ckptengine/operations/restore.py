@@ -21,7 +21,7 @@ from ckptengine.errors import (
     UnreadableFormat,
     UnsupportedValue,
 )
-from ckptengine.operations.filling import Fill
+from ckptengine.operations.filling.fill import Fill
 from ckptengine.snapshot import fence
 from ckptengine.sources.native import NativeSource, open_commit
 from ckptengine.sources.optimizers import numbered_groups, with_groups

@@ -24,13 +24,13 @@ from torch.optim.optimizer import Optimizer
 from ckptengine.coordination.port import Coordinator, gather, publish, receive
 from ckptengine.errors import CheckpointError, CoordinationFailed, SaveFailed, StorageFailed, Superseded
 from ckptengine.layout.digest import standard_each
-from ckptengine.operations.attempts import Claims
-from ckptengine.operations.in_flight import InFlight, SaveJob
-from ckptengine.operations.one_place import require_one_place
-from ckptengine.operations.rank_writer import RankWriter, Sealed
-from ckptengine.operations.replicas import check_replicas, held_digests
-from ckptengine.operations.slow_storage import SlowStorage
-from ckptengine.operations.structure import Agreement, Refusal, Structure
+from ckptengine.operations.saving.attempts import Claims
+from ckptengine.operations.saving.in_flight import InFlight, SaveJob
+from ckptengine.operations.saving.one_place import require_one_place
+from ckptengine.operations.saving.rank_writer import RankWriter, Sealed
+from ckptengine.operations.saving.replicas import check_replicas, held_digests
+from ckptengine.operations.saving.slow_storage import SlowStorage
+from ckptengine.operations.saving.structure import Agreement, Refusal, Structure
 from ckptengine.snapshot.capture import Capture
 from ckptengine.snapshot.port import CaptureEngine
 from ckptengine.snapshot.register import Planner

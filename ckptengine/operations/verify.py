@@ -9,7 +9,7 @@ from ckptengine import native
 from ckptengine.errors import CheckpointError, DigestMismatch
 from ckptengine.layout.box import Box
 from ckptengine.layout.cover import prove_cover
-from ckptengine.operations.convert_digests import digest_of
+from ckptengine.operations.digests import digest_of
 from ckptengine.operations.read import BoxReader
 from ckptengine.sources.native import NativeSource
 from ckptengine.sources.port import Checksummed, Files, Source

@@ -23,7 +23,7 @@ ALLOWED = {
     "google_crc32c": ("universal",),
     "ml_dtypes": ("universal",),
     "prometheus_client": ("observe/prometheus.py",),
-    "distributed": ("operations/convert_dask.py",),
+    "distributed": ("operations/converting/on_dask.py",),
     "matplotlib": ("demo/picture.py",),
 }
 """Third-party package -> the folders and modules of the package that may import it."""

@@ -12,7 +12,7 @@ import torch
 import ckptengine as ce
 from ckptengine.checkpointer import Checkpointer
 from ckptengine.errors import SaveFailed, UnusableRequest
-from ckptengine.operations import handle as handles
+from ckptengine.operations.saving import handle as handles
 
 WITHIN_S = 10.0
 

@@ -12,7 +12,7 @@ import pytest
 
 import ckptengine as ce
 from ckptengine.errors import CheckpointError, SaveFailed, UnsupportedValue, UnusableRequest
-from ckptengine.operations.handle import SaveHandle
+from ckptengine.operations.saving.handle import SaveHandle
 
 from .hub import Ranks, outcome, ranks_in_process
 from .states import set_state, state_of

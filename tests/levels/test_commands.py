@@ -106,3 +106,16 @@ def test_show_policy_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[st
     for path in (tmp_path, tmp_path / "bad", tmp_path / "odd", "memory://x/y"):
         assert main(["show", str(path), "--policy"]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_prune_removes_what_a_killed_job_left_of_its_record(tmp_path: Path) -> None:
+    ce.save({"weight": torch.ones(4)}, tmp_path, 1)
+    left = [tmp_path / ".policy.json.tmp", tmp_path / ".policy.json.6628.tmp"]
+    for path in left:
+        path.write_text('{"format"')
+    (tmp_path / ".policy.json").write_text('{"format": 1}')
+    assert main(["prune", str(tmp_path), "--keep-last", "1", "--dry-run"]) == 0
+    assert all(path.exists() for path in left)
+    assert main(["prune", str(tmp_path), "--keep-last", "1"]) == 0
+    assert not any(path.exists() for path in left)
+    assert (tmp_path / ".policy.json").exists()

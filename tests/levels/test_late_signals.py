@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import ckptengine as ce
-from ckptengine.operations.wakeup import Wakeup
+from ckptengine.operations.stopping.wakeup import Wakeup
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CAP = 100_000

@@ -11,7 +11,7 @@ import pytest
 import ckptengine as ce
 from ckptengine.coordination.alone import Alone
 from ckptengine.operations.drain import DrainSettings
-from ckptengine.operations.levels import Levels
+from ckptengine.operations.levels.levels import Levels
 from ckptengine.store.history import CommitRef, History
 from ckptengine.store.root import Root
 

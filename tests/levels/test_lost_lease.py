@@ -16,7 +16,7 @@ import fsspec
 
 import ckptengine as ce
 from ckptengine.errors import SaveFailed, Superseded
-from ckptengine.operations import levels_held
+from ckptengine.operations.levels import held as levels_held
 from ckptengine.tiers.lease import Lease, LeaseTimes
 
 from .jobs import run_steps, state_of

@@ -12,7 +12,7 @@ import pytest
 
 import ckptengine as ce
 from ckptengine.errors import Conflict
-from ckptengine.operations.one_run import place_of
+from ckptengine.operations.levels.one_run import place_of
 
 from .jobs import folder_of, is_exactly, run_steps, state_of
 

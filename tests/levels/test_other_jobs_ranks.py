@@ -24,7 +24,7 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks]:
     """Each on a machine of its own."""
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     number = itertools.count()
-    monkeypatch.setattr("ckptengine.operations.places.host", lambda: f"node-{next(number)}")
+    monkeypatch.setattr("ckptengine.operations.levels.places.host", lambda: f"node-{next(number)}")
     with ranks_in_process(WORLD, monkeypatch) as found:
         yield found
 
@@ -94,7 +94,7 @@ def two_jobs(ranks: Ranks, tmp_path: Path, run: str | None) -> list[Path]:
 def test_ranks_never_restore_from_two_jobs(ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Even where nothing had looked at the tiers before: all that is intact by itself is not of one checkpoint."""
     mixed = two_jobs(ranks, tmp_path, "gpt")
-    monkeypatch.setattr("ckptengine.operations.levels.require_own", lambda *found: None)
+    monkeypatch.setattr("ckptengine.operations.levels.levels.require_own", lambda *found: None)
     with pytest.raises(Damaged, match="rank 1: what it has under the name of this commit is another job's"):
         train(ranks, tmp_path / "a", mixed, 2, "gpt")
 

@@ -10,7 +10,7 @@ import pytest
 import ckptengine as ce
 from ckptengine.errors import CheckpointError, CoordinationFailed
 from ckptengine.operations.drain import DrainSettings
-from ckptengine.operations.levels import Levels
+from ckptengine.operations.levels.levels import Levels
 from ckptengine.store.history import History
 from ckptengine.store.root import Root
 

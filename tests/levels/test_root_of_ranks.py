@@ -10,9 +10,9 @@ import torch
 
 import ckptengine as ce
 from ckptengine.errors import CoordinationFailed, SaveFailed
-from ckptengine.operations import one_place
 from ckptengine.operations.drain import DrainSettings
-from ckptengine.operations.levels import Levels
+from ckptengine.operations.levels.levels import Levels
+from ckptengine.operations.saving import one_place
 from ckptengine.store.history import History
 from ckptengine.store.root import Root
 

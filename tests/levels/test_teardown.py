@@ -15,7 +15,7 @@ import torch
 import ckptengine as ce
 from ckptengine import native
 from ckptengine.coordination.alone import Alone
-from ckptengine.operations.stopping import Stopping
+from ckptengine.operations.stopping.stopping import Stopping
 from ckptengine.snapshot.engines import engine_for
 
 JOB = """

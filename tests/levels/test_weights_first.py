@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import ckptengine as ce
-from ckptengine.operations.stopping import Stopping
-from ckptengine.operations.stopping_order import Pace, weights_root, without_optimizers
+from ckptengine.operations.stopping.last_save import Pace, weights_root, without_optimizers
+from ckptengine.operations.stopping.stopping import Stopping
 
 from .jobs import folder_of
 from .test_signals import finish, until

@@ -11,7 +11,7 @@ import pytest
 
 import ckptengine as ce
 from ckptengine.cli import main
-from ckptengine.operations.stopping_order import weights_root
+from ckptengine.operations.stopping.last_save import weights_root
 from ckptengine.tiers.loop import BlockingTier, IoLoop
 from ckptengine.tiers.spec import open_tier
 

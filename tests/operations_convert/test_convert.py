@@ -32,9 +32,11 @@ from ckptengine.layout.box import Box
 from ckptengine.layout.crc64 import raw_crc64
 from ckptengine.layout.digest import format_digest, raw_to_standard
 from ckptengine.layout.tensor import Fragment, LogicalTensor
-from ckptengine.operations import convert_plan, convert_run, convert_workspace
 from ckptengine.operations.convert import Shard, convert
-from ckptengine.operations.convert_plan import make_plan
+from ckptengine.operations.converting import plan as convert_plan
+from ckptengine.operations.converting import run as convert_run
+from ckptengine.operations.converting import workspace as convert_workspace
+from ckptengine.operations.converting.plan import make_plan
 from ckptengine.operations.opening import open_any
 from ckptengine.operations.read import read_tensor
 from ckptengine.sources.target import LocalTarget
@@ -232,7 +234,7 @@ def test_two_at_once_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 KILL_AFTER = """
 import os, signal, sys
-from ckptengine.operations import convert_run
+from ckptengine.operations.converting import run as convert_run
 from ckptengine.operations.convert import convert
 from ckptengine.universal import write
 

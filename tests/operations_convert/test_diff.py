@@ -16,8 +16,8 @@ from ckptengine.layout.box import Box
 from ckptengine.layout.dtypes import ITEMSIZE
 from ckptengine.operations import diff as diff_module
 from ckptengine.operations.convert import convert
-from ckptengine.operations.convert_digests import blocks
 from ckptengine.operations.diff import diff
+from ckptengine.operations.digests import blocks
 from ckptengine.operations.element_values import as_numbers
 from tests.operations_convert.test_convert import checkpoint, digest
 from tests.universal.checkpoints import FolderSource, content, stored, whole

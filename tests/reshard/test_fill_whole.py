@@ -11,8 +11,8 @@ import torch
 
 import ckptengine as ce
 from ckptengine.errors import DigestMismatch
-from ckptengine.operations.fill_plan import Extents
-from ckptengine.operations.filling import Fill
+from ckptengine.operations.filling.fill import Fill
+from ckptengine.operations.filling.plan import Extents
 from ckptengine.operations.opening import open_any
 from ckptengine.state.fill import Target
 from ckptengine.state.tensors import whole

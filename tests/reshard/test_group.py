@@ -11,7 +11,7 @@ from ckptengine.errors import LayoutError
 from ckptengine.layout import layout_json
 from ckptengine.layout.irregular import Irregular
 from ckptengine.layout.sharding import Layout, Mesh, Shard, Sharding
-from ckptengine.operations.structure import describe
+from ckptengine.operations.saving.structure import describe
 from ckptengine.state.flatten import flatten
 from ckptengine.state.leaves import FlatState
 

@@ -12,7 +12,7 @@ import torch
 import ckptengine as ce
 from ckptengine.checkpointer import Checkpointer
 from ckptengine.errors import SaveFailed
-from ckptengine.operations import one_place
+from ckptengine.operations.saving import one_place
 
 from .simulated import QuickOps, on_ranks
 

@@ -14,7 +14,7 @@ from ckptengine.layout.box import Box
 from ckptengine.layout.mesh import Mesh
 from ckptengine.layout.placement import Replicate, Shard
 from ckptengine.layout.sharding import Sharding
-from ckptengine.operations.filling import Fill
+from ckptengine.operations.filling.fill import Fill
 from ckptengine.operations.opening import open_any
 from ckptengine.state.fill import Target
 from ckptengine.state.tensors import whole

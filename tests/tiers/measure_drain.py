@@ -23,7 +23,7 @@ from typing import Any
 from bench.levels import SCHEMA
 from bench.machine import facts
 from ckptengine.operations.drain import Drain, DrainSettings
-from ckptengine.operations.transfer import DrainFile
+from ckptengine.operations.draining.transfer import DrainFile
 from ckptengine.tiers.local import LocalTier
 from ckptengine.tiers.loop import IoLoop
 from ckptengine.tiers.remote import RemoteTier

@@ -14,9 +14,9 @@ from ckptengine.errors import RankTimeout
 from ckptengine.layout import layout_json
 from ckptengine.layout.digest import GRANULE_BYTES, raw_to_standard
 from ckptengine.layout.sharding import replicated
-from ckptengine.operations.drain_commit import Named
-from ckptengine.operations.level import Landed
-from ckptengine.operations.transfer import DrainFile
+from ckptengine.operations.draining.commit import Named
+from ckptengine.operations.draining.transfer import DrainFile
+from ckptengine.operations.levels.level import Landed
 from ckptengine.plan.write import Owner
 from ckptengine.store import names, rankfile
 from ckptengine.store.manifest import FileRecord, Manifest, TensorRecord

@@ -21,9 +21,9 @@ import pytest
 from ckptengine import native
 from ckptengine.errors import CheckpointError, CoordinationFailed, DigestMismatch, SaveFailed, StorageFailed, Superseded
 from ckptengine.operations.drain import Drain, DrainSettings
-from ckptengine.operations.drain_commit import Named
-from ckptengine.operations.progress import ProgressLog
-from ckptengine.operations.rank_digest import rank_file_digest
+from ckptengine.operations.draining.commit import Named
+from ckptengine.operations.draining.progress import ProgressLog
+from ckptengine.operations.draining.rank_digest import rank_file_digest
 from ckptengine.store import names, rankfile
 from ckptengine.tiers.local import LocalTier, LocalUpload
 from ckptengine.tiers.loop import BlockingTier, IoLoop
@@ -385,7 +385,7 @@ def test_parts_in_memory_are_bounded(loop: IoLoop, source: LocalTier, tmp_path: 
 MEASURED = """
 import sys, threading, pathlib
 from ckptengine.operations.drain import Drain
-from ckptengine.operations.transfer import DrainFile
+from ckptengine.operations.draining.transfer import DrainFile
 from ckptengine.tiers.local import LocalTier
 from ckptengine.tiers.loop import IoLoop
 
@@ -544,7 +544,7 @@ def test_to_s3_without_proof_reads_back(
 KILLED = """
 import sys, pathlib, os, threading
 from ckptengine.operations.drain import Drain, DrainSettings
-from ckptengine.operations.transfer import DrainFile
+from ckptengine.operations.draining.transfer import DrainFile
 from ckptengine.tiers.local import LocalTier
 from ckptengine.tiers.loop import IoLoop
 from ckptengine.tiers.remote import RemoteTier
@@ -578,7 +578,7 @@ def test_an_upload_that_the_server_forgot_starts_anew(loop: IoLoop, source: Loca
     step = write_step(source.root, 100, extents=(12_000_000,))
 
     async def half() -> None:
-        from ckptengine.operations.progress import progress_log
+        from ckptengine.operations.draining.progress import progress_log
 
         file = step.drain_file()
         upload = await s3.upload(file.name, file.size_bytes, 5 << 20)

@@ -13,8 +13,8 @@ import pytest
 from ckptengine.coordination.alone import Alone
 from ckptengine.errors import CoordinationFailed, RootInUse, StorageFailed, Superseded, Truncated, UnusableRequest
 from ckptengine.operations.drain import DrainSettings
-from ckptengine.operations.levels import Levels
-from ckptengine.operations.tiered import TieredReader, open_tiered
+from ckptengine.operations.levels.levels import Levels
+from ckptengine.operations.levels.tiered import TieredReader, open_tiered
 from ckptengine.policy.interval import Every, Soonest
 from ckptengine.policy.keep import Keep
 from ckptengine.store.history import CommitRef, History
@@ -169,7 +169,7 @@ def test_a_failed_hop_leaves_the_step_where_it_is(tmp_path: Path, job: Job) -> N
 def test_a_url_needs_a_landing_and_gets_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("fsspec", reason="fsspec is not installed")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr("ckptengine.operations.landing.SHARED_MEMORY", tmp_path / "none")
+    monkeypatch.setattr("ckptengine.operations.levels.landing.SHARED_MEMORY", tmp_path / "none")
     url = f"memory://{uuid.uuid4().hex}/run"
     job = Job(url, [])
     assert job.levels.landing.is_relative_to(tmp_path)

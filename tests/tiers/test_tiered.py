@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ckptengine.errors import CheckpointError, Damaged, StorageFailed
-from ckptengine.operations.tiered import TieredFiles, TieredReader, open_tiered
+from ckptengine.operations.levels.tiered import TieredFiles, TieredReader, open_tiered
 from ckptengine.sources.port import Files
 from ckptengine.store import names
 from ckptengine.store.history import CommitRef, History

@@ -10,7 +10,7 @@ import torch
 
 import ckptengine as ce
 from ckptengine import native
-from ckptengine.operations import slow_storage
+from ckptengine.operations.saving import slow_storage
 from ckptengine.snapshot.port import Progress
 
 WITHIN_S = 10.0

@@ -109,7 +109,7 @@ def test_show_policy_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_prune_removes_what_a_killed_job_left_of_its_record(tmp_path: Path) -> None:
-    ce.save({"weight": torch.ones(4)}, tmp_path, 1)
+    ce.save(state_of(1), tmp_path, 1)
     left = [tmp_path / ".policy.json.tmp", tmp_path / ".policy.json.6628.tmp"]
     for path in left:
         path.write_text('{"format"')

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from ckptengine.version import version as __version__
 
 if TYPE_CHECKING:
-    from ckptengine.api import Checkpoint, load, save, steps
-    from ckptengine.api import open_checkpoint as open
+    from ckptengine.api import load, save
+    from ckptengine.checkpoint import Checkpoint, steps
+    from ckptengine.checkpoint import open_checkpoint as open
     from ckptengine.checkpointer import Checkpointer
     from ckptengine.errors import CheckpointError
     from ckptengine.operations.convert import convert
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "AutoInterval": "policy.interval",
-    "Checkpoint": "api",
+    "Checkpoint": "checkpoint",
     "CheckpointError": "errors",
     "Checkpointer": "checkpointer",
     "Every": "policy.interval",
@@ -38,10 +39,10 @@ _HOMES = {
     "Tolerate": "policy.failure",
     "convert": "operations.convert",
     "load": "api",
-    "open": "api",
+    "open": "checkpoint",
     "register": "state.registry",
     "save": "api",
-    "steps": "api",
+    "steps": "checkpoint",
 }
 
 __all__ = [

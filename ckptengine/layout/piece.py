@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from ckptengine.layout.box import Box, row_major_strides
 
@@ -40,6 +41,12 @@ class Piece:
         """The piece of ``wanted``, a box inside this piece's own."""
         inner = zip(wanted.offsets, self.box.offsets, self.strides, strict=True)
         return Piece(wanted, self.start + sum((a - b) * stride for a, b, stride in inner), self.strides)
+
+
+@lru_cache(maxsize=4096)
+def whole(shape: tuple[int, ...]) -> tuple[Piece, ...]:
+    """The one piece of a tensor that is held entirely; none of an empty one."""
+    return (Piece.packed(Box.whole(shape)),) if 0 not in shape else ()
 
 
 def packed_pieces(boxes: Sequence[Box]) -> tuple[Piece, ...]:

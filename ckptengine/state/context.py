@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
 from ckptengine.layout.dtypes import itemsize
-from ckptengine.layout.piece import Piece
+from ckptengine.layout.piece import Piece, whole
 from ckptengine.state import names
 from ckptengine.state.collect import Walk
 from ckptengine.state.decoding import Decoder, checked, malformed
@@ -26,7 +26,8 @@ from ckptengine.state.optimizers import ParameterEntry
 from ckptengine.state.scalars import read_dtype, read_shape
 from ckptengine.state.selection import Selection
 from ckptengine.state.sharded import Sharded
-from ckptengine.state.tensors import Described, whole
+from ckptengine.state.target import Target
+from ckptengine.state.tensors import Described
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,18 +50,6 @@ class SavedState:
     digests: Mapping[str, int] = field(default_factory=dict)
     numbered: Mapping[str, Sequence[Sequence[str]]] = field(default_factory=dict)
     offered: object = None
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """Local memory to fill: the ``pieces`` of stored tensor ``name``, into ``tensor`` (any strides, writable).
-
-    The elements of a piece are counted as if ``tensor`` were contiguous, as in `TensorLeaf`.
-    """
-
-    name: str
-    tensor: torch.Tensor
-    pieces: tuple[Piece, ...]
 
 
 @dataclass(frozen=True, slots=True)

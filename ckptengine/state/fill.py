@@ -13,13 +13,14 @@ import torch
 
 from ckptengine.errors import NotFound, RestoreIncomplete, StateMismatch
 from ckptengine.state import random as streams
-from ckptengine.state.context import ABSENT, Absent, Build, Context, OnMissing, SavedState, Target
+from ckptengine.state.context import ABSENT, Absent, Build, Context, OnMissing, SavedState
 from ckptengine.state.encoding import Json
 from ckptengine.state.flatten import collect, no_collection
 from ckptengine.state.names import RankMark, split
 from ckptengine.state.offered import offer
 from ckptengine.state.restore_values import Matcher
 from ckptengine.state.selection import Selection
+from ckptengine.state.target import Target
 from ckptengine.state.tensors import ON_META
 
 __all__ = ["Differences", "Filling", "SavedState", "Target", "prepare"]

@@ -16,9 +16,8 @@ from torch.distributed.tensor.placement_types import Placement as TorchPlacement
 from torch.distributed.tensor.placement_types import _StridedShard as TorchStridedShard
 
 from ckptengine.errors import UnsupportedValue
-from ckptengine.layout.box import Box
 from ckptengine.layout.mesh import Mesh
-from ckptengine.layout.piece import Piece
+from ckptengine.layout.piece import Piece, whole
 from ckptengine.layout.placement import Placement, Replicate, Shard, StridedShard
 from ckptengine.layout.sharding import Irregular, Layout, Sharding
 from ckptengine.state.dtypes import TORCH_DTYPES
@@ -82,12 +81,6 @@ def describe(value: torch.Tensor | Sharded, name: str, *, meta_ok: bool = False)
 def converted(described: Described, dtype: torch.dtype) -> Described:
     """A copy of it in another dtype."""
     return described._replace(tensor=described.tensor.to(dtype), dtype=_DTYPE_NAMES[dtype])
-
-
-@lru_cache(maxsize=4096)
-def whole(shape: tuple[int, ...]) -> tuple[Piece, ...]:
-    """The one piece of a tensor that is held entirely; none of an empty one."""
-    return (Piece.packed(Box.whole(shape)),) if 0 not in shape else ()
 
 
 @lru_cache(maxsize=65536)

@@ -13,13 +13,12 @@ import ckptengine as ce
 from ckptengine import native
 from ckptengine.errors import DigestMismatch, RestoreIncomplete
 from ckptengine.layout.box import Box
-from ckptengine.layout.piece import Piece
+from ckptengine.layout.piece import Piece, whole
 from ckptengine.operations.filling import fill as filling
 from ckptengine.operations.filling import native as fill_native
 from ckptengine.operations.filling.fill import Fill
 from ckptengine.operations.opening import open_any
-from ckptengine.state.fill import Target
-from ckptengine.state.tensors import whole
+from ckptengine.state.target import Target
 
 from .simulated import restore_all, save_all
 

@@ -11,11 +11,11 @@ import torch
 
 import ckptengine as ce
 from ckptengine.errors import DigestMismatch
+from ckptengine.layout.piece import whole
 from ckptengine.operations.filling.fill import Fill
 from ckptengine.operations.filling.plan import Extents
 from ckptengine.operations.opening import open_any
-from ckptengine.state.fill import Target
-from ckptengine.state.tensors import whole
+from ckptengine.state.target import Target
 
 COUNT = 500
 

@@ -12,12 +12,12 @@ import ckptengine as ce
 from ckptengine.errors import CheckpointError, Damaged, LayoutError, RanksDisagree, ReplicasDiffer, StateMismatch
 from ckptengine.layout.box import Box
 from ckptengine.layout.mesh import Mesh
+from ckptengine.layout.piece import whole
 from ckptengine.layout.placement import Replicate, Shard
 from ckptengine.layout.sharding import Sharding
 from ckptengine.operations.filling.fill import Fill
 from ckptengine.operations.opening import open_any
-from ckptengine.state.fill import Target
-from ckptengine.state.tensors import whole
+from ckptengine.state.target import Target
 
 from .simulated import restore_all, save_all
 

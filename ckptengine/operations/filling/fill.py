@@ -27,7 +27,7 @@ from ckptengine.operations.read import BoxReader
 from ckptengine.plan.read import ReadPlan
 from ckptengine.sources.native import NativeSource
 from ckptengine.sources.port import Source
-from ckptengine.state.fill import Target
+from ckptengine.state.target import Target
 
 STAGE_BYTES = 256 << 20
 """Host memory through which tensors are filled that lie on a device or are not contiguous, largest tensor aside."""

@@ -18,7 +18,7 @@ from ckptengine.operations.filling.whole import Wholes
 from ckptengine.plan.read import ReadPlan, Wanted, plan_reads
 from ckptengine.plan.write import stored_overlapping
 from ckptengine.sources.native import NativeSource
-from ckptengine.state.fill import Target
+from ckptengine.state.target import Target
 from ckptengine.store.manifest import TensorRecord
 
 MAX_READ_BYTES = 16 << 20

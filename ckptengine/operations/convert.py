@@ -153,7 +153,11 @@ def _verify(planned: Planned, target: str, digests: Mapping[str, str], rules: Pa
 
         wanted = digests.get(name) or source.digest or digest_of(source, job.read, job.chunk_bytes)
         verified += 1
-        if digest_of(tensor, read, job.chunk_bytes) != wanted:
+        try:
+            same = digest_of(tensor, read, job.chunk_bytes) == wanted
+        except DigestMismatch:  # reading found it first
+            same = False
+        if not same:
             wrong.append(name)
     if wrong:
         raise TargetDiffers(

@@ -18,7 +18,7 @@ from ckptengine.state.leaves import FlatState
 
 def _flat(layout: Layout) -> FlatState:
     flat = flatten({"t": torch.zeros(5, 2)}, random=False)
-    leaf = dataclasses.replace(flat.tensors[0], sharding=layout, global_shape=(10, 2))
+    leaf = flat.tensors[0]._replace(sharding=layout, global_shape=(10, 2))
     return dataclasses.replace(flat, tensors=(leaf,))
 
 

@@ -149,6 +149,8 @@ def test_deepspeed_resumes(
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=29877"]
     script = str(Path(__file__).with_name("resume_deepspeed.py"))
     done = subprocess.run([*command, script], env=environment, capture_output=True, text=True, timeout=280)
+    if done.returncode and "is not supported on your device" in done.stderr:
+        pytest.skip("DeepSpeed refuses fp16 on this processor")
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((tmp_path / "notes.json").read_text()) == {"note": "seven", "steps": 3}
     loaded, truth = truth_of_safetensors(tmp_path / "loaded.safetensors"), contents(source)

@@ -14,7 +14,8 @@ from dataclasses import replace
 from ckptengine.errors import CheckpointError, NotFound
 from ckptengine.layout.tensor import LogicalTensor
 from ckptengine.sources.optimizers import optimizers_in
-from ckptengine.sources.port import Files, HoldsEncodedValues, Source, Verifying
+from ckptengine.sources.port import HoldsEncodedValues, Source, Verifying
+from ckptengine.sources.wrapping import Wrapping
 from ckptengine.state import names as canonical
 
 STATE = ".state."
@@ -58,29 +59,13 @@ def spelled(source: Source) -> Source:
     return _VerifyingSpelled(source, renamed) if isinstance(source, Verifying) else _Spelled(source, renamed)
 
 
-class _Spelled:
+class _Spelled(Wrapping):
     """See `Source` and `HoldsEncodedValues`."""
 
     def __init__(self, base: Source, renamed: Mapping[str, str]) -> None:
-        self._base = base
+        super().__init__(base)
         self._renamed = renamed
         self._origins = {renamed.get(name, name): name for name in base.names()}
-
-    @property
-    def format(self) -> str:
-        return self._base.format
-
-    @property
-    def step(self) -> int | None:
-        return self._base.step
-
-    @property
-    def metrics(self) -> Mapping[str, float]:
-        return self._base.metrics
-
-    @property
-    def files(self) -> Files:
-        return self._base.files
 
     def names(self) -> Sequence[str]:
         return list(self._origins)

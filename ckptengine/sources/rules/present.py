@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from ckptengine.errors import NotFound, RuleError
 from ckptengine.layout.tensor import LogicalTensor
-from ckptengine.sources.port import Checksummed, Files, Source, Verifying
+from ckptengine.sources.port import Checksummed, Source, Verifying
 from ckptengine.sources.rules.algebra import (
     Placed,
     Segment,
@@ -24,6 +24,7 @@ from ckptengine.sources.rules.algebra import (
 from ckptengine.sources.rules.captures import Captures
 from ckptengine.sources.rules.language import Regroup, Rule, Rules, View
 from ckptengine.sources.rules.names import Canonical, Names
+from ckptengine.sources.wrapping import Wrapping
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +67,9 @@ def present(source: Source, rules: Rules) -> Source:
     return _VerifyingView(source, rules) if isinstance(source, Verifying) else _View(source, rules)
 
 
-class _View:
+class _View(Wrapping):
     def __init__(self, base: Source, rules: Rules) -> None:
-        self._base = base
+        super().__init__(base)
         self._rules = rules
         names = list(base.names())
         self._names = Names(names)
@@ -91,22 +92,6 @@ class _View:
                 self._complete(recipe_name, recipe)
 
     # the port
-
-    @property
-    def format(self) -> str:
-        return self._base.format
-
-    @property
-    def step(self) -> int | None:
-        return self._base.step
-
-    @property
-    def metrics(self) -> Mapping[str, float]:
-        return self._base.metrics
-
-    @property
-    def files(self) -> Files:
-        return self._base.files
 
     def names(self) -> Sequence[str]:
         return [*self._recipes, *(alias for alias in self._aliases if alias not in self._recipes)]

@@ -62,8 +62,6 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "zero2_dp3_aligned_roundrobin": (
         3, {"stage": 2, "odd": True, "zero": {"parameter_alignment": True, "round_robin_gradients": True}}),
     "zero2_dp4_roundrobin_odd": (4, {"stage": 2, "odd": True, "zero": {"round_robin_gradients": True}}),
-    "zero1_dp2_masters_bf16": (
-        2, {"stage": 1, "config": {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}}),
     "zero2_dp2_states_bf16": (
         2, {"stage": 2, "config": {"bf16": {
             "enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}}}),

@@ -19,6 +19,7 @@ from ckptengine.operations.convert import convert
 from ckptengine.sources.detect import open_source
 from ckptengine.sources.torchrecords import cast
 
+from ..tiers.services import free_port
 from .reading import read_bytes, truth_of_safetensors
 
 ARCHIVE = Path(__file__).parent / "data" / "deepspeed.tar.xz"
@@ -146,7 +147,13 @@ def test_deepspeed_resumes(
     options = {**options, "universal": to.endswith("universal")}
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "OPTIONS": json.dumps(options)}
     environment |= {"CHECKPOINT": str(tmp_path / "target"), "OUT": str(tmp_path)}
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=29877"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nproc_per_node={ranks}",
+        f"--master_port={free_port()}",
+    ]
     script = str(Path(__file__).with_name("resume_deepspeed.py"))
     done = subprocess.run([*command, script], env=environment, capture_output=True, text=True, timeout=280)
     if done.returncode and "is not supported on your device" in done.stderr:

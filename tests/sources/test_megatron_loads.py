@@ -19,6 +19,7 @@ from ckptengine.errors import RuleError, UnusableRequest
 from ckptengine.operations.convert import convert
 from ckptengine.sources.detect import open_source
 
+from ..tiers.services import free_port
 from .reading import read_bytes, truth_of_safetensors
 
 ARCHIVE = Path(__file__).parent / "data" / "megatron.tar.xz"
@@ -151,7 +152,13 @@ INSTALLED = all(importlib.util.find_spec(name) is not None for name in ("megatro
 def torchrun(script: str, ranks: int, options: dict[str, Any], checkpoint: Path, out: Path, mode: str = "") -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPTIONS": json.dumps(options), "PYTHONWARNINGS": "ignore"}
     environment |= {"CHECKPOINT": str(checkpoint), "OUT": str(out), "MODE": mode}
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=29899"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nproc_per_node={ranks}",
+        f"--master_port={free_port()}",
+    ]
     path = str(Path(__file__).with_name(script))
     done = subprocess.run([*command, path], env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]

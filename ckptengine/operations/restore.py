@@ -27,8 +27,8 @@ from ckptengine.sources.native import NativeSource, open_commit
 from ckptengine.sources.optimizers import numbered_groups, with_groups
 from ckptengine.sources.port import Files, HoldsEncodedValues, Source
 from ckptengine.state import random as streams
+from ckptengine.state.collection import no_collection
 from ckptengine.state.fill import Differences, Filling, SavedState, prepare
-from ckptengine.state.flatten import no_collection
 from ckptengine.store.history import CommitRef
 from ckptengine.store.root import Root
 

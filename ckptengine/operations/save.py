@@ -35,7 +35,7 @@ from ckptengine.snapshot.capture import Capture
 from ckptengine.snapshot.port import CaptureEngine
 from ckptengine.snapshot.register import Planner
 from ckptengine.snapshot.streams import behind
-from ckptengine.state.flatten import no_collection
+from ckptengine.state.collection import no_collection
 from ckptengine.state.merge import merge_aliases, merge_values
 from ckptengine.store import names
 from ckptengine.store.files import Unsettled, make_dirs

@@ -16,7 +16,7 @@ from ckptengine.snapshot.capture import LazySet
 from ckptengine.snapshot.port import Extents
 from ckptengine.snapshot.streams import Marks, cuda_devices, mark
 from ckptengine.snapshot.witness import Watched, Witnesses
-from ckptengine.state.flatten import no_collection
+from ckptengine.state.collection import no_collection
 from ckptengine.state.leaves import TensorLeaf
 
 

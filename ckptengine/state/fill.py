@@ -13,9 +13,10 @@ import torch
 
 from ckptengine.errors import NotFound, RestoreIncomplete, StateMismatch
 from ckptengine.state import random as streams
+from ckptengine.state.collection import no_collection
 from ckptengine.state.context import ABSENT, Absent, Build, Context, OnMissing, SavedState
 from ckptengine.state.encoding import Json
-from ckptengine.state.flatten import collect, no_collection
+from ckptengine.state.flatten import collect
 from ckptengine.state.names import RankMark, split
 from ckptengine.state.offered import offer
 from ckptengine.state.restore_values import Matcher

@@ -8,7 +8,7 @@ from ckptengine.errors import UnusableRequest
 from ckptengine.layout.sharding import Layout
 from ckptengine.state import random as streams
 from ckptengine.state.collect import Collector, Found, Walk
-from ckptengine.state.collection import no_collection as no_collection
+from ckptengine.state.collection import no_collection
 from ckptengine.state.encoding import Json
 from ckptengine.state.leaves import FlatState, TensorLeaf
 

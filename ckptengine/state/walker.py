@@ -11,8 +11,9 @@ from torch.optim import Optimizer
 
 from ckptengine.state import modules, names, random
 from ckptengine.state.collect import Collector, TensorLike, Walk
+from ckptengine.state.collection import no_collection
 from ckptengine.state.encoding import Json, items_of
-from ckptengine.state.flatten import collect, freeze, leaf_of, no_collection
+from ckptengine.state.flatten import collect, freeze, leaf_of
 from ckptengine.state.laid import Laid, laid_of, lies_elsewhere
 from ckptengine.state.leaves import FlatState
 from ckptengine.state.optimizers import OptimizerView

@@ -25,7 +25,7 @@ from ckptengine.layout.placement import Replicate
 from ckptengine.layout.sharding import Layout, Sharding, replicated
 from ckptengine.operations.saving.attempts import Claims
 from ckptengine.plan.write import Planned, Writer, assign_writers, stored_pieces, writer_from_json, writer_to_json
-from ckptengine.state.flatten import no_collection
+from ckptengine.state.collection import no_collection
 from ckptengine.state.leaves import FlatState, TensorLeaf
 from ckptengine.store.envelope import canonical
 

@@ -65,7 +65,7 @@ def available() -> bool:
 
 
 def backend() -> str:
-    """What digests are computed with: ``vpclmul``, ``clmul``, ``table`` or ``portable``."""
+    """What digests are computed with: ``vpclmul``, ``vpclmul256``, ``clmul``, ``table`` or ``portable``."""
     return str(library.crc_backend()) if library is not None else "portable"
 
 

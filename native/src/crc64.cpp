@@ -1,9 +1,11 @@
 #include "crc64.hpp"
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <bit>
 #include <cstring>
+#include <iterator>
 
 #include "crc64_backends.hpp"
 #include "gf64.hpp"
@@ -75,25 +77,44 @@ std::uint64_t table_digest_runs(const std::uint8_t* data, std::size_t run_bytes,
     return sum;
 }
 
-const CrcBackend* best_backend() noexcept {
+#if defined(__x86_64__)
+[[maybe_unused]] bool has_clmul() noexcept { return __builtin_cpu_supports("pclmul") != 0 && __builtin_cpu_supports("sse4.1") != 0; }
+[[maybe_unused]] bool has_vpclmul256() noexcept {
+    return __builtin_cpu_supports("vpclmulqdq") != 0 && __builtin_cpu_supports("avx2") != 0 && has_clmul();
+}
+[[maybe_unused]] bool has_vpclmul() noexcept {
+    return has_vpclmul256() && __builtin_cpu_supports("avx512f") != 0 && __builtin_cpu_supports("avx512dq") != 0;
+}
+#elif defined(__aarch64__) && defined(__linux__)
+bool has_clmul() noexcept { return (getauxval(AT_HWCAP) & HWCAP_PMULL) != 0; }
+#else
+[[maybe_unused]] bool has_clmul() noexcept { return true; }  // a backend that is built runs
+#endif
+bool has_table() noexcept { return true; }
+
+struct Candidate {
+    const CrcBackend* backend;
+    bool (*runs_here)() noexcept;
+};
+
+// What this build contains, the fastest first.
+constexpr Candidate kCandidates[] = {
 #if defined(CKPT_HAVE_VPCLMUL)
-    if (__builtin_cpu_supports("vpclmulqdq") != 0 && __builtin_cpu_supports("avx512f") != 0 &&
-        __builtin_cpu_supports("avx512dq") != 0) {
-        return &kVpclmulCrc;
-    }
+    {&kVpclmulCrc, has_vpclmul},
 #endif
-#if defined(CKPT_HAVE_CLMUL) && defined(__x86_64__)
-    if (__builtin_cpu_supports("pclmul") != 0 && __builtin_cpu_supports("sse4.1") != 0) {
-        return &kClmulCrc;
-    }
-#elif defined(CKPT_HAVE_CLMUL) && defined(__aarch64__) && defined(__linux__)
-    if ((getauxval(AT_HWCAP) & HWCAP_PMULL) != 0) {
-        return &kClmulCrc;
-    }
-#elif defined(CKPT_HAVE_CLMUL)
-    return &kClmulCrc;
+#if defined(CKPT_HAVE_VPCLMUL256)
+    {&kVpclmul256Crc, has_vpclmul256},
 #endif
-    return &kTableCrc;
+#if defined(CKPT_HAVE_CLMUL)
+    {&kClmulCrc, has_clmul},
+#endif
+    {&kTableCrc, has_table},
+};
+
+const CrcBackend* best_backend() noexcept {
+    return std::find_if(std::begin(kCandidates), std::end(kCandidates),
+                        [](const Candidate& candidate) { return candidate.runs_here(); })
+        ->backend;
 }
 
 std::atomic<const CrcBackend*>& current_backend() noexcept {
@@ -123,23 +144,13 @@ const CrcBackend kTableCrc{"table", table_digest, table_copy_digest, table_diges
 const CrcBackend& crc_backend() noexcept { return *current_backend().load(std::memory_order_relaxed); }
 
 bool select_crc_backend(const char* name) noexcept {
-    const CrcBackend* best = best_backend();
-    const CrcBackend* chosen = nullptr;
-    if (std::strcmp(name, best->name) == 0) {
-        chosen = best;
-    } else if (std::strcmp(name, "table") == 0) {
-        chosen = &kTableCrc;
+    for (const Candidate& candidate : kCandidates) {
+        if (std::strcmp(name, candidate.backend->name) == 0 && candidate.runs_here()) {
+            current_backend().store(candidate.backend, std::memory_order_relaxed);
+            return true;
+        }
     }
-#if defined(CKPT_HAVE_CLMUL)
-    else if (std::strcmp(name, "clmul") == 0 && best != &kTableCrc) {
-        chosen = &kClmulCrc;
-    }
-#endif
-    if (chosen == nullptr) {
-        return false;
-    }
-    current_backend().store(chosen, std::memory_order_relaxed);
-    return true;
+    return false;
 }
 
 std::uint64_t crc_byte_power(std::uint64_t bytes) noexcept {

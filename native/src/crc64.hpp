@@ -29,7 +29,7 @@ struct CrcBackend {
 
 // The fastest backend of this processor, or the one chosen by select_crc_backend.
 const CrcBackend& crc_backend() noexcept;
-// "table", "clmul" or "vpclmul"; false when this build or processor lacks it. Not for use while others digest.
+// "table", "clmul", "vpclmul256" or "vpclmul"; false when this build or processor lacks it. Not for use while others digest.
 bool select_crc_backend(const char* name) noexcept;
 
 inline std::uint64_t crc_digest(const void* data, std::size_t size) noexcept {

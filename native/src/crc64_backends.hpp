@@ -12,5 +12,8 @@ extern const CrcBackend kClmulCrc;
 #if defined(CKPT_HAVE_VPCLMUL)
 extern const CrcBackend kVpclmulCrc;
 #endif
+#if defined(CKPT_HAVE_VPCLMUL256)
+extern const CrcBackend kVpclmul256Crc;
+#endif
 
 }  // namespace ckpt

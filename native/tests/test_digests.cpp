@@ -5,7 +5,7 @@
 namespace ckpt::test {
 namespace {
 
-const char* const kBackends[] = {"table", "clmul", "vpclmul"};
+const char* const kBackends[] = {"table", "clmul", "vpclmul256", "vpclmul"};
 
 // Runs `body` on every backend that this machine has, and leaves the fastest one chosen.
 template <typename Body>

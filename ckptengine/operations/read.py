@@ -28,6 +28,7 @@ from ckptengine.layout.cover import prove_cover
 from ckptengine.layout.digest import format_digest, raw_to_standard
 from ckptengine.layout.dtypes import itemsize
 from ckptengine.layout.tensor import Fragment, LogicalTensor
+from ckptengine.sources import buffers
 from ckptengine.sources.port import Files, Verifying
 
 SCRATCH_BYTES = 4 << 20
@@ -387,7 +388,8 @@ def _run_tasks(read_into: ReadInto, tasks: Iterable[_Task], target: _Target) -> 
 def _scatter(scratch: npt.NDArray[np.uint8], piece: _Piece, at: int, target: _Target) -> None:
     if piece.run is not None:
         assert target.flat is not None
-        target.flat[piece.run : piece.run + piece.span_bytes] = scratch.data[at : at + piece.span_bytes]
+        flat = target.flat[piece.run : piece.run + piece.span_bytes]
+        buffers.copy(flat, scratch.data[at : at + piece.span_bytes])
         return
     stored: Array = np.ndarray(
         piece.box.shape, target.units.dtype, buffer=scratch, offset=at, strides=piece.strides_bytes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ckptengine.errors import Truncated
+from ckptengine.sources import buffers
 from ckptengine.sources.port import Files
 
 LEAST_BYTES = 1 << 20
@@ -66,7 +66,7 @@ class DirectReads:
         mine = self._mine()
         if mine.holds(path, offset, len(view)):
             at = offset - mine.start
-            view[:] = mine.buffer[at : at + len(view)]
+            buffers.copy(view, mine.buffer[at : at + len(view)])
             mine.last_end = offset + len(view)
             mine.streak_bytes += len(view)
             return
@@ -108,7 +108,7 @@ class DirectReads:
                 while first < len(group) and group[first][0] < stop:
                     offset, view = group[first]
                     a, b = max(offset, start), min(offset + len(view), stop)
-                    view[a - offset : b - offset] = mine.buffer[a - start : b - start]
+                    buffers.copy(view[a - offset : b - offset], mine.buffer[a - start : b - start])
                     if b < offset + len(view):
                         break
                     first += 1
@@ -141,7 +141,7 @@ class DirectReads:
                 take = min(start + mine.length - at, len(view) - done)
                 if take <= 0:
                     raise Truncated(f"{self._files.root}/{path} ends at byte {at}, {len(view) - done} bytes too early")
-                view[done : done + take] = mine.buffer[at - start : at - start + take]
+                buffers.copy(view[done : done + take], mine.buffer[at - start : at - start + take])
                 done += take
         except OSError:
             self._refused = True
@@ -154,7 +154,7 @@ class DirectReads:
 
     def _mine(self) -> _Thread:
         if not hasattr(self._threads, "mine"):
-            self._threads.mine = _Thread(memoryview(mmap.mmap(-1, BUFFER_BYTES)))
+            self._threads.mine = _Thread(memoryview(buffers.take(BUFFER_BYTES)))
         found: _Thread = self._threads.mine
         return found
 

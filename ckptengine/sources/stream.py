@@ -5,13 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 import mmap
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 from ckptengine.layout.box import Box
 from ckptengine.layout.dtypes import itemsize
 from ckptengine.layout.flat import flat_boxes
+from ckptengine.sources import buffers
 from ckptengine.sources.direct import BUFFER_BYTES
 from ckptengine.sources.writer import Job
 
@@ -63,8 +65,9 @@ def stream_boxes(
     batches = _batches(job, boxes)
     first, second = next(batches, None), next(batches, None)
     if first is not None and second is None:  # a small file: threads and buffers would cost more than it does
-        buffer = mmap.mmap(-1, max(1, min(buffer_bytes(job), sum(part.nbytes for part in first))))
+        buffer = buffers.take(buffer_bytes(job))
         _hand_over(first, _read(job, first, buffer), write, begin)
+        buffers.give(buffer)
     elif first is not None and second is not None:
         _stream(job, itertools.chain([first, second], batches), write, begin)
 
@@ -75,15 +78,16 @@ def _stream(
     write: Callable[[memoryview], None],
     begin: Callable[[int], None],
 ) -> None:
-    free = [mmap.mmap(-1, buffer_bytes(job)) for _ in range(BUFFERS)]  # aligned, for reads past the page cache
+    free = [buffers.take(buffer_bytes(job)) for _ in range(BUFFERS)]
     waiting: list[tuple[Future[list[memoryview]], list[_Part], mmap.mmap]] = []
-    with ThreadPoolExecutor(READERS, thread_name_prefix="ckptengine-read") as reader:
+    reader = _readers()
 
-        def drain() -> None:
-            future, batch, buffer = waiting.pop(0)
-            _hand_over(batch, future.result(), write, begin)
-            free.append(buffer)
+    def drain() -> None:
+        future, batch, buffer = waiting.pop(0)
+        _hand_over(batch, future.result(), write, begin)
+        free.append(buffer)
 
+    try:
         for batch in batches:
             if len(waiting) == BUFFERS:
                 drain()
@@ -91,6 +95,21 @@ def _stream(
             waiting.append((reader.submit(_read, job, batch, buffer), batch, buffer))
         while waiting:
             drain()
+    finally:
+        wait(future for future, _, _ in waiting)
+    for buffer in free:
+        buffers.give(buffer)
+
+
+_threads = threading.local()
+
+
+def _readers() -> ThreadPoolExecutor:
+    """The readers of this thread, which live as long as it does: a file is often too small to start some for it."""
+    if not hasattr(_threads, "readers"):
+        _threads.readers = ThreadPoolExecutor(READERS, thread_name_prefix="ckptengine-read")
+    found: ThreadPoolExecutor = _threads.readers
+    return found
 
 
 def _hand_over(

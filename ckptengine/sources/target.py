@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ckptengine.errors import CheckpointError, StorageFailed
+from ckptengine.sources import buffers
 from ckptengine.sources.files import beneath, without_credentials
 from ckptengine.sources.writer import Sink
 from ckptengine.store.files import guarded, storage_failed
@@ -168,14 +169,15 @@ class LocalSink:
             if len(self._small) + len(view) < DIRECT_BYTES:
                 self._small += view
                 return
-            self._buffer = mmap.mmap(-1, BUFFER_BYTES)
+            self._buffer = buffers.take(BUFFER_BYTES)
             self._direct = _set_direct(self._fd, True)
             small, self._small = self._small, bytearray()
             self.write(small)
         view = view[self._write_in_place(view) :]
         while len(view):
             part = min(len(view), BUFFER_BYTES - self._filled)
-            self._buffer[self._filled : self._filled + part] = view[:part]
+            with memoryview(self._buffer) as whole:
+                buffers.copy(whole[self._filled : self._filled + part], view[:part])
             self._filled += part
             view = view[part:]
             if self._filled == BUFFER_BYTES:
@@ -233,7 +235,9 @@ class LocalSink:
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
             os.close(fd)
-            self._buffer = None  # unmapped when the last view of it is gone
+            if self._buffer is not None:
+                buffers.give(self._buffer)
+                self._buffer = None
 
 
 _FLAGS = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW

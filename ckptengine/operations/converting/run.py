@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from ckptengine.operations.converting.plan import Planned
 from ckptengine.operations.converting.workspace import Workspace
 from ckptengine.operations.digests import Seen, combine, compare
+from ckptengine.sources import buffers
 from ckptengine.sources.writer import Document, Job, Unit, WritesFile
 from ckptengine.state.collection import no_collection
 
@@ -36,12 +37,15 @@ def run_units(planned: Planned, workspace: Workspace, units: Sequence[Unit], pro
         with budget.take(unit.memory_bytes):
             write_unit(planned, workspace, unit, meter.add)
 
-    with ThreadPoolExecutor(planned.plan.workers, thread_name_prefix="ckptengine-convert") as pool:
-        futures = [pool.submit(work, unit) for unit in left]
-        try:
-            wait(futures, return_when=FIRST_EXCEPTION)
-        finally:
-            stopped.set()
+    try:
+        with ThreadPoolExecutor(planned.plan.workers, thread_name_prefix="ckptengine-convert") as pool:
+            futures = [pool.submit(work, unit) for unit in left]
+            try:
+                wait(futures, return_when=FIRST_EXCEPTION)
+            finally:
+                stopped.set()
+    finally:
+        buffers.clear()
     for future in futures:
         future.result()
 

@@ -23,11 +23,6 @@ class Step:
     end_s: float
     blocked_s: float
 
-    @property
-    def compute_s(self) -> float:
-        """The step without what the engine blocked."""
-        return self.end_s - self.start_s - self.blocked_s
-
 
 @dataclasses.dataclass(slots=True)
 class Save:
@@ -112,7 +107,6 @@ class Trainer:
         self._per_batch = shape.batch * shape.context
         text = tokens(shape.vocabulary, self._per_batch * (longest_block + 1) + 1)
         self._text = text.to(next(state.model.parameters()).device)
-        self.sizes_bytes: list[int] = []
 
     def batch(self, number: int) -> tuple[Any, Any]:
         """Inputs and targets of one step: int64[batch, context] each."""

@@ -156,7 +156,6 @@ class Job:
     metrics: Mapping[str, float]
     layout: Layout
     chunk_bytes: int
-    unit_memory_bytes: int
     options: Mapping[str, object] = field(default_factory=dict)
     provenance: Mapping[str, object] = field(default_factory=dict)
     rules: object = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -44,11 +43,6 @@ class TensorLeaf(NamedTuple):  # quick to make: there may be a hundred thousand
     def local_bytes(self) -> int:
         """Bytes of the elements that this rank holds."""
         return sum(piece.size for piece in self.pieces) * itemsize(self.dtype)
-
-    @property
-    def global_bytes(self) -> int:
-        """Bytes of the logical tensor."""
-        return math.prod(self.global_shape) * itemsize(self.dtype)
 
 
 @dataclass(frozen=True, slots=True)

@@ -145,7 +145,6 @@ def make_plan(
         metrics=source.metrics,
         layout=layout or Layout(),
         chunk_bytes=max(LEAST_CHUNK_BYTES, min(CHUNK_BYTES, memory_bytes // (4 * threads))),
-        unit_memory_bytes=memory_bytes // threads,
         options=dict(options or {}),
         provenance=_provenance(source, rules),
         rules=rules,

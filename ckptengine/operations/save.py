@@ -105,13 +105,14 @@ class Saver:
                 continue
             started_s = time.perf_counter()
             budget_s = self._settings.stall_budget_s
-            if self._flight.wait_ready(job, budget_s) and job.capture is not None:
+            ready = self._flight.wait_ready(job, budget_s)
+            if job.capture is None and not ready:  # before it is looked at again: `_write` does so the other way round
+                job.cancelled = SaveFailed(f"the save of step {job.step} did not start within the stall budget")
+            if job.capture is not None:
                 left_s = None if budget_s is None else max(0.0, budget_s - (time.perf_counter() - started_s))
                 waiting_s = time.perf_counter()
                 job.capture.fence(optimizer, left_s)
                 self._slow.look(job.step, job.capture.progress(), time.perf_counter() - waiting_s)
-            elif job.capture is None and not job.ready:
-                job.cancelled = SaveFailed(f"the save of step {job.step} did not start within the stall budget")
             job.handle.add_ms("fence_ms", (time.perf_counter() - started_s) * 1e3)
             job.handle.event("fence", started_s, thread="training")
 

@@ -149,14 +149,14 @@ class Capture:
         with self._lock:
             places = places[self._waiting[places]]
             torn = [self._lazy.leaves[place].name for place in self._changed(places)] if self._error is None else []
-            self._let_go(places)
-        if torn:
-            self._tear(
-                TornCapture(
-                    f"{_some(torn)} changed while being captured; this save is void. Change live tensors only after "
-                    "Checkpointer.fence(), which optimizers call by themselves"
+            if torn:  # first: a Ctrl-C in between must not lose it
+                self._tear(
+                    TornCapture(
+                        f"{_some(torn)} changed while being captured; this save is void. Change live tensors only "
+                        "after Checkpointer.fence(), which optimizers call by themselves"
+                    )
                 )
-            )
+            self._let_go(places)
 
     def _changed(self, places: Places) -> list[int]:
         """Those of some places that are not as they were at registration, or not as they were captured."""

@@ -30,7 +30,8 @@ class Fenced(Protocol):
         """``optimizer`` has overwritten its parameters and states: one epoch has passed for them."""
 
 
-_live: weakref.WeakSet[Any] = weakref.WeakSet()
+_watched: tuple[weakref.ref[Fenced], ...] = ()
+"""Replaced as a whole, never changed: an update looks through it while another thread watches something new."""
 _guard = threading.Lock()
 _handles: list[Any] = []
 _pid = os.getpid()
@@ -38,9 +39,9 @@ _pid = os.getpid()
 
 def watch(target: Fenced) -> None:
     """Fence ``target`` before every optimizer step from now on, for as long as it lives."""
-    global _pid
+    global _pid, _watched
     with _guard:
-        _live.add(target)
+        _watched = (*map(weakref.ref, _live()), weakref.ref(target))
         if not _handles or _pid != os.getpid():
             _handles[:] = [register_optimizer_step_pre_hook(_before), register_optimizer_step_post_hook(_after)]
             _pid = os.getpid()
@@ -48,17 +49,22 @@ def watch(target: Fenced) -> None:
 
 def unwatch(target: Fenced) -> None:
     """Stop fencing ``target``; the hooks go with the last one."""
+    global _watched
     with _guard:
-        _live.discard(target)
-        if not _live:
+        _watched = tuple(weakref.ref(known) for known in _live() if known is not target)
+        if not _watched:
             for handle in _handles:
                 handle.remove()
             _handles.clear()
 
 
+def _live() -> list[Fenced]:
+    return [target for known in _watched if (target := known()) is not None]
+
+
 def before_any_update() -> None:
     """Fence every live checkpointer of the process: what anybody is still capturing may change when this returns."""
-    for target in list(_live):
+    for target in _live():
         target.before_update(None)
 
 
@@ -70,12 +76,12 @@ def _not_traced(hook: T) -> T:
 
 
 def _before_all(optimizer: Optimizer) -> None:
-    for target in list(_live):
+    for target in _live():
         target.before_update(optimizer)
 
 
 def _after_all(optimizer: Optimizer) -> None:
-    for target in list(_live):
+    for target in _live():
         target.after_update(optimizer)
 
 

@@ -24,6 +24,7 @@ from ckptengine.layout.box import Box
 from ckptengine.layout.digest import GRANULE_BYTES, combine, shift
 from ckptengine.snapshot.port import Digests, Extent, Extents, Progress
 from ckptengine.snapshot.streams import current, on
+from ckptengine.snapshot.waiting import Waiting
 from ckptengine.store.files import FileOps, write_all
 
 CHUNK_BYTES = 4 << 20
@@ -69,8 +70,8 @@ class PlainJob:
         self._extents = list(extents)
         self._streams = current(extents.regions)
         self._begin, self._end = begin, end
-        self._guard = threading.RLock()  # entered as it is: a Ctrl-C cannot leave it taken, as it can a condition
-        self._changed = threading.Condition(self._guard)
+        self._guard = threading.RLock()
+        self._changed = Waiting()
         self._pending = deque(range(len(self._extents)))
         self._captured = [False] * len(self._extents)
         self._done = False
@@ -96,9 +97,8 @@ class PlainJob:
         except BaseException as error:  # a handle never loses an error
             self._error = SaveFailed(f"{self._path}: capture failed: {type(error).__name__}: {error}")
             self._error.__cause__ = error
-        with self._guard:
-            self._done = True
-            self._changed.notify_all()
+        self._done = True
+        self._changed.notify_all()
 
     def _next(self) -> int | None:
         with self._guard:
@@ -152,9 +152,8 @@ class PlainJob:
             self._contributions[number] = shift(raw, _bytes_after(extent))
 
     def _mark(self, number: int) -> None:
-        with self._guard:
-            self._captured[number] = True
-            self._changed.notify_all()
+        self._captured[number] = True
+        self._changed.notify_all()
 
     def _event(self, name: str, started_s: float, nbytes: int) -> None:
         now_s = time.perf_counter()
@@ -168,16 +167,15 @@ class PlainJob:
 
     def wait_captured(self, extents: Sequence[int] | None = None, timeout_s: float | None = None) -> bool:
         wanted = range(len(self._extents)) if extents is None else extents
-        with self._guard:
-            if extents is not None:
+        if extents is not None:
+            with self._guard:
                 urgent = {number for number in extents if not self._captured[number]}
                 ahead = [number for number in self._pending if number in urgent]
                 self._pending = deque(ahead + [number for number in self._pending if number not in urgent])
-            return self._changed.wait_for(lambda: self._done or all(self._captured[n] for n in wanted), timeout_s)
+        return self._changed.wait_for(lambda: self._done or all(self._captured[n] for n in wanted), timeout_s)
 
     def wait_written(self, timeout_s: float | None = None) -> bool:
-        with self._guard:
-            finished = self._changed.wait_for(lambda: self._done, timeout_s)
+        finished = self._changed.wait_for(lambda: self._done, timeout_s)
         if finished and self._error is not None:
             raise self._error
         return finished
@@ -214,14 +212,11 @@ class PlainJob:
         return list(self._events)
 
     def stop(self) -> None:
-        with self._guard:
-            self._stop = True
-            self._changed.notify_all()
+        self._stop = True
 
     def cancel(self) -> None:
         self.stop()
-        with self._guard:
-            self._changed.wait_for(lambda: self._done)
+        self._changed.wait_for(lambda: self._done)
 
 
 def _sampled(samples: int, count: int) -> list[int]:

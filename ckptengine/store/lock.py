@@ -76,6 +76,15 @@ class RootLock:
         self._fd, self._key = fd, (status.st_dev, status.st_ino)
         _held[self._key] = self._path
 
+    @property
+    def stands(self) -> bool:
+        """Whether the file that is locked is still the one of that name: not once the root was removed or replaced."""
+        try:
+            status = os.stat(self._path)
+        except OSError:
+            return False
+        return (status.st_dev, status.st_ino) == self._key
+
     def release(self) -> None:
         """Give the root up; safe to call twice, and nothing in a forked child."""
         with _held_guard:

@@ -130,12 +130,14 @@ class Root:
         )
 
     def check_newest(self, attempt: int) -> None:
-        """`Superseded` when a newer attempt has been claimed."""
-        newest = self.history.attempt_numbers()[-1:]
-        if newest and newest[0] > attempt:
+        """`Superseded` when a newer attempt has been claimed, or the claim of this one is not there any more."""
+        claimed = self.history.attempt_numbers()
+        if claimed and claimed[-1] > attempt:
             raise Superseded(
-                f"{self.path}: attempt {newest[0]} took over from attempt {attempt}; this job may not commit any more"
+                f"{self.path}: attempt {claimed[-1]} took over from attempt {attempt}; this job may not commit any more"
             )
+        if attempt not in claimed:
+            raise Superseded(f"{self.path}: was removed or replaced during the save; nothing is committed there")
 
     def commit(self, manifest: manifests.Manifest) -> None:
         """Publish a manifest durably, then make sure that no newer attempt took over meanwhile.

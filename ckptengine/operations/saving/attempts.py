@@ -57,6 +57,8 @@ class Claims:
     def current(self, step: int) -> Attempt:
         """The attempt for a save of ``step``."""
         with self._guard:
+            if not self._lock.stands:
+                self._begin_again()
             if self._attempt is None:
                 upto = self._base if self._base is not None or not self._linear else step
                 self._attempt = self._claim(upto)
@@ -66,7 +68,15 @@ class Claims:
         attempt = self._root.claim(self._run, upto=upto, rests_at=self._rests_at)
         if self._announce is not None:
             self._announce(attempt.number)
+        self._run = attempt.run
         return attempt
+
+    def _begin_again(self) -> None:
+        """The root was removed or replaced: what is there now may be another job's.  Raises `RootInUse` if it is."""
+        make_dirs(self._root.ops, self._root.path, self._root.mode)
+        lock = RootLock(self._root.path / names.LOCK)
+        self._lock.release()
+        self._lock, self._attempt, self._base = lock, None, None
 
     def close(self) -> None:
         self._lock.release()

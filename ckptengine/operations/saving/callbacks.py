@@ -31,6 +31,7 @@ class Callbacks:
     def _work(self) -> None:
         while (run := self._calls.get()) is not None:
             run()
+            del run  # what it refers to is the user's: not to be held until the next one comes
 
     def close(self, timeout_s: float) -> None:
         """Run what is left, for at most ``timeout_s``.  A callback may call it."""

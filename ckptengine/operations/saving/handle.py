@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from ckptengine.errors import CheckpointError, UnusableRequest
 from ckptengine.snapshot.port import Progress
+from ckptengine.snapshot.waiting import Waiting
 
 log = logging.getLogger("ckptengine")
 
@@ -33,8 +34,8 @@ class SaveHandle:
         self.step = step
         self.counters: dict[str, float] = {}
         self._later = later
-        self._guard = threading.RLock()  # entered as it is: a Ctrl-C cannot leave it taken, as it can a condition
-        self._changed = threading.Condition(self._guard)
+        self._guard = threading.RLock()
+        self._changed = Waiting()
         self._stage: Stage = "capturing"
         self._furthest = 0
         self._ended = False
@@ -63,8 +64,8 @@ class SaveHandle:
         """
         if stage not in _ORDER:
             raise UnusableRequest(f"no stage {stage!r}; stages are {', '.join(_ORDER)}")
-        with self._guard:
-            self._changed.wait_for(lambda: self._reached(stage) or self.done(), timeout_s)
+        self._changed.wait_for(lambda: self._reached(stage) or self.done(), timeout_s)
+        with self._guard:  # not before the bookkeepers have heard of an end
             if self._error is not None and not (self._reached(stage) and self._furthest >= _ORDER["committed"]):
                 raise self._error
             return self._reached(stage)
@@ -77,9 +78,9 @@ class SaveHandle:
 
     def exception(self, timeout_s: float | None = None) -> CheckpointError | None:
         """The save's error, None when it ended without one.  TimeoutError when it has not ended in time."""
-        with self._guard:
-            if not self._changed.wait_for(self.done, timeout_s):
-                raise TimeoutError(f"save of step {self.step} is {self._stage} after {timeout_s} s")
+        if not self._changed.wait_for(self.done, timeout_s):
+            raise TimeoutError(f"save of step {self.step} is {self._stage} after {timeout_s} s")
+        with self._guard:  # not before the bookkeepers have heard of it
             return self._error
 
     def add_done_callback(self, callback: Callable[[SaveHandle], object]) -> None:

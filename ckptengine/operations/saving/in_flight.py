@@ -14,6 +14,7 @@ from ckptengine.operations.saving.rank_writer import RankWriter
 from ckptengine.operations.saving.structure import Structure
 from ckptengine.snapshot.capture import Capture
 from ckptengine.snapshot.register import Registered
+from ckptengine.snapshot.waiting import Waiting
 from ckptengine.state.leaves import FlatState
 from ckptengine.store.manifest import FileRecord, Manifest
 
@@ -68,15 +69,11 @@ class SaveJob:
 
 
 class InFlight:
-    """The saves of one checkpointer that have not ended, oldest first.
-
-    A Ctrl-C may come anywhere in what the training thread calls.  So the lock is entered as it is: a condition's own
-    `__enter__` is Python, and can be left with the lock taken.
-    """
+    """The saves of one checkpointer that have not ended, oldest first."""
 
     def __init__(self) -> None:
         self._guard = threading.RLock()
-        self._changed = threading.Condition(self._guard)
+        self._changed = Waiting()
         self._jobs: list[SaveJob] = []
         self._closed = False
 
@@ -94,7 +91,7 @@ class InFlight:
         with self._guard:
             if job in self._jobs:
                 self._jobs.remove(job)
-            self._changed.notify_all()
+        self._changed.notify_all()
 
     def jobs(self) -> list[SaveJob]:
         """Those that somebody still waits for."""
@@ -103,22 +100,18 @@ class InFlight:
 
     def wait_below(self, count: int, timeout_s: float | None = None) -> bool:
         """Block until fewer than ``count`` saves are in flight."""
-        with self._guard:
-            return self._changed.wait_for(lambda: len(self.jobs()) < count, timeout_s)
+        return self._changed.wait_for(lambda: len(self.jobs()) < count, timeout_s)
 
     def mark_ready(self, job: SaveJob) -> None:
         """Let those go on who wait for the capture to be there."""
-        with self._guard:
-            job.ready = True
-            self._changed.notify_all()
+        job.ready = True
+        self._changed.notify_all()
 
     def wait_ready(self, job: SaveJob, timeout_s: float | None) -> bool:
         """Block until the capture of ``job`` is there, or never will be.  False when the time ran out."""
-        with self._guard:
-            return self._changed.wait_for(lambda: job.ready, timeout_s)
+        return self._changed.wait_for(lambda: job.ready, timeout_s)
 
     def close(self) -> None:
         """No further save is taken in."""
         with self._guard:
             self._closed = True
-            self._changed.notify_all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ckptengine import native
+from ckptengine.errors import StorageFailed
 from ckptengine.layout.digest import standard_each
 from ckptengine.snapshot.port import CaptureEngine, Extents, WriteJob
 from ckptengine.store import rankfile
@@ -67,9 +69,18 @@ class RankWriter:
         self._fd = None
         guarded("close", self._path, lambda: self._ops.close(fd))
         guarded("flush directory", self._path.parent, lambda: self._ops.fsync_dir(self._path.parent))
-        return Sealed(
-            self._end + len(table) + len(tail), native.crc64(tail), self._contributions(digests.contributions)
-        )
+        nbytes = self._end + len(table) + len(tail)
+        self._require_in_place(nbytes)
+        return Sealed(nbytes, native.crc64(tail), self._contributions(digests.contributions))
+
+    def _require_in_place(self, nbytes: int) -> None:
+        """What was written is what its name leads to: the manifest will go by names."""
+        found = guarded("find", self._path, lambda: os.stat(self._path).st_size)
+        if found != nbytes:
+            raise StorageFailed(
+                f"{self._path} has {found} bytes, not the {nbytes} that were written: the root was moved or replaced "
+                "during the save; save again"
+            )
 
     def trace(self) -> list[dict[str, Any]]:
         """What the engine's threads did, as Chrome trace events; empty before `start`."""

@@ -126,6 +126,51 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "old_bucket_space": (4, {"tp": 2, "bf16": True, "swiglu": True, "distributed": "fully_sharded_bucket_space"}),
     "old_gather_scatter": (2, {"bf16": True, "distributed": "dp_zero_gather_scatter"}),
     "legacy_mla": (2, {"tp": 2, "legacy": True, "mla": True}),
+    "new_moe_pp2_ep2_reshardable": (
+        4, {"pp": 2, "ep": 2, "experts": 4, "bf16": True, "swiglu": True, "distributed": "fully_reshardable"}),
+    "new_moe_ep2_fp32": (2, {"ep": 2, "experts": 4}),
+    "new_moe_ep2_bias": (2, {"ep": 2, "experts": 4, "bf16": True}),
+    "new_moe_ep1": (2, {"experts": 4, "bf16": True, "swiglu": True}),
+    "new_moe_ep1_distopt": (2, {"experts": 4, "bf16": True, "swiglu": True, "distributed": "fully_reshardable"}),
+    "new_dp3_dp_reshardable": (3, {**ODD, "bf16": True, "distributed": "dp_reshardable"}),
+    "new_dp3_model_space": (3, {**ODD, "bf16": True, "distributed": "fully_sharded_model_space"}),
+    "new_dp3_fp16_scaling": (
+        3, {**ODD, "fp16": True, "distributed": "fully_reshardable", "optim": {"initial_loss_scale": 65536.0}}),
+    "new_tp2_fp16_scaling": (2, {"tp": 2, "fp16": True, "optim": {"initial_loss_scale": 4096.0}}),
+    "new_chunks_chain": (
+        4,
+        {"pp": 2, "vpp": 2, "bf16": True, "swiglu": True, "distributed": "fully_reshardable", "bucket": 10000,
+         "ddp": {"overlap_param_gather": True},
+         "optim": {"overlap_param_gather": True, "overlap_param_gather_with_optimizer_step": True}}),
+    "new_chunks_chain_dp_reshardable": (
+        4,
+        {"pp": 2, "vpp": 2, "bf16": True, "swiglu": True, "distributed": "dp_reshardable", "bucket": 10000,
+         "ddp": {"overlap_param_gather": True},
+         "optim": {"overlap_param_gather": True, "overlap_param_gather_with_optimizer_step": True}}),
+    "new_decoupled_lr": (
+        2, {"tp": 2, "bf16": True, "untied": True, "optim": {"decoupled_lr": 3e-3, "decoupled_min_lr": 1e-5}}),
+    "new_decoupled_lr_distopt": (
+        2, {"bf16": True, "untied": True, "distributed": "dp_reshardable", "optim": {"decoupled_lr": 3e-3}}),
+    "new_legacy_decoupled_lr": (
+        2, {"tp": 2, "bf16": True, "untied": True, "legacy": True, "optim": {"decoupled_lr": 3e-3}}),
+    "new_sgd_distopt": (2, {"bf16": True, "sgd": True, "distributed": "fully_reshardable"}),
+    "new_instances2": (4, {"bf16": True, "distributed": "fully_reshardable", "instances": 2}),
+    "new_cp2_dp2": (4, {"cp": 2, "bf16": True, "distributed": "dp_reshardable"}),
+    "new_mixed_moe": (
+        2, {"ep": 2, "experts": 4, "mixed": True, "bf16": True, "swiglu": True, "rms": False,
+            "config": {"moe_layer_freq": [0, 1, 0, 1]}}),
+    "new_mixed_moe_pp2_distopt": (
+        4, {"ep": 2, "pp": 2, "experts": 4, "mixed": True, "bf16": True, "swiglu": True,
+            "distributed": "dp_reshardable", "config": {"moe_layer_freq": [0, 1, 0, 1]}}),
+    "new_expert_bias": (
+        2, {"ep": 2, "experts": 4, "bf16": True, "swiglu": True,
+            "config": {"moe_router_enable_expert_bias": True, "moe_router_score_function": "sigmoid"}}),
+    "new_mtp": (2, {"tp": 2, "bf16": True, "mtp": True, "rope": True, "config": {"mtp_num_layers": 1}}),
+    "new_mtp_distopt": (
+        2, {"bf16": True, "mtp": True, "rope": True, "distributed": "dp_reshardable", "config": {"mtp_num_layers": 1}}),
+    "new_tp2_pp2_vpp2_tied_reshardable": (
+        4, {"tp": 2, "pp": 2, "vpp": 2, "bf16": True, "distributed": "fully_reshardable", "swiglu": True}),
+    "new_layerwise": (2, {"bf16": True, "layerwise": True}),
 }
 LAYERS, WIDTH, HEADS, VOCABULARY, PADDED = 4, 8, 4, 29, 32
 
@@ -185,6 +230,8 @@ def start(options: dict[str, Any]) -> Any:
         options.get("vpp"),
         expert_model_parallel_size=options.get("ep", 1),
         expert_tensor_parallel_size=options.get("etp"),
+        context_parallel_size=options.get("cp", 1),
+        num_distributed_optimizer_instances=options.get("instances", 1),
     )
     torch.manual_seed(5)
     tensor_parallel.random.get_cuda_rng_tracker = lambda: Fork()
@@ -306,7 +353,9 @@ def configuration(torch: Any, options: dict[str, Any]) -> Any:
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
+        context_parallel_size=options.get("cp", 1),
         **more,
+        **options.get("config", {}),
     )
 
 
@@ -336,13 +385,22 @@ def model_of(config: Any, options: dict[str, Any], ends: dict[str, bool], extra:
         from megatron.core.transformer.moe import grouped_gemm_util
 
         grouped_gemm_util.assert_grouped_gemm_is_available = lambda: None
-    spec = get_gpt_layer_local_spec(
-        options.get("experts"),
-        options.get("grouped", False),
-        qk_layernorm=options.get("qk_norm", False),
-        multi_latent_attention=options.get("mla", False),
-        **({"normalization": "RMSNorm"} if options.get("rms") else {}),
-    )
+    if options.get("mixed"):  # layers of experts among others
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+
+        spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, **extra)
+    else:
+        spec = get_gpt_layer_local_spec(
+            options.get("experts"),
+            options.get("grouped", False),
+            qk_layernorm=options.get("qk_norm", False),
+            multi_latent_attention=options.get("mla", False),
+            **({"normalization": "RMSNorm"} if options.get("rms") else {}),
+        )
+    if options.get("mtp"):
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
+
+        extra = {**extra, "mtp_block_spec": get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False, **extra)}
     return GPTModel(
         config,
         spec,
@@ -380,21 +438,22 @@ def build(torch: Any, options: dict[str, Any]) -> Any:
         use_distributed_optimizer=bool(options.get("distributed")),
         overlap_grad_reduce="bucket" in options,
         bucket_size=options.get("bucket"),
+        num_distributed_optimizer_instances=options.get("instances", 1),
+        **options.get("ddp", {}),
     )
     chunks = [DistributedDataParallel(config, settings, chunk) for chunk in chunks]
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="sgd" if options.get("sgd") else "adam",
-            lr=1e-2,
-            bf16=options.get("bf16", False),
-            fp16=options.get("fp16", False),
-            initial_loss_scale=1.0,
-            params_dtype=data_type(torch, options),
-            use_distributed_optimizer=bool(options.get("distributed")),
-            clip_grad=0.0,
-        ),
-        chunks,
-    )
+    settings = {
+        "optimizer": "sgd" if options.get("sgd") else "adam",
+        "lr": 1e-2,
+        "bf16": options.get("bf16", False),
+        "fp16": options.get("fp16", False),
+        "initial_loss_scale": 1.0,
+        "params_dtype": data_type(torch, options),
+        "use_distributed_optimizer": bool(options.get("distributed")),
+        "clip_grad": 0.0,
+        **options.get("optim", {}),
+    }
+    optimizer = get_megatron_optimizer(OptimizerConfig(**settings), chunks)
     return chunks, optimizer
 
 

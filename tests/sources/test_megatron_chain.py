@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,13 @@ import pytest
 
 from ckptengine.errors import UnusableRequest
 from ckptengine.operations.convert import convert
+from ckptengine.operations.opening import open_any
 from ckptengine.sources.detect import open_source
 
 from .memory import MemorySource
+from .reading import compare, truth_of_json
+
+ARCHIVE = Path(__file__).parent / "data" / "megatron_chain.tar.xz"
 
 EXPERTS = "decoder.layers.mlp.experts.experts.linear_fc1."
 DENSE = ["embedding.word_embeddings.weight", "decoder.final_layernorm.weight"]
@@ -120,3 +125,35 @@ def test_parameters_that_counted_differently_are_refused(tmp_path: Path, master:
     with pytest.raises(UnusableRequest, match=r"word_embeddings\.weight\.step is 3\.0 and .*weight\.step is 2\.0"):
         convert(source, tmp_path / "target", to="megatron", options={"master": master})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("chain")
+    with tarfile.open(ARCHIVE) as tar:
+        tar.extractall(folder, filter="data")
+    return folder
+
+
+@pytest.mark.parametrize("case", ["tiny_chunks_alone", "tiny_legacy_chunks_alone"])
+def test_virtual_stages_of_a_chain(saved: Path, case: str) -> None:
+    """The second optimizer has all virtual stages but the first, and no experts."""
+    source = open_source(saved / case / "checkpoint", rules="megatron-gpt" if "legacy" in case else None)
+    compare(source, truth_of_json(saved / case / "truth.json"), exact=False)
+
+
+def test_the_scale_of_the_loss_is_kept(saved: Path, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    source = open_source(saved / "tiny_legacy_fp16" / "checkpoint", rules="megatron-gpt")
+    convert(source, tmp_path / "one", to="megatron")
+    convert(open_source(tmp_path / "one"), tmp_path / "native", to="native")
+    convert(open_any(tmp_path / "native"), tmp_path / "two", to="megatron", options={"master": "param"})
+    for target in ("one", "two"):
+        common = torch.load(tmp_path / target / "iter_0000003" / "common.pt", weights_only=False)
+        scaler = common["optimizer"]["grad_scaler"]
+        assert torch.equal(scaler.pop("scale"), torch.tensor([4096.0]))
+        assert scaler == {"growth_tracker": 3, "hysteresis_tracker": 2}
+        state = common["optimizer"]["optimizer"].get("state", {"common_step": torch.tensor(3.0)})
+        assert torch.equal(state["common_step"], torch.tensor(3.0))
+    values = [open_source(tmp_path / target).values()["optimizer"]["grad_scaler"] for target in ("one", "two")]
+    assert values[0]["scale"]["data"].tolist() == values[1]["scale"]["data"].tolist() == [4096.0]

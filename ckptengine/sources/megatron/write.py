@@ -162,7 +162,7 @@ class _View:
             values["args"] = Instance(Global("argparse", "Namespace"), values["args"])
         metadata = values.get("content_metadata")
         values["content_metadata"] = {**(metadata if isinstance(metadata, dict) else {}), **self._content()}
-        return {**values, "iteration": self._job.step or 0}
+        return dict(file.with_small_tensors({**values, "iteration": self._job.step or 0}))
 
     def _content(self) -> dict[str, Any]:
         """What Megatron must know of the form of its own states to ask for them."""
@@ -177,10 +177,10 @@ class _View:
     def _links(self) -> Links | None:
         """The optimizer's values for as many optimizers as the job that is to load them has."""
         optimizer, optim = self._values.get("optimizer"), self._values.get("optim")
-        if not isinstance(optimizer, dict):
-            groups = optim.get("param_groups", []) if isinstance(optim, dict) else []
-            optimizer = {"optimizer": {"param_groups": [group for group in groups if isinstance(group, dict)]}}
-        links = Links.of(optimizer)
+        links = Links.of(optimizer if isinstance(optimizer, dict) else {})
+        if not links.others and not links.experts and isinstance(optim, dict):
+            outer = optimizer if isinstance(optimizer, dict) else {}
+            links = Links.of({**outer, "optimizer": {"param_groups": optim.get("param_groups")}})
         if not links.others and not links.experts:
             return None
         asked = self._job.layout.ep

@@ -91,6 +91,16 @@ def test_the_number_stays_where_nothing_else_is_asked_for(tmp_path: Path, layout
         assert groups(made) == groups(SINGLE)
 
 
+@pytest.mark.parametrize("between", ["dcp", "native", "zarr"])
+def test_a_chain_by_way_of_another_format(tmp_path: Path, between: str) -> None:
+    """torch DCP makes text of the numbers."""
+    convert(source_of(CHAIN, [*DENSE, EXPERTS + "weight"]), tmp_path / "between", to=between)
+    made = written(open_any(tmp_path / "between"), tmp_path / "target", None)
+    assert {number: groups(each) for number, each in made.items()} == {
+        number: groups(CHAIN[number]) for number in CHAIN
+    }
+
+
 def test_a_model_without_experts_has_one_optimizer(tmp_path: Path) -> None:
     assert groups(written(source_of(SINGLE, DENSE), tmp_path / "target", "ep=2")) == groups(SINGLE)
 

@@ -54,10 +54,14 @@ class Links:
 
     @classmethod
     def of(cls, values: Values) -> Links:
-        """Those of an optimizer of any kind."""
-        is_chain = bool(values) and all(isinstance(key, int) for key in values)
-        each = [values[key] for key in sorted(values)] if is_chain else [values]
-        wrapped = [one if isinstance(one.get("optimizer"), dict) else {"optimizer": one} for one in each if one]
+        """Those of an optimizer of any kind.  Numbers of a chain may have become text, as in torch DCP."""
+        is_chain = bool(values) and all(str(key).isdecimal() for key in values)
+        each = [values[key] for key in sorted(values, key=int)] if is_chain else [values]
+        wrapped = [
+            one if isinstance(one.get("optimizer"), dict) else {"optimizer": one}
+            for one in each
+            if isinstance(one, dict) and one
+        ]
         outer = [{key: value for key, value in one.items() if key != "optimizer"} for one in wrapped]
         return cls(tuple(outer), tuple(one["optimizer"] for one in wrapped))
 

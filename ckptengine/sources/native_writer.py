@@ -51,7 +51,7 @@ class NativeWriter:
 
     def units(self, job: Job) -> Sequence[Unit]:
         """One unit per rank file."""
-        if (job.layout.dp, job.layout.tp, job.layout.pp, job.layout.ep) != (1, 1, 1, 1):
+        if (job.layout.dp, job.layout.tp, job.layout.pp, job.layout.ep or 1) != (1, 1, 1, 1):
             raise UnusableRequest("a native checkpoint restores onto every layout; leave --layout out")
         plan = _plan(job)
         units = []

@@ -15,6 +15,8 @@ from ckptengine.sources.stored import NUMPY_DTYPES, StoredTensor
 
 CLASS = "torch.Tensor"
 MAX_BYTES = 1 << 20
+HELD = (np.ndarray, list, int, float)
+"""What a tensor's elements are as plain values: an array, or what our own format makes of one."""
 
 
 def as_plain(tensor: StoredTensor, files: Files) -> object:
@@ -24,14 +26,15 @@ def as_plain(tensor: StoredTensor, files: Files) -> object:
     return {"__class__": CLASS, "dtype": f"torch.{tensor.dtype}", "data": tensor.to_numpy(files)}
 
 
-def as_stored(value: object) -> tuple[Any, list[bytes]]:
-    """A value whose dicts of `as_plain` are tensors again, and the bytes of their storages."""
+def as_stored(value: object, first: int = 0) -> tuple[Any, list[bytes]]:
+    """A value whose dicts of `as_plain` are tensors again, and the bytes of their storages, numbered from ``first``."""
     data: list[bytes] = []
 
     def convert(item: Any) -> Any:
         if isinstance(item, dict):
-            if item.get("__class__") == CLASS and isinstance(item.get("data"), np.ndarray):
-                return _tensor(item["data"], data)
+            dtype = str(item.get("dtype")).removeprefix("torch.")
+            if item.get("__class__") == CLASS and dtype in NUMPY_DTYPES and isinstance(item.get("data"), HELD):
+                return _tensor(np.asarray(item["data"], NUMPY_DTYPES[dtype]), first, data)
             return {key: convert(part) for key, part in item.items()}
         if isinstance(item, list | tuple):
             made = [convert(part) for part in item]
@@ -41,8 +44,8 @@ def as_stored(value: object) -> tuple[Any, list[bytes]]:
     return convert(value), data
 
 
-def _tensor(array: np.ndarray, data: list[bytes]) -> Tensor:
+def _tensor(array: np.ndarray, first: int, data: list[bytes]) -> Tensor:
     dtype = array.dtype.name
-    storage = storage_of(str(len(data)), dtype, array.nbytes, itemsize(dtype))
+    storage = storage_of(str(first + len(data)), dtype, array.nbytes, itemsize(dtype))
     data.append(array.tobytes())
     return Tensor(storage, dtype, array.shape, row_major_strides(array.shape))

@@ -14,6 +14,7 @@ from ckptengine.layout.box import Box, row_major_strides
 from ckptengine.layout.dtypes import itemsize
 from ckptengine.layout.flat import flat_boxes
 from ckptengine.sources.emit import Tensor, dumps, storage_of
+from ckptengine.sources.smalltensors import as_stored
 from ckptengine.sources.stream import cut_rows, stream_boxes, stream_memory_bytes
 from ckptengine.sources.writer import Job, Target
 from ckptengine.sources.zipwriter import ALIGNMENT, ZipWriter, zip_bytes
@@ -34,11 +35,12 @@ class Run:
 
 @dataclass(slots=True)
 class Record:
-    """One storage: runs of tensors one after another as ``dtype``, then zeros up to ``size`` elements."""
+    """One storage: ``data``, or runs of tensors one after another as ``dtype``; then zeros up to ``size`` elements."""
 
     dtype: str
     size: int
     runs: list[Run]
+    data: bytes = b""
 
     @property
     def nbytes(self) -> int:
@@ -63,6 +65,12 @@ class TorchFile:
         """A whole tensor of the source."""
         header = job.tensor(name)
         return self.flat(dtype or header.dtype, header.size, [Run(name, 0, header.size)], header.shape)
+
+    def with_small_tensors(self, value: object) -> Any:
+        """A value whose dicts of `as_plain` are tensors over storages of their own."""
+        made, storages = as_stored(value, len(self.records))
+        self.records += [Record("uint8", len(data), [], data) for data in storages]
+        return made
 
     def nbytes(self, value: object) -> int:
         """The size of the file."""
@@ -109,7 +117,8 @@ def small_records(value: object) -> dict[str, bytes]:
 
 
 def _write_record(job: Job, record: Record, zipped: ZipWriter) -> None:
-    written = 0
+    zipped.write(memoryview(record.data))
+    written = len(record.data) // itemsize(record.dtype)
     pending: list[Run] = []
     for run in record.runs:
         if not run.name:

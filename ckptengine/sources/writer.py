@@ -76,14 +76,15 @@ class Target(Protocol):
 class Layout:
     """The parallel layout of a target: degrees of each axis (1 where not given), ZeRO stage and order of ranks.
 
-    ``zero`` is None where no stage was given, which is not stage 0; ``etp`` where experts are cut like all else.
+    ``zero`` is None where no stage was given, which is not stage 0; ``ep`` where nothing was said of experts; ``etp``
+    where they are cut like all else.
     """
 
     dp: int = 1
     tp: int = 1
     pp: int = 1
     vpp: int = 1
-    ep: int = 1
+    ep: int | None = None
     etp: int | None = None
     cp: int = 1
     zero: int | None = None

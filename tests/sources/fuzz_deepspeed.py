@@ -105,6 +105,8 @@ def without_the_impossible(options: dict[str, Any], *, dense: bool) -> dict[str,
         options["empty"] = False  # no group may be without elements
     if options["stage"] == 3:
         options |= {"transposed": False, "scalar": False}
+    if options["optimizer"] == "asgd" and "bf16" in options["config"]:  # torch rounds its numbers when it loads them
+        options["optimizer"] = "adamw"
     return {key: value for key, value in options.items() if value or key == "stage"}
 
 

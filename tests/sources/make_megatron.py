@@ -16,6 +16,12 @@ from typing import Any
 
 ODD = {"layers": 3, "width": 15, "heads": 3, "ffn": 11, "padded": 31, "untied": True}
 TINY = {"layers": 2, "width": 4, "heads": 2, "ffn": 6, "padded": 8, "bf16": True}
+CHUNKS_ALONE = {
+    "bucket": 10000,
+    "ddp": {"overlap_param_gather": True},
+    "optim": {"overlap_param_gather": True, "overlap_param_gather_with_optimizer_step": True},
+}
+"""The first virtual stage has an optimizer of its own."""
 # case -> (ranks, options)
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "dist_tp2_pp2_swiglu": (4, {"tp": 2, "pp": 2, "swiglu": True, "groups": 2, "untied": True}),
@@ -122,10 +128,134 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
         4,
         {**TINY, "layers": 1, "tp": 2, "ep": 2, "experts": 2, "legacy": True, "swiglu": True, "etp": 1},
     ),
+    "tiny_chunks_alone": (
+        2,
+        {**TINY, "width": 8, "pp": 2, "vpp": 2, "layers": 4, "distributed": "dp_reshardable", **CHUNKS_ALONE},
+    ),
+    "tiny_legacy_chunks_alone": (
+        2,
+        {**TINY, "pp": 2, "vpp": 2, "layers": 4, "distributed": "fully_reshardable", "legacy": True, **CHUNKS_ALONE},
+    ),
+    "tiny_legacy_fp16": (
+        1,
+        {**TINY, "bf16": False, "fp16": True, "legacy": True, "optim": {"initial_loss_scale": 4096.0}},
+    ),
     "tiny_legacy_frozen": (1, {**TINY, "legacy": True, "sgd": True, "frozen": "word_embeddings"}),
     "old_bucket_space": (4, {"tp": 2, "bf16": True, "swiglu": True, "distributed": "fully_sharded_bucket_space"}),
     "old_gather_scatter": (2, {"bf16": True, "distributed": "dp_zero_gather_scatter"}),
     "legacy_mla": (2, {"tp": 2, "legacy": True, "mla": True}),
+    "more_moe_pp2_ep2_reshardable": (
+        4,
+        {"pp": 2, "ep": 2, "experts": 4, "bf16": True, "swiglu": True, "distributed": "fully_reshardable"},
+    ),
+    "more_moe_ep2_fp32": (2, {"ep": 2, "experts": 4}),
+    "more_moe_ep2_bias": (2, {"ep": 2, "experts": 4, "bf16": True}),
+    "more_moe_ep1": (2, {"experts": 4, "bf16": True, "swiglu": True}),
+    "more_moe_ep1_distopt": (2, {"experts": 4, "bf16": True, "swiglu": True, "distributed": "fully_reshardable"}),
+    "more_dp3_dp_reshardable": (3, {**ODD, "bf16": True, "distributed": "dp_reshardable"}),
+    "more_dp3_fp16_scaling": (
+        3,
+        {**ODD, "fp16": True, "distributed": "fully_reshardable", "optim": {"initial_loss_scale": 65536.0}},
+    ),
+    "more_tp2_fp16_scaling": (2, {"tp": 2, "fp16": True, "optim": {"initial_loss_scale": 4096.0}}),
+    "more_chunks_chain": (
+        4,
+        {
+            "pp": 2,
+            "vpp": 2,
+            "bf16": True,
+            "swiglu": True,
+            "distributed": "fully_reshardable",
+            "untied": True,
+            **CHUNKS_ALONE,
+        },
+    ),
+    "more_chunks_chain_dp_reshardable": (
+        4,
+        {"pp": 2, "vpp": 2, "bf16": True, "swiglu": True, "distributed": "dp_reshardable", **CHUNKS_ALONE},
+    ),
+    "more_legacy_chunks_chain": (
+        4,
+        {
+            "pp": 2,
+            "vpp": 2,
+            "bf16": True,
+            "swiglu": True,
+            "distributed": "fully_reshardable",
+            "legacy": True,
+            **CHUNKS_ALONE,
+        },
+    ),
+    "more_chunks_chain_moe": (
+        4,
+        {
+            "pp": 2,
+            "vpp": 2,
+            "ep": 2,
+            "experts": 4,
+            "bf16": True,
+            "swiglu": True,
+            "distributed": "dp_reshardable",
+            **CHUNKS_ALONE,
+        },
+    ),
+    "more_legacy_fp16": (2, {"tp": 2, "fp16": True, "legacy": True, "optim": {"initial_loss_scale": 4096.0}}),
+    "more_decoupled_lr": (
+        2,
+        {"tp": 2, "bf16": True, "untied": True, "optim": {"decoupled_lr": 3e-3, "decoupled_min_lr": 1e-5}},
+    ),
+    "more_decoupled_lr_distopt": (
+        2,
+        {"bf16": True, "untied": True, "distributed": "dp_reshardable", "optim": {"decoupled_lr": 3e-3}},
+    ),
+    "more_legacy_decoupled_lr": (
+        2,
+        {"tp": 2, "bf16": True, "untied": True, "legacy": True, "optim": {"decoupled_lr": 3e-3}},
+    ),
+    "more_mixed_moe": (
+        2,
+        {
+            "ep": 2,
+            "experts": 4,
+            "mixed": True,
+            "bf16": True,
+            "swiglu": True,
+            "rms": False,
+            "config": {"moe_layer_freq": [0, 1, 0, 1]},
+        },
+    ),
+    "more_mixed_moe_pp2_distopt": (
+        4,
+        {
+            "ep": 2,
+            "pp": 2,
+            "experts": 4,
+            "mixed": True,
+            "bf16": True,
+            "swiglu": True,
+            "distributed": "dp_reshardable",
+            "config": {"moe_layer_freq": [0, 1, 0, 1]},
+        },
+    ),
+    "more_expert_bias": (
+        2,
+        {
+            "ep": 2,
+            "experts": 4,
+            "bf16": True,
+            "swiglu": True,
+            "config": {"moe_router_enable_expert_bias": True, "moe_router_score_function": "sigmoid"},
+        },
+    ),
+    "more_mtp": (2, {"tp": 2, "bf16": True, "mtp": True, "rope": True, "config": {"mtp_num_layers": 1}}),
+    "more_mtp_distopt": (
+        2,
+        {"bf16": True, "mtp": True, "rope": True, "distributed": "dp_reshardable", "config": {"mtp_num_layers": 1}},
+    ),
+    "more_tp2_pp2_vpp2_tied_reshardable": (
+        4,
+        {"tp": 2, "pp": 2, "vpp": 2, "bf16": True, "distributed": "fully_reshardable", "swiglu": True},
+    ),
 }
 LAYERS, WIDTH, HEADS, VOCABULARY, PADDED = 4, 8, 4, 29, 32
 
@@ -307,6 +437,7 @@ def configuration(torch: Any, options: dict[str, Any]) -> Any:
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
         **more,
+        **options.get("config", {}),
     )
 
 
@@ -336,13 +467,22 @@ def model_of(config: Any, options: dict[str, Any], ends: dict[str, bool], extra:
         from megatron.core.transformer.moe import grouped_gemm_util
 
         grouped_gemm_util.assert_grouped_gemm_is_available = lambda: None
-    spec = get_gpt_layer_local_spec(
-        options.get("experts"),
-        options.get("grouped", False),
-        qk_layernorm=options.get("qk_norm", False),
-        multi_latent_attention=options.get("mla", False),
-        **({"normalization": "RMSNorm"} if options.get("rms") else {}),
-    )
+    if options.get("mixed"):  # layers of experts among others
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+
+        spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, **extra)
+    else:
+        spec = get_gpt_layer_local_spec(
+            options.get("experts"),
+            options.get("grouped", False),
+            qk_layernorm=options.get("qk_norm", False),
+            multi_latent_attention=options.get("mla", False),
+            **({"normalization": "RMSNorm"} if options.get("rms") else {}),
+        )
+    if options.get("mtp"):
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
+
+        extra = {**extra, "mtp_block_spec": get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False, **extra)}
     return GPTModel(
         config,
         spec,
@@ -380,21 +520,21 @@ def build(torch: Any, options: dict[str, Any]) -> Any:
         use_distributed_optimizer=bool(options.get("distributed")),
         overlap_grad_reduce="bucket" in options,
         bucket_size=options.get("bucket"),
+        **options.get("ddp", {}),
     )
     chunks = [DistributedDataParallel(config, settings, chunk) for chunk in chunks]
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="sgd" if options.get("sgd") else "adam",
-            lr=1e-2,
-            bf16=options.get("bf16", False),
-            fp16=options.get("fp16", False),
-            initial_loss_scale=1.0,
-            params_dtype=data_type(torch, options),
-            use_distributed_optimizer=bool(options.get("distributed")),
-            clip_grad=0.0,
-        ),
-        chunks,
-    )
+    settings = {
+        "optimizer": "sgd" if options.get("sgd") else "adam",
+        "lr": 1e-2,
+        "bf16": options.get("bf16", False),
+        "fp16": options.get("fp16", False),
+        "initial_loss_scale": 1.0,
+        "params_dtype": data_type(torch, options),
+        "use_distributed_optimizer": bool(options.get("distributed")),
+        "clip_grad": 0.0,
+        **options.get("optim", {}),
+    }
+    optimizer = get_megatron_optimizer(OptimizerConfig(**settings), chunks)
     return chunks, optimizer
 
 
@@ -414,6 +554,9 @@ def train(torch: Any, chunks: Any, optimizer: Any, step: int) -> None:
                 noise = noise + 0.001 * parameter.detach().float()
             parameter.main_grad.copy_(noise)
     optimizer.step()
+    for chunk in chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
 
 
 def sharded_states(chunks: Any, optimizer: Any, options: dict[str, Any], loading: bool = False) -> dict[str, Any]:

@@ -144,7 +144,7 @@ def test_slots_of_tensor_parallel_ranks() -> None:
     }
     for rank in (0, 1):
         records[prefix.format(rank)] = record("float32", ((0,), (4,)), ((4,), (60,)), ((64,), (20,)))
-    slots = find_slots(records, {}, lambda slot: True)
+    slots = find_slots(records, {}, lambda slot: True, {})
     placed = [(slot.start, slot.parameter.key.split(".")[1], slot.parameter.boxes[0]) for slot in slots]
     assert placed == [
         (0, "final_layernorm", Box((0,), (4,))),
@@ -154,7 +154,7 @@ def test_slots_of_tensor_parallel_ranks() -> None:
     ]
     assert [slot.parameter.is_copy for slot in slots] == [False, False, True, False]
     with pytest.raises(UnreadableFormat, match="megatron-weights"):
-        find_slots(records, {}, lambda slot: False)
+        find_slots(records, {}, lambda slot: False, {})
     records[prefix.format(1)] = record("float32", ((0,), (4,)), ((4,), (60,)), ((64,), (21,)))
     with pytest.raises(UnreadableFormat, match="any order"):
-        find_slots(records, {}, lambda slot: True)
+        find_slots(records, {}, lambda slot: True, {})

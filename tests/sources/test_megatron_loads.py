@@ -187,3 +187,33 @@ def test_megatron_loads(written: Path, tmp_path: Path, ranks: int, options: dict
     assert set(loaded) == set(truth) - steps
     for name, (dtype, shape, digest) in loaded.items():
         assert (dtype, tuple(shape), digest) == truth[name], name
+
+
+@pytest.mark.skipif(not INSTALLED, reason="megatron-core is not installed")
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("layouts", "options"),
+    [
+        (["ep=1"], {}),
+        (["ep=1"], {"distributed": "fully_reshardable"}),
+        (["ep=1", "ep=2"], {"ep": 2}),
+        (["ep=1", "ep=2"], {"ep": 2, "distributed": "fully_reshardable"}),
+    ],
+)
+def test_megatron_loads_experts(tmp_path: Path, layouts: list[str], options: dict[str, Any]) -> None:
+    """Of a chain of optimizers into one, and the other way round."""
+    with tarfile.open(ARCHIVE.with_name("megatron_buckets.tar.xz")) as tar:
+        tar.extractall(tmp_path, filter="data")
+    source = before = open_source(tmp_path / "tiny_moe_buckets" / "checkpoint")
+    for layout in layouts:
+        convert(source, tmp_path / layout, to="megatron", layout=layout, options={"master": "param"})
+        source = open_source(tmp_path / layout)
+    if "distributed" not in options:
+        convert(source, tmp_path / "plain", to="megatron")
+    folder = tmp_path / (layouts[-1] if "distributed" in options else "plain") / "iter_0000003"
+    tiny = {"layers": 2, "width": 4, "heads": 2, "ffn": 6, "padded": 8, "bf16": True, "swiglu": True, "experts": 2}
+    torchrun("resume_megatron.py", 2, {**tiny, **options}, folder, tmp_path)
+    loaded = truth_of_safetensors(tmp_path / "loaded.safetensors")
+    assert {name: held for name, held in contents(before).items() if not name.endswith(".step")} == {
+        name: (dtype, tuple(shape), digest) for name, (dtype, shape, digest) in loaded.items()
+    }

@@ -88,7 +88,7 @@ class _Plan:
         self._half = precision == "float16"
         if not self._training.groups:
             raise UnusableRequest("there is no parameter that an optimizer could train; write safetensors instead")
-        self._experts = experts_of(self._training, layout.ep, layout.dp, self._stage)
+        self._experts = experts_of(self._training, layout.ep or 1, layout.dp, self._stage)
         prefix = "bf16_" if precision == "bfloat16" else ""
         made = range(self._dp) if self._stage else ()
         optim = [f"{self.folder}/{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in made]

@@ -78,17 +78,26 @@ def buffers_of(records: Mapping[str, TensorRecord]) -> dict[int, dict[int, list[
     return made
 
 
-def find_slots(records: Mapping[str, TensorRecord], arguments: Mapping[str, object], agrees: Agrees) -> list[Slot]:
+def find_slots(
+    records: Mapping[str, TensorRecord],
+    arguments: Mapping[str, object],
+    agrees: Agrees,
+    experts: Mapping[int, bool],
+) -> list[Slot]:
     """Where every part of every trained parameter lies; `UnreadableFormat` where that cannot be known for certain.
 
     ``arguments`` are those of Megatron where the checkpoint has them: parallel degrees are taken from them.
+    ``experts``: which optimizers of a chain train parallel experts; elsewhere all but the first do.
     """
     weights = {key: record for key, record in records.items() if "optimizer." not in key}
     chains = buffers_of(records)
+    together: dict[bool, dict[int, list[Buffer]]] = {}
+    for chain, ranks in chains.items():  # others than those of experts follow each other, stage by stage
+        for rank, buffers in ranks.items():
+            together.setdefault(experts.get(chain, chain > 0), {}).setdefault(rank, []).extend(buffers)
     slots: list[Slot] = []
-    for chain, ranks in chains.items():
-        experts = chain > 0 if len(chains) > 1 else None  # the first one has all but the experts
-        slots += _of_chain(weights, ranks, arguments, agrees, experts)
+    for is_experts, ranks in together.items():
+        slots += _of_chain(weights, ranks, arguments, agrees, is_experts if len(together) > 1 else None)
     return slots
 
 

@@ -14,6 +14,7 @@ from ckptengine.sources.dcp.metadata import Chunk, Item, TensorRecord
 from ckptengine.sources.dcp.source import DcpItems
 from ckptengine.sources.files import InlineFiles
 from ckptengine.sources.megatron.buckets import MASTER, find_slots, is_bucket, state_fragments
+from ckptengine.sources.megatron.chain import trains_experts
 from ckptengine.sources.megatron.masters import SAMPLE, rounds_to
 from ckptengine.sources.megatron.naming import wrapper_prefix
 from ckptengine.sources.megatron.stages import Slot
@@ -49,10 +50,10 @@ class DistributedStates:
         for key, item in objects.items():
             if (match := _GATHERED.fullmatch(key)) is not None:
                 self._add_gathered(match[1], key, item)
-        if any(map(is_bucket, self._records)):
-            self._find(records, plain(arguments))
         self.values = self._values(objects)
         """What the optimizer keeps beside its tensors, as it lies among the common values in other forms."""
+        if any(map(is_bucket, self._records)):
+            self._find(records, plain(arguments))
 
     def tensor(self, name: str) -> LogicalTensor:
         """A state of a parameter; ``name`` is one of `names`."""
@@ -64,7 +65,8 @@ class DistributedStates:
 
     def _find(self, weights: Mapping[str, TensorRecord], arguments: object) -> None:
         try:
-            slots = find_slots(self._records, arguments if isinstance(arguments, dict) else {}, self._agrees)
+            known = arguments if isinstance(arguments, dict) else {}
+            slots = find_slots(self._records, known, self._agrees, trains_experts(self.values))
         except UnreadableFormat as error:
             raise UnreadableFormat(f"{self._files.root}: {error}") from None
         prefix = wrapper_prefix(weights)

@@ -18,13 +18,14 @@ from ckptengine.sources.files import InlineFiles
 from ckptengine.sources.held import Held
 from ckptengine.sources.megatron.masters import SAMPLE
 from ckptengine.sources.megatron.optimizer import Parameter, optimizer_states
-from ckptengine.sources.megatron.rankfile import RankFile, read_rank_file
+from ckptengine.sources.megatron.rankfile import GRAD_SCALER, RankFile, read_rank_file
 from ckptengine.sources.plain import plain
 from ckptengine.sources.port import Files, Opening
 from ckptengine.sources.rules.algebra import Placed
 from ckptengine.sources.rules.assemble import Assembler
 from ckptengine.sources.rules.average import AveragedFiles
 from ckptengine.sources.rules.parse import load_rules
+from ckptengine.sources.smalltensors import as_plain
 from ckptengine.sources.stored import StoredTensor
 
 MODEL_FILE = "model_optim_rng.pt"
@@ -74,6 +75,9 @@ class LegacySource:
         self._values: dict[Any, Any] = made if isinstance(made, dict) else {}
         if groups:
             self._values["optim"] = {"param_groups": plain(groups)}
+        if first.grad_scaler is not None:
+            scaler = plain(first.grad_scaler, lambda tensor: as_plain(tensor, self._inline))
+            self._values["optimizer"] = {GRAD_SCALER: scaler}
         rules = load_rules(opening.rules) if opening.rules is not None else None
         names = list(dict.fromkeys(pieces.parameter for pieces in self._pieces.values()))
         self._assembler = Assembler(rules, names, self._values, self._averages)

@@ -62,7 +62,7 @@ class LegacyLayout:
         layout = job.layout
         if layout.cp != 1:
             raise UnusableRequest("legacy folders know nothing of context parallelism; leave out cp")
-        self.tp, self.pp, self.chunks, self.ep = layout.tp, layout.pp, layout.vpp, layout.ep
+        self.tp, self.pp, self.chunks, self.ep = layout.tp, layout.pp, layout.vpp, layout.ep or 1
         self.etp = layout.etp or layout.tp
         if self.chunks > 1 and self.pp == 1:
             raise UnusableRequest("virtual pipeline stages (vpp) need pp > 1")

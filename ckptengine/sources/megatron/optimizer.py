@@ -17,6 +17,7 @@ from ckptengine.errors import UnreadableFormat
 from ckptengine.layout.dtypes import itemsize
 from ckptengine.sources.files import InlineFiles
 from ckptengine.sources.held import Chunk, Held, Number, Whole, flat
+from ckptengine.sources.megatron.chain import trains_experts
 from ckptengine.sources.megatron.masters import ROUNDED, SAMPLE, rounds_to
 from ckptengine.sources.megatron.module_order import is_buffer
 from ckptengine.sources.megatron.rankfile import RankFile
@@ -64,7 +65,7 @@ def optimizer_states(
     for number, state in enumerate(chained):
         if not isinstance(state, dict):
             continue
-        mine = [p for p in parameters if len(chained) == 1 or p.is_expert == (number > 0)]
+        mine = _trained_by(number, chained, parameters)
         made = _Optimizer(rank, state, mine, inline)
         held = buffers[number] if number < len(buffers) else None
         if isinstance(held, dict):
@@ -73,6 +74,18 @@ def optimizer_states(
             found += made.from_states()
         groups += made.named_groups()
     return found, groups
+
+
+def _trained_by(number: int, chained: Sequence[object], parameters: Sequence[Parameter]) -> Sequence[Parameter]:
+    """The parameters of one of a chain of optimizers: experts, or all else, of the first virtual stage or the rest."""
+    if len(chained) == 1:
+        return parameters
+    known = trains_experts(dict(enumerate(chained)))
+    experts = [known.get(link, link > 0) for link in range(len(chained))]
+    mine = [p for p in parameters if p.is_expert == experts[number] or not any(experts)]
+    if experts[number] or experts.count(False) == 1:
+        return mine
+    return [p for p in mine if (p.chunk > 0) == (number > 0)]
 
 
 class _Optimizer:

@@ -15,6 +15,7 @@ from ckptengine.sources.torchzip import load_torch
 
 _CHUNK = re.compile(r"model(\d+)")
 _TENSOR_KEYS = ("model", "optimizer")
+GRAD_SCALER = "grad_scaler"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,12 @@ class RankFile:
     buffers: object
     rest: Mapping[Any, Any]
     arguments: Mapping[Any, Any]
+
+    @property
+    def grad_scaler(self) -> object:
+        """What scales the loss in 16 bits, or None; of a chain of optimizers the first one's does."""
+        first = self.optimizer[0] if isinstance(self.optimizer, list) and self.optimizer else self.optimizer
+        return first.get(GRAD_SCALER) if isinstance(first, dict) else None
 
 
 def read_rank_file(files: Files, path: str, buffers: str) -> RankFile:

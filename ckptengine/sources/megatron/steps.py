@@ -34,6 +34,14 @@ def common_step(optimizer: object, inline: InlineFiles) -> tuple[str, str] | Non
     return dtype, inline.add(data)
 
 
+def without_step(value: object) -> object:
+    """``value`` without the tensor that keeps one step for all parameters, and without what holds nothing else."""
+    if not isinstance(value, Mapping):
+        return value
+    kept = ((key, inner, without_step(inner)) for key, inner in value.items() if key != _KEYS[0])
+    return {key: made for key, inner, made in kept if made or not inner or not isinstance(inner, Mapping)}
+
+
 def _steps(value: object, depth: int) -> Iterator[object]:
     if depth > MAX_DEPTH:
         return

@@ -17,11 +17,12 @@ from ckptengine.sources.megatron.distributed import DistributedStates, is_shared
 from ckptengine.sources.megatron.flattened import elements, is_flattened, turned, unflatten
 from ckptengine.sources.megatron.masters import SAMPLE, rounds_to
 from ckptengine.sources.megatron.naming import canonical_names, wrapper_prefix
-from ckptengine.sources.megatron.steps import common_step
+from ckptengine.sources.megatron.steps import common_step, without_step
 from ckptengine.sources.plain import DROPPED, plain
 from ckptengine.sources.port import Files, Opening
 from ckptengine.sources.rules.parse import load_rules
 from ckptengine.sources.smalltensors import as_plain
+from ckptengine.sources.stored import StoredTensor
 from ckptengine.sources.torchzip import load_torch
 
 MANIFEST = "metadata.json"
@@ -110,7 +111,8 @@ class TorchDistSource:
         return {str(path): str(digest) for path, digest in files.items()}
 
     def values(self) -> object:
-        made = plain(dict(self._common))
+        common = {**self._common, "optimizer": without_step(self._common.get("optimizer"))}
+        made = plain({key: value for key, value in common.items() if value is not None}, self._as_plain)
         values = made if isinstance(made, dict) else {}
         objects = {}
         prefix = wrapper_prefix(self._records)
@@ -140,9 +142,12 @@ class TorchDistSource:
         if item is None:
             raise Damaged(f"{self.files.root}: no file is recorded for the object {key!r}")
         try:
-            return plain(self._items.load(item), lambda tensor: as_plain(tensor, self._inline))
+            return plain(self._items.load(item), self._as_plain)
         except CheckpointError as error:
             raise type(error)(f"object {key!r}: {error}") from error
+
+    def _as_plain(self, tensor: StoredTensor) -> object:
+        return as_plain(tensor, self._inline)
 
     def _shape(self, name: str, record: TensorRecord) -> tuple[int, ...]:
         """The shape that a tensor has, which for flattened optimizer states is that of the weight."""

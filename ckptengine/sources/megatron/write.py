@@ -2,12 +2,15 @@
 
 The target holds ``latest_checkpointed_iteration.txt`` and ``iter_<N>/`` in the ``torch_dist`` format, which is torch
 DCP with Megatron's keys.  Names must be Megatron's, layers stacked where Megatron stacks them; a rule file or a preset
-such as ``llama-to-megatron`` gives them that form.  The layout only says into how many files tensors are cut.
+such as ``llama-to-megatron`` gives them that form.  The layout says into how many files tensors are cut, and by its
+``ep`` whether experts are trained by an optimizer of their own (as in the source where it is not given).
 
-Options: ``master`` (``"fp32_param"``, the default, or ``"param"`` for the distributed optimizer's ``fully_reshardable``
-form): the key of fp32 copies.  ``legacy`` (default False): one folder per tensor-, pipeline- and expert-parallel rank
-of the layout with the weights only, cut as the rules or else ``megatron-gpt`` say; ``vocab_divisible_by=N`` pads the
-vocabulary to a multiple of N rows for each tensor-parallel rank, as Megatron does with N = 128.
+Options: ``overlap_param_gather_with_optimizer_step``: whether the first virtual stage has an optimizer of its own (as
+in the source).  ``master`` (``"fp32_param"``, the default, or ``"param"`` for the distributed optimizer's
+``fully_reshardable`` form): the key of fp32 copies.  ``legacy`` (default False): one folder per tensor-, pipeline- and
+expert-parallel rank of the layout with the weights only, cut as the rules or else ``megatron-gpt`` say;
+``vocab_divisible_by=N`` pads the vocabulary to a multiple of N rows for each tensor-parallel rank, as Megatron does
+with N = 128.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from ckptengine.layout.box import Box
 from ckptengine.layout.tensor import LogicalTensor
 from ckptengine.sources.dcp.write import DcpWriter
 from ckptengine.sources.emit import Global, Instance
+from ckptengine.sources.megatron.chain import Experts, Links
 from ckptengine.sources.megatron.extra import extra_states
 from ckptengine.sources.megatron.legacy_write import LegacyWriter
 from ckptengine.sources.megatron.naming import MASTERS
@@ -36,6 +40,7 @@ from ckptengine.sources.typed import plain_values
 from ckptengine.sources.writer import Document, Job, Sink, Target, Unit, Wanted
 
 HALVES = ("bfloat16", "float16")
+FIRST_ALONE = "overlap_param_gather_with_optimizer_step"
 TRACKER = "latest_checkpointed_iteration.txt"
 _BACKEND = {
     "sharded_backend": "torch_dist",
@@ -55,6 +60,7 @@ class MegatronWriter:
         if _is_legacy(job):
             return LegacyWriter(job).units()
         view = _View(job)
+        view.check()
         return [
             dataclasses.replace(
                 unit,
@@ -106,15 +112,18 @@ class _View:
         known = Names(names)
         self.names: dict[str, str] = {}
         self._steps: list[str] = []
+        self._trained: list[str] = []
+        """Parameters that have a state."""
         for name in names:
             canonical = known.take_apart(name)
             if not canonical.root:
                 raise UnusableRequest(f"{name!r} is neither a weight nor a state of one; drop or rename it with rules")
             state = canonical.state
+            if state:
+                self._trained.append(canonical.parameter)
             if state == "step":
                 self._steps.append(name)
-                continue
-            if state:
+            elif state:
                 kept = master if state == "master" else state
                 self.names[f"optimizer.state.{kept}.{canonical.parameter}"] = name
             else:
@@ -145,20 +154,15 @@ class _View:
 
     def common(self, file: TorchFile) -> dict[str, Any]:
         """The value of ``common.pt``: what all ranks share, the optimizer's groups and its step among it."""
-        values = dict(self._values)
-        optim = values.pop("optim", None)
-        optimizer = values.get("optimizer")
-        if not isinstance(optimizer, dict):
-            groups = optim.get("param_groups", []) if isinstance(optim, dict) else []
-            bare = [{k: v for k, v in group.items() if k != "params"} for group in groups if isinstance(group, dict)]
-            optimizer = {"optimizer": {"param_groups": bare}} if bare else None
-        if optimizer is not None:
-            values["optimizer"] = self._for_optimizer(optimizer, file)
+        values = {key: value for key, value in self._values.items() if key != "optim"}
+        if (links := self._links()) is not None:
+            made = [self._for_optimizer(*link, file) for link in zip(links.outer, links.inner, strict=True)]
+            values["optimizer"] = made[0] if len(made) == 1 else dict(enumerate(made))
         if isinstance(values.get("args"), dict):
             values["args"] = Instance(Global("argparse", "Namespace"), values["args"])
         metadata = values.get("content_metadata")
         values["content_metadata"] = {**(metadata if isinstance(metadata, dict) else {}), **self._content()}
-        return {**values, "iteration": self._job.step or 0}
+        return dict(file.with_small_tensors({**values, "iteration": self._job.step or 0}))
 
     def _content(self) -> dict[str, Any]:
         """What Megatron must know of the form of its own states to ask for them."""
@@ -170,41 +174,56 @@ class _View:
             content["distrib_optim_sharding_type"] = "fully_reshardable"
         return content
 
-    def _for_optimizer(self, optimizer: dict[Any, Any], file: TorchFile) -> dict[Any, Any]:
-        """The optimizer's values as that kind of optimizer has them, whatever kind they were of.
+    def _links(self) -> Links | None:
+        """The optimizer's values for as many optimizers as the job that is to load them has."""
+        optimizer, optim = self._values.get("optimizer"), self._values.get("optim")
+        links = Links.of(optimizer if isinstance(optimizer, dict) else {})
+        if not links.others and not links.experts and isinstance(optim, dict):
+            outer = optimizer if isinstance(optimizer, dict) else {}
+            links = Links.of({**outer, "optimizer": {"param_groups": optim.get("param_groups")}})
+        if not links.others and not links.experts:
+            return None
+        asked = self._job.layout.ep
+        experts = Experts.among(self._trained)
+        is_parallel = bool(links.experts) if asked is None else asked > 1
+        first_alone = self._job.options.get(FIRST_ALONE, links.stages > 1)
+        return links.arranged(2 if first_alone else 1, experts if is_parallel and experts else None)
 
-        The step is kept once, or in every group; an optimizer of fp32 weights that is not distributed wraps nothing.  A
-        chain of optimizers has its values by number.
+    def _for_optimizer(self, outer: dict[Any, Any], inner: dict[Any, Any], file: TorchFile) -> dict[Any, Any]:
+        """The values of one optimizer.
+
+        The step is kept once, or in every group; an optimizer of fp32 weights that is not distributed wraps nothing.
         """
-        if optimizer and all(isinstance(key, int) for key in optimizer):
-            chain = {key: value for key, value in optimizer.items() if isinstance(value, dict)}
-            return {key: self._for_optimizer(value, file) for key, value in chain.items()}
-        inner = optimizer.get("optimizer")
-        if not isinstance(inner, dict):
-            inner, optimizer = optimizer, {}
         made = {key: value for key, value in inner.items() if key not in ("param_state_sharding_type", "state")}
-        groups = made.get("param_groups")
-        if isinstance(groups, list) and self._steps:
-            bare = [{k: v for k, v in group.items() if k != "step"} for group in groups if isinstance(group, dict)]
-            if self._is_distributed:
-                step = self._read_step()
-                made["param_groups"] = [{**group, "step": step} for group in bare]
-            else:
-                made["param_groups"] = bare
-                made["state"] = {"common_step": file.whole(self._job, self._steps[0])}
-        outer = {key: value for key, value in optimizer.items() if key not in ("param_state_sharding_type", "state")}
+        if self._steps and self._is_distributed:
+            (step,) = self._read_steps(self._steps[:1]).values()
+            made["param_groups"] = [{**group, "step": step} for group in made["param_groups"]]
+        elif self._steps:
+            made["state"] = {"common_step": file.whole(self._job, self._steps[0])}
+        outer = {key: value for key, value in outer.items() if key not in ("param_state_sharding_type", "state")}
         if self._is_distributed:
             return {**outer, "optimizer": made, "param_state_sharding_type": "fully_reshardable"}
         return {**outer, "optimizer": made} if self._is_half else made
 
-    def _read_step(self) -> float | int:
-        tensor = self._job.tensor(self._steps[0])
-        data = bytearray(tensor.nbytes)
-        self._job.read(tensor.name, Box((), ()), memoryview(data))
-        if tensor.dtype not in NUMPY_DTYPES:
-            raise UnusableRequest(f"{tensor.name} is {tensor.dtype}, which is no counter")
-        number: float | int = np.frombuffer(data, NUMPY_DTYPES[tensor.dtype])[0].item()
-        return number
+    def check(self) -> None:
+        """`UnusableRequest` where Megatron's optimizers cannot have these values; one counts for all parameters."""
+        self._links()
+        steps = self._read_steps(self._steps)
+        other = next((name for name in self._steps if steps[name] != steps[self._steps[0]]), None)
+        if other is not None:
+            raise UnusableRequest(
+                f"{self._steps[0]} is {steps[self._steps[0]]} and {other} is {steps[other]}, but Megatron has one step "
+                "for all parameters; drop those that differ with rules, or write another format"
+            )
+
+    def _read_steps(self, names: Sequence[str]) -> dict[str, float | int]:
+        tensors = [self._job.tensor(name) for name in names]
+        for tensor in tensors:
+            if tensor.dtype not in NUMPY_DTYPES or tensor.shape:
+                raise UnusableRequest(f"{tensor.name} is {tensor.dtype}{list(tensor.shape)}, which is no counter")
+        data = [bytearray(tensor.nbytes) for tensor in tensors]
+        self._job.read_many([(t.name, Box((), ()), memoryview(d)) for t, d in zip(tensors, data, strict=True)])
+        return {t.name: np.frombuffer(d, NUMPY_DTYPES[t.dtype])[0].item() for t, d in zip(tensors, data, strict=True)}
 
 
 class _Beneath:

@@ -119,3 +119,44 @@ def test_prune_removes_what_a_killed_job_left_of_its_record(tmp_path: Path) -> N
     assert main(["prune", str(tmp_path), "--keep-last", "1"]) == 0
     assert not any(path.exists() for path in left)
     assert (tmp_path / ".policy.json").exists()
+
+
+def test_prune_deletes_nothing_for_a_step_of_which_not_every_byte_holds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (1, 2, 3):
+        ce.save(state_of(step), tmp_path, step)
+    bent = flip(tmp_path, 3)
+    told = json.loads(_pruned(capsys, tmp_path, "--dry-run", "--json"))
+    assert [(one["step"], one["why"]) for one in told["removed"]] == [(1, "not kept by the policy")]
+    assert [one["step"] for one in told["damaged"]] == [3]
+    assert bent.name in told["damaged"][0]["why"]
+    assert "kept step 3, which is damaged: " in _pruned(capsys, tmp_path)
+    assert ce.steps(tmp_path) == [2, 3]
+    assert ce.load(state_of(0), tmp_path) == 2
+
+    flip(tmp_path, 2)
+    told = json.loads(_pruned(capsys, tmp_path, "--json"))
+    assert ([one["step"] for one in told["damaged"]], told["kept"]) == ([2, 3], [2, 3]), "where none is good, all stay"
+    ce.save(state_of(1), tmp_path, 1)
+    told = json.loads(_pruned(capsys, tmp_path, "--json"))
+    assert ([one["step"] for one in told["damaged"]], told["kept"]) == ([2, 3], [1, 2, 3])
+
+
+def test_prune_keeps_the_save_that_stands_in_for_a_damaged_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (1, 2):
+        ce.save(state_of(step), tmp_path, step)
+    ce.save(state_of(9), tmp_path, 2)
+    bent = max(tmp_path.glob("step-000000002/rank-*"))
+    bent.write_bytes(bent.read_bytes()[:-1])
+    _pruned(capsys, tmp_path)
+    live = state_of(0)
+    assert ce.load(live, tmp_path) == 2
+    assert live["note"] == {"step": 2}
+
+
+def _pruned(capsys: pytest.CaptureFixture[str], root: Path, *more: str) -> str:
+    assert main(["prune", str(root), "--keep-last", "1", *more]) == 0
+    return capsys.readouterr().out

@@ -160,3 +160,31 @@ def test_prune_keeps_the_save_that_stands_in_for_a_damaged_one(
 def _pruned(capsys: pytest.CaptureFixture[str], root: Path, *more: str) -> str:
     assert main(["prune", str(root), "--keep-last", "1", *more]) == 0
     return capsys.readouterr().out
+
+
+def test_every_key_that_is_printed_is_documented(places: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parents[2] / "docs/commands.md").read_text(encoding="utf-8")
+    _, disk, root = places
+    ce.save(state_of(5), root, 5)
+    flip(Path(root), 5)
+    printed = {
+        "ls": said(capsys, "ls", root),
+        "show": said(capsys, "show", f"{disk}@2", "--layout"),
+        "show --policy": said(capsys, "show", root, "--policy"),
+        "prune": json.loads(_pruned(capsys, Path(disk), "--json")),
+    }
+    assert main(["verify", f"{root}@5", "--json"]) == 1
+    printed["verify"] = json.loads(capsys.readouterr().out)
+    free = {"metrics", "troubles", "aliases", "values", "layout"}
+    for command, document in printed.items():
+        missing = {key for key in _keys(document, free) if f"`{key}`" not in text}
+        assert not missing, command
+
+
+def _keys(document: Any, free: set[str]) -> set[str]:
+    """Keys of a document, without those that the checkpoint itself brings."""
+    if isinstance(document, list):
+        return set().union(*(_keys(one, free) for one in document))
+    if not isinstance(document, dict):
+        return set()
+    return set(document).union(*(_keys(value, free) for key, value in document.items() if key not in free))

@@ -110,12 +110,13 @@ def writer_of(format_name: str) -> Writer:
     return make()
 
 
-def _require_known(options: Mapping[str, object], writer: Writer) -> None:
-    """Refuse an option that the format has not, so that a misspelt one is not taken for said."""
+def _with_options(writer: Writer, options: Mapping[str, object]) -> Writer:
+    """The writer; an option that its format has not is refused, so that a misspelt one is not taken for said."""
     unknown = ", ".join(sorted(options.keys() - set(writer.options)))
     if unknown:
         there = f"there are {', '.join(writer.options)}" if writer.options else "there are none"
         raise UnusableRequest(f"no such option for {writer.format}: {unknown}; {there}")
+    return writer
 
 
 def make_plan(
@@ -134,8 +135,7 @@ def make_plan(
     Raises `LayoutError` where a tensor of the source is not covered exactly, `UnusableRequest` for a format, option or
     bound that cannot be kept, and what the writer raises for what its format cannot hold.
     """
-    writer = writer_of(to)
-    _require_known(options or {}, writer)
+    writer = _with_options(writer_of(to), options or {})
     if to not in OWN_FORMATS:
         source = spelled(source)
     names, aliases, tensors = list(source.names()), source.aliases(), SourceTensors(source)

@@ -14,7 +14,6 @@ from ckptengine.store.history import Attempt
 from ckptengine.store.lock import RootLock
 from ckptengine.store.root import Root
 
-
 log = logging.getLogger("ckptengine")
 
 

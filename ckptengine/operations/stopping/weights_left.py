@@ -36,9 +36,7 @@ class WeightsLeft:
         return sum(entry.size_bytes for entry in self.objects)
 
 
-def plan_weights(
-    tier: BlockingTier, newest: int | None, damage_of: Callable[[int], str]
-) -> tuple[WeightsLeft, ...]:
+def plan_weights(tier: BlockingTier, newest: int | None, damage_of: Callable[[int], str]) -> tuple[WeightsLeft, ...]:
     """What is to become of the weights beside the steps on ``tier``; nothing is changed.
 
     ``newest``: the newest step of which every file is there.  ``damage_of`` says what is wrong with a step, "" where

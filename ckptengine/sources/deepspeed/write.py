@@ -25,7 +25,14 @@ from ckptengine.sources.deepspeed.classes import scaling, zero_stage
 from ckptengine.sources.deepspeed.modelfile import ds_version, model_states
 from ckptengine.sources.deepspeed.training import STEP, Group, Trained, check_counters, training_of, without_empty
 from ckptengine.sources.deepspeed.write_experts import Share, experts_of, without_experts
-from ckptengine.sources.deepspeed.write_flat import ALIGNED, ROUND_ROBIN, arranged, config_as_written, flat_order, sliced
+from ckptengine.sources.deepspeed.write_flat import (
+    ALIGNED,
+    ROUND_ROBIN,
+    arranged,
+    config_as_written,
+    flat_order,
+    sliced,
+)
 from ckptengine.sources.deepspeed.write_plain import is_fused, precision_of
 from ckptengine.sources.emit import Tensor
 from ckptengine.sources.torchrecords import Run, TorchFile, memory_bytes, read_bytes

@@ -27,10 +27,10 @@ _LOCAL_SCHEMES = ("file", "local")
 class Tier:
     """A place where checkpoints rest on their way to the root, with its own interval and retention.
 
-    ``path``: a directory (kept as an absolute path); ``shm://<name>`` for host memory that outlives the process; or any
-    fsspec URL (``s3://bucket/run``).  ``interval``: when a checkpoint goes there (None: whenever the checkpointer saves).
-    ``keep``: what stays there (None: the newest one).  ``options``: fsspec's storage options; ``max_bytes_per_s``:
-    a cap on what is sent there.  Credentials in ``path`` or ``options`` never appear in its repr.
+    ``path``: a directory (kept as an absolute path); ``shm://<name>`` for host memory that outlives the process; or
+    any fsspec URL (``s3://bucket/run``). ``interval``: when a checkpoint goes there (None: whenever the checkpointer
+    saves). ``keep``: what stays there (None: the newest one). ``options``: fsspec's storage options;
+    ``max_bytes_per_s``: a cap on what is sent there. Credentials in ``path`` or ``options`` never appear in its repr.
     """
 
     path: str = field(repr=False)

@@ -143,7 +143,7 @@ class Checkpointer:
             onward = places.carry_on(saver, self._tally, self._rhythm)
             self._overlap = Overlap(overlap, saver, port, rank_timeout_s)
             if sigterm_s is not None:
-                self._last = LastSave(sigterm_s, port, onward, self._tally, os.fspath(root), rank_timeout_s)
+                self._last = LastSave(sigterm_s, port, onward, self._tally, Tier(root).path, rank_timeout_s)
             stopping = None if self._last is None else self._last.stopping
             self._ending = Ending(saver, self._troubles, stopping, places, self._callbacks, port, self._pid)
             undoing.pop_all()

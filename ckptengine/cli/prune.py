@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Sequence
@@ -12,10 +13,12 @@ from ckptengine.cli import parser
 from ckptengine.cli.meter import Meter
 from ckptengine.cli.roots import require_root
 from ckptengine.cli.text import counted, size_text
-from ckptengine.errors import RootInUse, UnusableRequest
+from ckptengine.errors import CheckpointError, RootInUse, UnusableRequest
 from ckptengine.operations.levels.policy_record import remove_unfinished
-from ckptengine.operations.retain import apply_retention, plan_retention
+from ckptengine.operations.opening import open_any
+from ckptengine.operations.retain import apply_retention, newest_whole, plan_retention
 from ckptengine.operations.stopping.weights_left import WeightsLeft, plan_weights, remove_weights
+from ckptengine.operations.verify import Progress, verify
 from ckptengine.policy.keep import Keep
 from ckptengine.sources.files import is_url
 from ckptengine.store import names
@@ -56,8 +59,12 @@ def _prune(root: str, keep: Keep, *, dry_run: bool) -> dict[str, Any]:
     try:
         plan = plan_retention(tier, keep, alone=alone)
         newest = None if plan.anchor is None else plan.anchor.step
+        found: dict[int, str] = {}
         with Meter("verifying") as meter:
-            weights = plan_weights(tier, root, newest, meter.progress)
+            damage_of = functools.partial(_damage_of, root, found, meter.progress)
+            if plan.removals:  # nothing goes for a step of which not every byte holds
+                plan = plan_retention(tier, keep, verified=newest_whole(tier, damage_of), alone=alone)
+            weights = plan_weights(tier, newest, damage_of)
         freed = plan.size_bytes if dry_run else apply_retention(tier, plan)
         told = [_settle(tier, left, dry_run=dry_run) for left in weights]
     finally:
@@ -70,9 +77,25 @@ def _prune(root: str, keep: Keep, *, dry_run: bool) -> dict[str, Any]:
         "dry_run": dry_run,
         "kept": list(plan.kept),
         "removed": removed,
+        "damaged": [{"step": step, "why": why} for step, why in sorted(found.items()) if why],
         "weights": told,
         "freed_bytes": freed,
     }
+
+
+def _damage_of(root: str, found: dict[int, str], progress: Progress, step: int) -> str:
+    """What is wrong with a step of ``root``, "" where nothing is; every byte is read, once for all who ask."""
+    if step not in found:
+        try:
+            source = open_any(root, step)
+            try:
+                problems = verify(source, progress)
+            finally:
+                source.files.close()
+        except CheckpointError as problem:
+            problems = [problem]
+        found[step] = str(problems[0]) if problems else ""
+    return found[step]
 
 
 def _settle(tier: BlockingTier, left: WeightsLeft, *, dry_run: bool) -> dict[str, Any]:
@@ -89,6 +112,7 @@ def _settle(tier: BlockingTier, left: WeightsLeft, *, dry_run: bool) -> dict[str
 def _text(document: dict[str, Any]) -> str:
     verb = "would delete" if document["dry_run"] else "deleted"
     lines = [f"{verb} step {one['step']} ({size_text(one['size_bytes'])}): {one['why']}" for one in document["removed"]]
+    lines += [f"kept step {one['step']}, which is damaged: {one['why']}" for one in document["damaged"]]
     for one in document["weights"]:
         what = f"{one['folder']} ({size_text(one['size_bytes'])}): {one['why']}"
         lines.append(f"{verb} {what}" if one["removed"] else f"kept {what}")

@@ -28,11 +28,10 @@ def require_root(path: str, command: str) -> None:
     entries = [entry.name for entry in place.iterdir()]
     if any(entry == names.ATTEMPTS or names.STEP_PATTERN.match(entry) for entry in entries):
         return
-    step = names.STEP_PATTERN.match(place.name)
-    if step and any(names.MANIFEST_PATTERN.match(entry) or names.RANK_PATTERN.match(entry) for entry in entries):
+    if names.is_step(place.name, entries):
         raise UnusableRequest(
             f"{path} is one step of the root {place.parent}: ckptengine {command} {place.parent}, or ckptengine show "
-            f"{place.parent}@{int(step[1])}"
+            f"{place.parent}@{int(place.name.removeprefix('step-'))}"
         )
     kind = _format_of(path) if entries else None
     if kind is not None:

@@ -299,8 +299,9 @@ def _raise_mismatch(turn: _Round, problems: tuple[str, ...], unused: tuple[str, 
     if not lines:
         return
     more = f"; and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
+    many = "1 difference" if len(lines) == 1 else f"{len(lines)} differences"
     raise StateMismatch(
-        f"the state does not fit the checkpoint, nothing was changed ({len(lines)} differences): "
+        f"the state does not fit the checkpoint, nothing was changed ({many}): "
         + "; ".join(lines[:_SHOWN])
         + more
         + "; pass strict=False to leave out what is missing or extra, or names= to restore a part",

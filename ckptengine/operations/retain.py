@@ -13,7 +13,7 @@ The newest good checkpoint and all that is newer stays, whatever ``keep`` says; 
 from __future__ import annotations
 
 import datetime
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from ckptengine.errors import CheckpointError
@@ -92,12 +92,25 @@ def plan_retention(
         step for step in protected if step in line
     }
     newest = max((*history.attempt_numbers(), *(ref.attempt for ref in saves)))
+    counting, stand_ins = set(line.values()), set(visible)
     removals = []
     for ref in sorted(saves):
-        why = _why(ref, saves[ref], line, kept, anchor, newest, alone)
+        if ref in counting:
+            why = None if ref.step in kept else "not kept by the policy"
+        elif ref in stand_ins:  # a restore falls back on it where what replaced it is damaged
+            why = "replaced by a newer save of the step" if ref.step <= anchor.step else None
+        else:
+            why = _why(ref, saves[ref], anchor, newest, alone)
         if why is not None and ref.step not in protected:
             removals.append(Removal(ref, _objects(saves[ref]), why))
     return RetentionPlan(anchor, tuple(sorted(kept)), tuple(removals), frozenset(protected), alone)
+
+
+def newest_whole(tier: BlockingTier, damage_of: Callable[[int], str]) -> set[int]:
+    """The newest step of the current line in which ``damage_of`` finds nothing wrong, as a set; empty where none is."""
+    steps = sorted(History(TierFiles(tier)).line(), reverse=True)
+    whole = next((step for step in steps if not damage_of(step)), None)
+    return set() if whole is None else {whole}
 
 
 def apply_retention(tier: BlockingTier, plan: RetentionPlan) -> int:
@@ -180,24 +193,10 @@ def _created_s(created: str) -> float | None:
         return None
 
 
-def _why(
-    ref: CommitRef,
-    save: _Save,
-    line: Mapping[int, CommitRef],
-    kept: Collection[int],
-    anchor: CommitRef,
-    newest: int,
-    alone: bool,
-) -> str | None:
-    """Why a save goes, or None where it stays."""
-    if line.get(ref.step) == ref:
-        return None if ref.step in kept else "not kept by the policy"
+def _why(ref: CommitRef, save: _Save, anchor: CommitRef, newest: int, alone: bool) -> str | None:
+    """Why a save that is no part of the current line of history goes, or None where it stays."""
     if save.manifest is not None:
-        if ref.attempt < newest:
-            return "replaced, or part of an abandoned line of history"
-        counts = line.get(ref.step)
-        replaced = counts is not None and counts > ref and counts.step <= anchor.step
-        return "replaced by a newer save of the step" if replaced else None
+        return "part of an abandoned line of history" if ref.attempt < newest else None
     if ref.attempt < newest:
         return "never committed, and its attempt is over"
     if alone:

@@ -48,6 +48,7 @@ class NativeWriter:
     """The writer of ``--to native``."""
 
     format = "native"
+    options = ()
 
     def units(self, job: Job) -> Sequence[Unit]:
         """One unit per rank file."""

@@ -182,6 +182,11 @@ class Writer(Protocol):
     @property
     def format(self) -> str: ...
 
+    @property
+    def options(self) -> Sequence[str]:
+        """The names in ``job.options`` that mean something to this format; any other is refused."""
+        ...
+
     def units(self, job: Job) -> Sequence[Unit]:
         """Cut the job; raises `UnusableRequest` or `RuleError` for what this format cannot hold.  Writes nothing."""
         ...

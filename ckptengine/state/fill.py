@@ -144,7 +144,8 @@ def _report(problems: list[str], strict: bool) -> str:
     shown = "\n  ".join(problems[:_SHOWN])
     more = f"\n  ... and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
     hint = "pass strict=False to leave out what is missing or extra, or names= to restore a part" if strict else ""
-    head = f"the live state does not fit the checkpoint ({len(problems)} differences)"
+    many = "1 difference" if len(problems) == 1 else f"{len(problems)} differences"
+    head = f"the live state does not fit the checkpoint ({many})"
     return f"{head}:\n  {shown}{more}\n{hint}".rstrip()
 
 

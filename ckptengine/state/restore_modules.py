@@ -25,7 +25,7 @@ def match_module(context: Context, view: ModuleView, data: Json | Absent, name: 
         found = data.get("extra", {})
         extras = found if isinstance(found, dict) else {}
     elif not isinstance(data, Absent) and not (isinstance(data, dict) and "$" not in data):
-        context.problems.append(f"{name}: a module live, a plain value in the checkpoint")
+        context.problems.append(f"{name or 'the state itself'}: a module live, a plain value in the checkpoint")
         return
     replaced: dict[str, Any] = {}
     for entry in view.tensors:

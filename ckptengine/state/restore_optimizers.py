@@ -49,7 +49,9 @@ def match_optimizer(context: Context, view: OptimizerView, data: Json | Absent, 
     """Plan the restore of one optimizer."""
     saved = _read(context, view.name, data)
     if saved is None:
-        context.problems.append(f"{view.name}: an optimizer live, a plain value in the checkpoint")
+        context.problems.append(
+            f"{view.name or 'the state itself'}: an optimizer live, a plain value in the checkpoint"
+        )
         return
     positions = _by_position(context, view, saved)
     if positions is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 STEP_PATTERN = re.compile(r"step-(\d{9,})\Z")
 MANIFEST_PATTERN = re.compile(r"manifest-a(\d{6,})-n(\d{4,})\.json\Z")
@@ -14,6 +15,13 @@ LOCK = ".lock"
 
 def step_dir(step: int) -> str:
     return f"step-{step:09d}"
+
+
+def is_step(folder: str, entries: Iterable[str]) -> bool:
+    """Whether a folder of this name, with these entries, is one step of a root."""
+    return STEP_PATTERN.match(folder) is not None and any(
+        MANIFEST_PATTERN.match(entry) or RANK_PATTERN.match(entry) for entry in entries
+    )
 
 
 def weights_dir(step: int) -> str:

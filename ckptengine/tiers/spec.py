@@ -27,10 +27,10 @@ _LOCAL_SCHEMES = ("file", "local")
 class Tier:
     """A place where checkpoints rest on their way to the root, with its own interval and retention.
 
-    ``path``: a directory; ``shm://<name>`` for host memory that outlives the process; or any fsspec URL
-    (``s3://bucket/run``).  ``interval``: when a checkpoint goes there (None: whenever the checkpointer saves).
-    ``keep``: what stays there (None: the newest one).  ``options``: fsspec's storage options; ``max_bytes_per_s``:
-    a cap on what is sent there.  Credentials in ``path`` or ``options`` never appear in its repr.
+    ``path``: a directory (kept as an absolute path); ``shm://<name>`` for host memory that outlives the process; or
+    any fsspec URL (``s3://bucket/run``). ``interval``: when a checkpoint goes there (None: whenever the checkpointer
+    saves). ``keep``: what stays there (None: the newest one). ``options``: fsspec's storage options;
+    ``max_bytes_per_s``: a cap on what is sent there. Credentials in ``path`` or ``options`` never appear in its repr.
     """
 
     path: str = field(repr=False)
@@ -59,7 +59,8 @@ class Tier:
         if max_bytes_per_s is not None and not (math.isfinite(max_bytes_per_s) and max_bytes_per_s > 0):
             raise UnusableRequest(f"Tier(max_bytes_per_s={max_bytes_per_s!r}) must be above 0")
         set_field = object.__setattr__
-        set_field(self, "path", text)
+        where = text if is_url(text) else str(Path(text).absolute())  # whatever becomes of the working directory
+        set_field(self, "path", where)
         set_field(self, "interval", interval)
         set_field(self, "keep", keep)
         set_field(self, "max_bytes_per_s", max_bytes_per_s)

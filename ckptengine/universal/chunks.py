@@ -48,13 +48,7 @@ class Encoding:
     @classmethod
     def of(cls, options: Mapping[str, object]) -> Encoding:
         """From a job's options; `UnusableRequest` for ones that mean nothing here."""
-        known = {name: options[name] for name in cls.__slots__ if name in options}
-        unknown = sorted(options.keys() - known.keys())
-        if unknown:
-            raise UnusableRequest(
-                f"no such option for zarr: {', '.join(unknown)}; there are {', '.join(cls.__slots__)}"
-            )
-        made = cls(**known)  # type: ignore[arg-type]
+        made = cls(**options)  # type: ignore[arg-type]
         compressor(made.compression)
         for name in ("shard_bytes", "chunk_bytes"):
             value = getattr(made, name)

@@ -55,6 +55,7 @@ class ZarrWriter:
     """The writer of ``--to zarr``."""
 
     format = "zarr"
+    options = Encoding.__slots__
 
     def __init__(self) -> None:
         self._seen: tuple[Sequence[str], NameTree] | None = None

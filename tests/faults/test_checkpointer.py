@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -228,6 +230,54 @@ def test_abandoned_steps_are_never_the_newest_again(tmp_path: Path) -> None:
         checkpointer.save(20).result(WITHIN_S)
     assert ce.steps(tmp_path) == [10, 11, 20]
     assert load_exactly(tmp_path, 20) == 20
+
+
+def test_a_job_that_forgot_to_restore_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "ckptengine")
+    for step in (10, 20, 30):
+        ce.save(state_of(step), tmp_path, step)
+    for first in (30, 40):
+        with ce.Checkpointer(state_of(first), tmp_path, random=False) as checkpointer:
+            checkpointer.save(first).result(WITHIN_S)
+    with ce.Checkpointer(state_of(0), tmp_path, random=False) as checkpointer:
+        assert checkpointer.restore(30) == 30
+        checkpointer.save(31).result(WITHIN_S)
+    assert not caplog.records
+    with ce.Checkpointer(state_of(10), tmp_path, random=False) as checkpointer:
+        checkpointer.save(10).result(WITHIN_S)
+        checkpointer.save(11).result(WITHIN_S)
+    (told,) = caplog.messages
+    assert "restored nothing and saves step 10: steps beyond it, up to 31, are an abandoned line" in told
+    assert ce.steps(tmp_path) == [10, 11]
+
+
+def test_one_step_is_no_root(tmp_path: Path) -> None:
+    ce.save(state_of(1), tmp_path, 1)
+    step = tmp_path / "step-000000001"
+    before = sorted(step.iterdir())
+    for more in ({}, {"keep": ce.Keep(last=1)}):
+        with pytest.raises(UnusableRequest, match="is one step of the root"):
+            ce.Checkpointer(state_of(1), step, **more)
+    assert sorted(step.iterdir()) == before
+
+
+def test_a_relative_root_stays_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with ce.Checkpointer(state_of(1), "root", interval=ce.Every(steps=1), random=False) as checkpointer:
+        monkeypatch.chdir("elsewhere")
+        checkpointer.save(1).result(WITHIN_S)
+    assert (tmp_path / "root/.policy.json").is_file()
+    assert not list(Path("elsewhere").glob("*"))
+
+
+@pytest.mark.parametrize("value", [torch.zeros(3), torch.zeros(0), np.zeros((2, 2)), 1j, "low", None])
+def test_metrics_that_are_no_number(tmp_path: Path, value: Any) -> None:
+    with ce.Checkpointer(state_of(1), tmp_path) as checkpointer:
+        with pytest.raises(UnsupportedValue, match=r"metrics\['loss'\] is "):
+            checkpointer.save(1, metrics={"loss": value})
+        checkpointer.save(2, metrics={"loss": torch.zeros(1, 1), "other": np.float32(2)}).result(WITHIN_S)
+    assert ce.open(tmp_path).metrics == {"loss": 0.0, "other": 2.0}
 
 
 @pytest.mark.parametrize("step", [-1, 1.5, "3", True, None, 1 << 63])

@@ -119,3 +119,72 @@ def test_prune_removes_what_a_killed_job_left_of_its_record(tmp_path: Path) -> N
     assert main(["prune", str(tmp_path), "--keep-last", "1"]) == 0
     assert not any(path.exists() for path in left)
     assert (tmp_path / ".policy.json").exists()
+
+
+def test_prune_deletes_nothing_for_a_step_of_which_not_every_byte_holds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (1, 2, 3):
+        ce.save(state_of(step), tmp_path, step)
+    bent = flip(tmp_path, 3)
+    told = json.loads(_pruned(capsys, tmp_path, "--dry-run", "--json"))
+    assert [(one["step"], one["why"]) for one in told["removed"]] == [(1, "not kept by the policy")]
+    assert [one["step"] for one in told["damaged"]] == [3]
+    assert bent.name in told["damaged"][0]["why"]
+    assert "kept step 3, which is damaged: " in _pruned(capsys, tmp_path)
+    assert ce.steps(tmp_path) == [2, 3]
+    assert ce.load(state_of(0), tmp_path) == 2
+
+    flip(tmp_path, 2)
+    told = json.loads(_pruned(capsys, tmp_path, "--json"))
+    assert ([one["step"] for one in told["damaged"]], told["kept"]) == ([2, 3], [2, 3]), "where none is good, all stay"
+    ce.save(state_of(1), tmp_path, 1)
+    told = json.loads(_pruned(capsys, tmp_path, "--json"))
+    assert ([one["step"] for one in told["damaged"]], told["kept"]) == ([2, 3], [1, 2, 3])
+
+
+def test_prune_keeps_the_save_that_stands_in_for_a_damaged_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (1, 2):
+        ce.save(state_of(step), tmp_path, step)
+    ce.save(state_of(9), tmp_path, 2)
+    bent = max(tmp_path.glob("step-000000002/rank-*"))
+    bent.write_bytes(bent.read_bytes()[:-1])
+    _pruned(capsys, tmp_path)
+    live = state_of(0)
+    assert ce.load(live, tmp_path) == 2
+    assert live["note"] == {"step": 2}
+
+
+def _pruned(capsys: pytest.CaptureFixture[str], root: Path, *more: str) -> str:
+    assert main(["prune", str(root), "--keep-last", "1", *more]) == 0
+    return capsys.readouterr().out
+
+
+def test_every_key_that_is_printed_is_documented(places: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parents[2] / "docs/commands.md").read_text(encoding="utf-8")
+    _, disk, root = places
+    ce.save(state_of(5), root, 5)
+    flip(Path(root), 5)
+    printed = {
+        "ls": said(capsys, "ls", root),
+        "show": said(capsys, "show", f"{disk}@2", "--layout"),
+        "show --policy": said(capsys, "show", root, "--policy"),
+        "prune": json.loads(_pruned(capsys, Path(disk), "--json")),
+    }
+    assert main(["verify", f"{root}@5", "--json"]) == 1
+    printed["verify"] = json.loads(capsys.readouterr().out)
+    free = {"metrics", "troubles", "aliases", "values", "layout"}
+    for command, document in printed.items():
+        missing = {key for key in _keys(document, free) if f"`{key}`" not in text}
+        assert not missing, command
+
+
+def _keys(document: Any, free: set[str]) -> set[str]:
+    """Keys of a document, without those that the checkpoint itself brings."""
+    if isinstance(document, list):
+        return set().union(*(_keys(one, free) for one in document))
+    if not isinstance(document, dict):
+        return set()
+    return set(document).union(*(_keys(value, free) for key, value in document.items() if key not in free))

@@ -501,6 +501,7 @@ class _TwiceWriter:
     """Stores every tensor twice, as a format with weights and master copies does."""
 
     format = "twice"
+    options = ()
 
     def __init__(self) -> None:
         self._real = zarr_write.ZarrWriter()
@@ -586,3 +587,11 @@ def test_a_single_safetensors_file_leaves_nothing_out_unasked(tmp_path: Path) ->
     assert [path.name for path in tmp_path.iterdir()] == ["src"]
     convert(more, target, to="safetensors", options={"weights_only": True})
     assert_holds(target, arrays)
+
+
+@pytest.mark.parametrize("to", convert_plan.FORMATS)
+def test_an_option_that_the_format_has_not_is_refused(tmp_path: Path, to: str) -> None:
+    source, _ = checkpoint(tmp_path / "in", count=1)
+    with pytest.raises(UnusableRequest, match=rf"no such option for {to}: weight_only; there are "):
+        convert(source, tmp_path / "out", to=to, options={"weight_only": True})
+    assert not (tmp_path / "out").exists()

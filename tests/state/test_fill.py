@@ -101,7 +101,7 @@ def test_strict_false_leaves_out_what_is_missing_or_extra():
     assert live["data"]["t"].tolist() == [1, 1]
     assert filling.unused == ("note",)
     live["data"]["t"] = torch.zeros(3)
-    with pytest.raises(StateMismatch, match=r"\(1 differences\)"):
+    with pytest.raises(StateMismatch, match=r"\(1 difference\)"):
         saved.restore(live, strict=False)
 
 

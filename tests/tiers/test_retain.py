@@ -129,7 +129,7 @@ def test_abandoned_lines_and_dead_saves_go(tier: BlockingTier, tmp_path: Path) -
     assert steps_on(tier) == [10, 20]
     plan = plan_retention(tier, Keep())
     assert {(removal.ref.step, removal.why.split(",")[0]) for removal in plan.removals} == {
-        (30, "replaced"),
+        (30, "part of an abandoned line of history"),
         (40, "never committed"),
     }
     apply_retention(tier, plan)

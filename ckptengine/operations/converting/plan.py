@@ -110,6 +110,15 @@ def writer_of(format_name: str) -> Writer:
     return make()
 
 
+def _with_options(writer: Writer, options: Mapping[str, object]) -> Writer:
+    """The writer; an option that its format has not is refused, so that a misspelt one is not taken for said."""
+    unknown = ", ".join(sorted(options.keys() - set(writer.options)))
+    if unknown:
+        there = f"there are {', '.join(writer.options)}" if writer.options else "there are none"
+        raise UnusableRequest(f"no such option for {writer.format}: {unknown}; {there}")
+    return writer
+
+
 def make_plan(
     source: Source,
     target: str,
@@ -126,7 +135,7 @@ def make_plan(
     Raises `LayoutError` where a tensor of the source is not covered exactly, `UnusableRequest` for a format, option or
     bound that cannot be kept, and what the writer raises for what its format cannot hold.
     """
-    writer = writer_of(to)
+    writer = _with_options(writer_of(to), options or {})
     if to not in OWN_FORMATS:
         source = spelled(source)
     names, aliases, tensors = list(source.names()), source.aliases(), SourceTensors(source)

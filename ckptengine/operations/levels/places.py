@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ckptengine.coordination.port import Coordinator, agree, gather
@@ -27,6 +28,7 @@ from ckptengine.policy.failure import FailurePolicy
 from ckptengine.policy.interval import Interval
 from ckptengine.policy.keep import Keep
 from ckptengine.sources.files import open_files
+from ckptengine.store import names
 from ckptengine.store.files import FileOps
 from ckptengine.store.root import Root
 from ckptengine.tiers.spec import Tier
@@ -58,6 +60,16 @@ def check_places(tiers: object, interval: object, keep: object) -> None:
         raise UnusableRequest(f"keep={keep!r} is not ckptengine.Keep(...)")
 
 
+def _require_no_step(directory: Path | None) -> None:
+    """Refuse one step of a root: nothing would be found in it, and training would begin anew without a word."""
+    if directory is None or not names.STEP_PATTERN.match(directory.name):
+        return
+    if names.is_step(directory.name, Root(directory).entries()):
+        raise UnusableRequest(
+            f"{directory} is one step of the root {directory.parent}: give that as the root, and the step to restore()"
+        )
+
+
 class Places:
     """Opened by all ranks together; each raises when any is refused.
 
@@ -85,6 +97,7 @@ class Places:
         refused: CheckpointError | None = None
         try:
             directory = Tier(root).local_path
+            _require_no_step(directory)
             if tiers or keep is not None or directory is None:
                 self.levels = Levels(
                     root, tiers, port=port, interval=interval, keep=keep, policy=policy, rank_timeout_s=timeout_s

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections.abc import Callable
 
@@ -12,6 +13,8 @@ from ckptengine.store.files import make_dirs
 from ckptengine.store.history import Attempt
 from ckptengine.store.lock import RootLock
 from ckptengine.store.root import Root
+
+log = logging.getLogger("ckptengine")
 
 
 class Claims:
@@ -60,9 +63,24 @@ class Claims:
             if not self._lock.stands:
                 self._begin_again()
             if self._attempt is None:
-                upto = self._base if self._base is not None or not self._linear else step
+                upto = self._base
+                if upto is None and self._linear:
+                    upto = step
+                    self._tell_of_what_is_left(step)
                 self._attempt = self._claim(upto)
             return self._attempt
+
+    def _tell_of_what_is_left(self, step: int) -> None:
+        """A job that restored nothing and begins in front of what is there may have forgotten to."""
+        left = [known for known in self._root.history.line() if known > step]
+        if left:
+            log.warning(
+                "%s: this job restored nothing and saves step %d: steps beyond it, up to %d, are an abandoned line of "
+                "history now, which `keep` and prune remove; to go on from them, restore() first",
+                self._root.path,
+                step,
+                left[-1],
+            )
 
     def _claim(self, upto: int | None) -> Attempt:
         attempt = self._root.claim(self._run, upto=upto, rests_at=self._rests_at)

@@ -7,13 +7,10 @@ step that is at least as new is committed on the root and every byte of that hol
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckptengine.errors import CheckpointError
-from ckptengine.operations.opening import open_any
-from ckptengine.operations.verify import Progress, verify
 from ckptengine.store import names
 from ckptengine.store.lock import RootLock
 from ckptengine.tiers import lease
@@ -39,19 +36,17 @@ class WeightsLeft:
         return sum(entry.size_bytes for entry in self.objects)
 
 
-def plan_weights(
-    tier: BlockingTier, root: str, newest: int | None, progress: Progress | None = None
-) -> tuple[WeightsLeft, ...]:
-    """What is to become of the weights beneath ``root``, whose objects are on ``tier``; nothing is changed.
+def plan_weights(tier: BlockingTier, newest: int | None, damage_of: Callable[[int], str]) -> tuple[WeightsLeft, ...]:
+    """What is to become of the weights beside the steps on ``tier``; nothing is changed.
 
-    ``newest``: the newest good step of the root; it is verified, once, where weights would go for it.
+    ``newest``: the newest step of which every file is there.  ``damage_of`` says what is wrong with a step, "" where
+    nothing is; it is asked where weights would go for the step.
     """
     by_folder: dict[str, list[Entry]] = {}
     for entry in tier.entries(_PREFIX):
         folder = entry.name.partition("/")[0]
         if names.WEIGHTS_PATTERN.match(folder):
             by_folder.setdefault(folder, []).append(entry)
-    damage: list[str] = []
     found = []
     for folder, objects in sorted(by_folder.items()):
         step = int(folder.removeprefix(_PREFIX))
@@ -62,9 +57,9 @@ def plan_weights(
         elif newest is None or newest < step:
             why = f"no whole step from {step} on is committed"
         else:
-            damage = damage or [_damage_of(root, newest, progress)]
-            stays = bool(damage[0])
-            why = f"step {newest} is damaged: {damage[0]}" if stays else f"step {newest} is whole and verified"
+            damage = damage_of(newest)
+            stays = bool(damage)
+            why = f"step {newest} is damaged: {damage}" if stays else f"step {newest} is whole and verified"
         objects.sort(key=lambda entry: (names.MANIFEST_PATTERN.search(entry.name) is None, entry.name))
         found.append(WeightsLeft(step, folder, tuple(objects), why, stays))
     return tuple(found)
@@ -104,16 +99,3 @@ def _is_ours(name: str, step: int) -> bool:
         names.step_dir(step): (names.MANIFEST_PATTERN, names.RANK_PATTERN),
     }
     return lease.is_lease(rest) or any(pattern.match(base) for pattern in patterns.get(folder, ()))
-
-
-def _damage_of(root: str, step: int, progress: Progress | None) -> str:
-    """What is wrong with a step of ``root``, "" where nothing is."""
-    try:
-        source = open_any(root, step)
-        try:
-            problems = verify(source, progress)
-        finally:
-            source.files.close()
-    except CheckpointError as problem:
-        problems = [problem]
-    return str(problems[0]) if problems else ""

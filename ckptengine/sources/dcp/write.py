@@ -47,6 +47,7 @@ class DcpWriter:
     """
 
     format = "dcp"
+    options = ("file_bytes",)
 
     def __init__(self, *, nested: bool = True) -> None:
         self._nested = nested

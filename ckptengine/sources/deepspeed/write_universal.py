@@ -36,6 +36,7 @@ class UniversalWriter:
     """The writer of ``--to deepspeed-universal``."""
 
     format = "deepspeed-universal"
+    options = ("precision", "frozen")
 
     def units(self, job: Job) -> Sequence[Unit]:
         """One unit per model file, and one for every few parameters."""

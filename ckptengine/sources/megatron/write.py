@@ -54,6 +54,7 @@ class MegatronWriter:
     """The writer of ``--to megatron``."""
 
     format = "megatron"
+    options = ("legacy", "master", "vocab_divisible_by", *DcpWriter.options)
 
     def units(self, job: Job) -> Sequence[Unit]:
         """Those of the DCP checkpoint that this is, or one per rank."""

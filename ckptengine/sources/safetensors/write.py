@@ -41,6 +41,7 @@ class SafetensorsWriter:
     """The writer of ``--to safetensors``."""
 
     format = "safetensors"
+    options = ("shard_bytes", "weights_only")
 
     def file(self, target_name: str) -> str | None:
         """A target named like a safetensors file is that file."""

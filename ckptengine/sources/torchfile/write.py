@@ -38,6 +38,7 @@ class TorchWriter:
     """The writer of ``--to torch``."""
 
     format = "torch"
+    options = ("weights_only",)
 
     def file(self, target_name: str) -> str | None:
         """A target named like a file of torch.save is that file."""

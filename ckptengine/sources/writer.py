@@ -159,7 +159,7 @@ class Job:
     unit_memory_bytes: int
     options: Mapping[str, object] = field(default_factory=dict)
     provenance: Mapping[str, object] = field(default_factory=dict)
-    rules: object = None
+    rules: str | None = None
     digests: Mapping[str, str] = field(default_factory=dict)
     target_name: str = ""
     path: Callable[[str], tuple[object, ...] | None] = no_path

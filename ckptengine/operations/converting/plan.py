@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import importlib
 import json
@@ -20,6 +19,7 @@ from ckptengine.operations.read import SCRATCH_BYTES, default_workers
 from ckptengine.sources.direct import BUFFER_BYTES
 from ckptengine.sources.files import is_url
 from ckptengine.sources.port import HoldsEncodedValues, KnowsPaths, Source
+from ckptengine.sources.rules.parse import load_rules
 from ckptengine.sources.spelled import spelled
 from ckptengine.sources.writer import Job, Layout, Unit, Writer, WritesFile, no_path
 from ckptengine.version import version
@@ -45,6 +45,9 @@ _WRITERS = {
 """Where each format's writer is: a module with a ``WRITER`` that makes one.  Imported when it is asked for."""
 
 FORMATS = tuple(_WRITERS)
+
+Versions = dict[str, tuple[int, int]]
+"""What tells whether files of the source were changed."""
 
 OWN_FORMATS = ("native", "zarr")
 """Formats that keep canonical names; in all others tensors have the names that other tools know."""
@@ -96,6 +99,7 @@ class Planned:
     plan: Plan
     memory_bytes: int
     fingerprint: str
+    versions: Versions
 
 
 def writer_of(format_name: str) -> Writer:
@@ -116,7 +120,7 @@ def make_plan(
     *,
     to: str,
     layout: Layout | None = None,
-    rules: object = None,
+    rules: str | os.PathLike[str] | None = None,
     memory_bytes: int = 1 << 30,
     workers: int | None = None,
     options: Mapping[str, object] | None = None,
@@ -148,7 +152,7 @@ def make_plan(
         unit_memory_bytes=memory_bytes // threads,
         options=dict(options or {}),
         provenance=_provenance(source, rules),
-        rules=rules,
+        rules=None if rules is None else os.fspath(rules),
         target_name=_target_name(writer, target),
         path=source.path if isinstance(source, KnowsPaths) else no_path,
     )
@@ -169,7 +173,9 @@ def make_plan(
         workers=threads,
         covered=len(own),
     )
-    return Planned(source, writer, job, units, plan, memory_bytes, _fingerprint(source, tensors, job, units, plan))
+    versions = file_versions(source, {file for name in own for file in _files_of(tensors.tensor(name))})
+    fingerprint = _fingerprint(tensors, job, units, plan, versions)
+    return Planned(source, writer, job, units, plan, memory_bytes, fingerprint, versions)
 
 
 def _prove_covers(tensors: Iterable[LogicalTensor]) -> None:
@@ -217,7 +223,7 @@ def _fitting_workers(workers: int | None, memory_bytes: int) -> int:
     return max(1, min(workers or default_workers(), memory_bytes // (32 << 20)))
 
 
-def _fingerprint(source: Source, tensors: SourceTensors, job: Job, units: Sequence[Unit], plan: Plan) -> str:
+def _fingerprint(tensors: SourceTensors, job: Job, units: Sequence[Unit], plan: Plan, versions: Versions) -> str:
     """What must be equal for a later run to go on where this one stopped."""
     digest = hashlib.sha256()
     what: list[object] = [
@@ -226,24 +232,36 @@ def _fingerprint(source: Source, tensors: SourceTensors, job: Job, units: Sequen
         plan.step,
         plan.format,
         plan.layout,
-        str(job.rules),
+        None if job.rules is None else load_rules(job.rules).texts,
         plan.read_bytes,
     ]
     what.append(sorted((key, str(value)) for key, value in job.options.items()))
     what.append(version)
+    what.append(sorted(versions.items()))
     digest.update(json.dumps(what).encode())
-    version_of = functools.lru_cache(maxsize=4096)(functools.partial(_file_version, source))
     for name in job.names:
         tensor = tensors.tensor(name)
         first = tensor.fragments[0] if len(tensor.fragments) else None
-        where = None if first is None else (first.file, first.offset, version_of(first.file))
+        where = None if first is None else (first.file, first.offset)
         digest.update(repr((name, tensor.dtype, tensor.shape, tensor.digest, where)).encode())
     for unit in units:
         digest.update(repr((unit.key, unit.files)).encode())
     return digest.hexdigest()
 
 
-def _file_version(source: Source, file: str) -> tuple[int, int]:
-    """Size of a file and, where it is local, when it was written."""
-    local = source.files.local_path(file)
-    return source.files.size(file), 0 if local is None else os.stat(local).st_mtime_ns
+def _files_of(tensor: LogicalTensor) -> Iterable[str]:
+    return (fragment.file for fragment in tensor.fragments)
+
+
+def file_versions(source: Source, files: Iterable[str]) -> Versions:
+    """The size of each file and, where it is local, when it was written; -1 for one that is gone."""
+    found: Versions = {}
+    for file in files:
+        local = source.files.local_path(file)
+        try:
+            status = None if local is None else os.stat(local)
+        except FileNotFoundError:
+            found[file] = -1, 0
+        else:
+            found[file] = (source.files.size(file), 0) if status is None else (status.st_size, status.st_mtime_ns)
+    return found

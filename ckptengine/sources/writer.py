@@ -164,6 +164,13 @@ class Job:
     target_name: str = ""
     path: Callable[[str], tuple[object, ...] | None] = no_path
 
+    def flag(self, option: str) -> bool:
+        """An option that is true or false; false where it is not given."""
+        value = self.options.get(option, False)
+        if not isinstance(value, bool):
+            raise UnusableRequest(f"option {option} = {value!r} is neither true nor false")
+        return value
+
     def place(self, name: str) -> tuple[object, ...]:
         """The keys and list positions of a tensor in a nested state: as it was nested where that is known.
 
@@ -181,6 +188,16 @@ class Writer(Protocol):
 
     @property
     def format(self) -> str: ...
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The names of all options that it knows."""
+        ...
+
+    @property
+    def ranked(self) -> bool:
+        """Whether it writes for a parallel layout."""
+        ...
 
     def units(self, job: Job) -> Sequence[Unit]:
         """Cut the job; raises `UnusableRequest` or `RuleError` for what this format cannot hold.  Writes nothing."""

@@ -131,6 +131,7 @@ def make_plan(
     bound that cannot be kept, and what the writer raises for what its format cannot hold.
     """
     writer = writer_of(to)
+    _check_asked(writer, to, layout, options or {})
     if to not in OWN_FORMATS:
         source = spelled(source)
     names, aliases, tensors = list(source.names()), source.aliases(), SourceTensors(source)
@@ -176,6 +177,17 @@ def make_plan(
     versions = file_versions(source, {file for name in own for file in _files_of(tensors.tensor(name))})
     fingerprint = _fingerprint(tensors, job, units, plan, versions)
     return Planned(source, writer, job, units, plan, memory_bytes, fingerprint, versions)
+
+
+def _check_asked(writer: Writer, to: str, layout: Layout | None, options: Mapping[str, object]) -> None:
+    """`UnusableRequest` for what the format would take no notice of."""
+    unknown = sorted(options.keys() - set(writer.options))
+    if unknown:
+        raise UnusableRequest(
+            f"no such option for {to}: {', '.join(unknown)}; there are {', '.join(writer.options) or 'none'}"
+        )
+    if layout not in (None, Layout()) and not writer.ranked:
+        raise UnusableRequest(f"{to} holds whole tensors, which fit every layout; leave --layout out")
 
 
 def _prove_covers(tensors: Iterable[LogicalTensor]) -> None:

@@ -47,6 +47,8 @@ class DcpWriter:
     """
 
     format = "dcp"
+    options = ("file_bytes",)
+    ranked = True
 
     def __init__(self, *, nested: bool = True) -> None:
         self._nested = nested

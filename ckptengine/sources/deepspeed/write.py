@@ -25,7 +25,14 @@ from ckptengine.sources.deepspeed.classes import scaling, zero_stage
 from ckptengine.sources.deepspeed.modelfile import ds_version, model_states
 from ckptengine.sources.deepspeed.training import STEP, Group, Trained, check_counters, training_of, without_empty
 from ckptengine.sources.deepspeed.write_experts import Share, experts_of, without_experts
-from ckptengine.sources.deepspeed.write_flat import arranged, config_as_written, flat_order, sliced
+from ckptengine.sources.deepspeed.write_flat import (
+    ALIGNED,
+    ROUND_ROBIN,
+    arranged,
+    config_as_written,
+    flat_order,
+    sliced,
+)
 from ckptengine.sources.deepspeed.write_plain import is_fused, precision_of
 from ckptengine.sources.emit import Tensor
 from ckptengine.sources.torchrecords import Run, TorchFile, memory_bytes, read_bytes
@@ -38,6 +45,8 @@ class DeepSpeedWriter:
     """The writer of ``--to deepspeed``."""
 
     format = "deepspeed"
+    options = ("precision", "fused", "frozen", "sub_group_size", ROUND_ROBIN, ALIGNED)
+    ranked = True
 
     def units(self, job: Job) -> Sequence[Unit]:
         """One unit per file; ZeRO-3's small model files are written at the end."""

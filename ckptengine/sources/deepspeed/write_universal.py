@@ -36,6 +36,8 @@ class UniversalWriter:
     """The writer of ``--to deepspeed-universal``."""
 
     format = "deepspeed-universal"
+    options = ("precision", "frozen")
+    ranked = True
 
     def units(self, job: Job) -> Sequence[Unit]:
         """One unit per model file, and one for every few parameters."""

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from ckptengine.cli import main as command
-from ckptengine.errors import Damaged, RuleError, UnusableRequest
+from ckptengine.errors import Damaged, RuleError, StorageFailed, UnusableRequest
 from ckptengine.operations.convert import convert
+from ckptengine.operations.converting import workspace as convert_workspace
 from ckptengine.operations.converting.plan import FORMATS, make_plan
 from ckptengine.operations.opening import open_any
 from ckptengine.sources.port import Source
@@ -131,3 +132,24 @@ def test_wrong_rules_on_the_command_line(
     assert "rules.toml" in told.err
     assert told.err.count("\n") == 1
     assert left_beside(tmp_path) == ["in", "rules.toml", "stored"]
+
+
+def test_a_disk_that_is_full_from_the_start_is_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, _ = checkpoint(tmp_path / "in")
+
+    def full(*_: object) -> None:
+        raise StorageFailed("no space left")
+
+    monkeypatch.setattr(convert_workspace, "_store", full)
+    with pytest.raises(StorageFailed):
+        convert(source, tmp_path / "out", to="zarr")
+    assert left_beside(tmp_path) == ["in"]
+    (tmp_path / ".out.convert").mkdir()  # what another process has begun is not ours to remove
+    with pytest.raises(StorageFailed):
+        convert(source, tmp_path / "out", to="zarr")
+    assert left_beside(tmp_path) == [".out.convert", "in"]
+
+
+def test_a_target_whose_name_no_file_can_have(tmp_path: Path) -> None:
+    with pytest.raises(UnusableRequest, match="cannot be a target"):
+        convert(checkpoint(tmp_path / "in")[0], tmp_path / "a\0b", to="zarr")

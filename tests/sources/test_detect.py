@@ -9,8 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
-from ckptengine.errors import CheckpointError, NotFound, UnreadableFormat
+from ckptengine.errors import CheckpointError, NotFound, UnreadableFormat, UnusableRequest
 from ckptengine.sources.detect import open_source, split_step
+from ckptengine.sources.files import open_files
+from ckptengine.sources.target import RemoteTarget
 
 from .trees import counting, holds
 
@@ -114,3 +116,11 @@ def test_a_step_that_a_single_checkpoint_is_not(tmp_path: Path) -> None:
     assert open_source(tmp_path / "l.ckpt", 7).step == 7
     with pytest.raises(NotFound, match=r"l\.ckpt is one checkpoint, which is of step 7, and not step 5"):
         open_source(tmp_path / "l.ckpt", 5)
+
+
+def test_protocols_that_nobody_knows(tmp_path: Path) -> None:
+    """Reading and writing say so in the same words."""
+    for url in ("nope://x", "simplecache::nope://x"):
+        for opened in (open_files, RemoteTarget.from_url):
+            with pytest.raises(UnusableRequest, match=r"nope://x: fsspec knows no protocol 'nope'"):
+                opened(url)

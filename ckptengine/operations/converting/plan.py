@@ -130,13 +130,11 @@ def make_plan(
     Raises `LayoutError` where a tensor of the source is not covered exactly, `UnusableRequest` for a format, option or
     bound that cannot be kept, and what the writer raises for what its format cannot hold.
     """
-    writer = writer_of(to)
-    _check_asked(writer, to, layout, options or {})
-    if to not in OWN_FORMATS:
-        source = spelled(source)
+    writer = _writer_for(to, layout, options or {})
+    source = source if to in OWN_FORMATS else spelled(source)
     names, aliases, tensors = list(source.names()), source.aliases(), SourceTensors(source)
     own = [name for name in names if name not in aliases]
-    _prove_covers(map(tensors.tensor, own))
+    versions = file_versions(source, _proven_files(map(tensors.tensor, own)))
     threads = _fitting_workers(workers, memory_bytes)
     job = Job(
         names=names,
@@ -174,13 +172,13 @@ def make_plan(
         workers=threads,
         covered=len(own),
     )
-    versions = file_versions(source, {file for name in own for file in _files_of(tensors.tensor(name))})
     fingerprint = _fingerprint(tensors, job, units, plan, versions)
     return Planned(source, writer, job, units, plan, memory_bytes, fingerprint, versions)
 
 
-def _check_asked(writer: Writer, to: str, layout: Layout | None, options: Mapping[str, object]) -> None:
-    """`UnusableRequest` for what the format would take no notice of."""
+def _writer_for(to: str, layout: Layout | None, options: Mapping[str, object]) -> Writer:
+    """The writer of a format; `UnusableRequest` for what it would take no notice of."""
+    writer = writer_of(to)
     unknown = sorted(options.keys() - set(writer.options))
     if unknown:
         raise UnusableRequest(
@@ -188,11 +186,16 @@ def _check_asked(writer: Writer, to: str, layout: Layout | None, options: Mappin
         )
     if layout not in (None, Layout()) and not writer.ranked:
         raise UnusableRequest(f"{to} holds whole tensors, which fit every layout; leave --layout out")
+    return writer
 
 
-def _prove_covers(tensors: Iterable[LogicalTensor]) -> None:
+def _proven_files(tensors: Iterable[LogicalTensor]) -> set[str]:
+    """The files of tensors, each of which is proven to be covered exactly."""
+    files: set[str] = set()
     for tensor in tensors:
         prove_cover(tensor.name, tensor.shape, [fragment.box for fragment in tensor.fragments])
+        files.update(fragment.file for fragment in tensor.fragments)
+    return files
 
 
 def _target_name(writer: Writer, target: str) -> str:
@@ -259,10 +262,6 @@ def _fingerprint(tensors: SourceTensors, job: Job, units: Sequence[Unit], plan: 
     for unit in units:
         digest.update(repr((unit.key, unit.files)).encode())
     return digest.hexdigest()
-
-
-def _files_of(tensor: LogicalTensor) -> Iterable[str]:
-    return (fragment.file for fragment in tensor.fragments)
 
 
 def file_versions(source: Source, files: Iterable[str]) -> Versions:

@@ -18,6 +18,8 @@ from ckptengine.sources.port import Source
 
 _SHOWN = 2000
 """Characters of the values that are shown."""
+_MOST_BITS = 10_000
+"""Of a whole number that is shown in decimal: Python refuses to write much longer ones."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -85,6 +87,8 @@ def _shown(value: Any) -> Any:
         return {key if isinstance(key, (str, int)) else repr(key): _shown(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
         return [_shown(part) for part in value]
+    if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+        return f"{value:#x}"
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     return repr(value)

@@ -52,7 +52,7 @@ def prove_cover_arrays(
     """`prove_cover` of the boxes in two int64[boxes, dimensions] arrays."""
     shape = tuple(shape)
     whole = within or Box.whole(shape)
-    if math.prod(shape) > np.iinfo(np.int64).max:
+    if max(math.prod(shape), *shape, 0) > np.iinfo(np.int64).max:
         raise LayoutError(f"tensor {name!r}: shape {shape} has more than 2**63 elements")
     full = np.array(whole.shape, np.int64)
     given, offsets = offsets, offsets - np.array(whole.offsets, np.int64)

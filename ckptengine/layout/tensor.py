@@ -6,8 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from ckptengine.errors import LayoutError
 from ckptengine.layout.box import Box, row_major_strides
 from ckptengine.layout.dtypes import itemsize
+
+MAX_DIMENSIONS = 64
+"""What torch and numpy can hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +68,10 @@ class LogicalTensor:
     fragments: Sequence[Fragment]
     digest: str | None = None
     meta: dict[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if len(self.shape) > MAX_DIMENSIONS:
+            raise LayoutError(f"tensor {self.name!r} has {len(self.shape)} dimensions; {MAX_DIMENSIONS} are the most")
 
     @property
     def size(self) -> int:

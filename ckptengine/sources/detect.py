@@ -104,10 +104,14 @@ def _open_at(
     formats: Sequence[Format],
     depth: int = 0,
 ) -> Source:
-    opening = Opening(files, entry, step, rules)
     for format_ in formats:
+        told = step if depth or format_.picks_step else None
+        opening = Opening(files, entry, told, rules)
         if format_.probe(opening):
-            return format_.open(opening)
+            source = format_.open(opening)
+            if not depth and step not in (None, source.step):
+                raise NotFound(_other_step(files, entry, source.step, step))
+            return source
     if entry is not None:
         raise UnreadableFormat(
             f"{files.root.rstrip('/')}/{entry} is no checkpoint of a known format ({_known(formats)})"
@@ -118,6 +122,12 @@ def _open_at(
     names = files.entries()
     what = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") if names else "nothing"
     raise UnreadableFormat(f"{files.root} holds no checkpoint of a known format ({_known(formats)}); it has {what}")
+
+
+def _other_step(files: Files, entry: str | None, found: int | None, wanted: int | None) -> str:
+    shown = posixpath.join(files.root, entry) if entry else files.root
+    what = "does not say which step it is" if found is None else f"is of step {found}"
+    return f"{shown} is one checkpoint, which {what}, and not step {wanted}; leave the step out"
 
 
 def _known(formats: Sequence[Format]) -> str:

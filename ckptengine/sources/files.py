@@ -175,6 +175,25 @@ class LocalFiles:
         self._handles.close()
 
 
+def file_system(url: str) -> tuple[Any, str, str]:
+    """The fsspec file system of a URL, the path in it, and the URL without credentials."""
+    shown = without_credentials(url)
+    try:
+        import fsspec  # only URLs need it
+    except ImportError:
+        raise UnusableRequest(f"opening {shown} needs fsspec; pip install fsspec") from None
+    try:
+        system, base = fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        raise UnusableRequest(f"opening {shown} needs another package: {error.name or error}") from None
+    except Exception as error:  # any file system may raise anything here, credentials in the text included
+        protocol = url.partition("://")[0].rpartition("::")[2]
+        known = protocol in fsspec.available_protocols()
+        why = type(error).__name__ if known else f"fsspec knows no protocol {protocol!r}"
+        raise UnusableRequest(f"cannot open {shown}: {why}") from None
+    return system, str(base), shown
+
+
 class RemoteFiles:
     """Files of an fsspec file system beneath one of its paths."""
 
@@ -188,18 +207,8 @@ class RemoteFiles:
     @classmethod
     def from_url(cls, url: str) -> RemoteFiles:
         """Open ``protocol://...``; the protocol's own package must be installed."""
-        shown = without_credentials(url)
-        try:
-            import fsspec  # only URLs need it
-        except ImportError:
-            raise UnusableRequest(f"opening {shown} needs fsspec; pip install fsspec") from None
-        try:
-            system, base = fsspec.core.url_to_fs(url)
-        except ImportError as error:
-            raise UnusableRequest(f"opening {shown} needs another package: {error.name or error}") from None
-        except Exception as error:  # any file system may raise anything here, credentials in the text included
-            raise UnusableRequest(f"cannot open {shown}: {type(error).__name__}") from None
-        return cls(system, str(base), shown, _secrets_of(url))
+        system, base, shown = file_system(url)
+        return cls(system, base, shown, _secrets_of(url))
 
     @property
     def root(self) -> str:

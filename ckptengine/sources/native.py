@@ -238,4 +238,4 @@ def _manifests(files: Files) -> Iterator[CommitRef]:
             yield CommitRef(0, int(match[1]), int(match[2]))
 
 
-FORMAT = Format("native", _probe, _open)
+FORMAT = Format("native", _probe, _open, picks_step=True)

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from ckptengine import native
-from ckptengine.errors import UnusableRequest
 from ckptengine.layout import layout_json
 from ckptengine.layout.box import Box
 from ckptengine.layout.digest import GRANULE_BYTES, Words, combine_each, parse_digest, standard_each
@@ -48,12 +47,11 @@ class NativeWriter:
     """The writer of ``--to native``."""
 
     format = "native"
-    options = ()
+    options: tuple[str, ...] = ()
+    ranked = False
 
     def units(self, job: Job) -> Sequence[Unit]:
         """One unit per rank file."""
-        if (job.layout.dp, job.layout.tp, job.layout.pp, job.layout.ep or 1) != (1, 1, 1, 1):
-            raise UnusableRequest("a native checkpoint restores onto every layout; leave --layout out")
         plan = _plan(job)
         units = []
         for rank, group in enumerate(plan.groups):

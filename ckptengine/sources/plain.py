@@ -18,6 +18,7 @@ from ckptengine.sources.stored import Dtype, StoredArray, StoredTensor
 from ckptengine.sources.unpickle import NumpyArray, Placeholder
 
 MAX_DEPTH = 200
+MAX_VISITS_AGAIN = 1 << 20
 TENSOR_CLASSES = (
     "torch._utils._rebuild_",
     "torch.Tensor ",
@@ -66,25 +67,52 @@ def walk_leaves(
 
     Modules that were pickled whole are walked as their state dict would be.  A `Placeholder` is a tensor whose
     elements are not simply bytes of the file: sharded, sparse, quantized, a lazy view.
-    Raises `UnreadableFormat` where the nesting is deeper than `MAX_DEPTH`.
+    Raises `UnreadableFormat` where the nesting is deeper than `MAX_DEPTH`, or where the same containers occur in each
+    other so often that there is no end to it.
     """
+    return _walk(value, path, _Visits())
+
+
+class _Visits:
+    """Containers that were walked: a few of them inside each other are enough for more paths than can be walked."""
+
+    def __init__(self) -> None:
+        self._seen: set[int] = set()
+        self._again = 0
+
+    def add(self, value: object) -> None:
+        if id(value) not in self._seen:
+            self._seen.add(id(value))
+            return
+        self._again += 1
+        if self._again > MAX_VISITS_AGAIN:
+            raise UnreadableFormat(f"values that hold the same containers more than {MAX_VISITS_AGAIN} times")
+
+
+def _walk(
+    value: object, path: tuple[object, ...], visits: _Visits
+) -> Iterator[tuple[tuple[object, ...], StoredTensor | Placeholder]]:
     if len(path) > MAX_DEPTH:
         raise UnreadableFormat(f"values nested deeper than {MAX_DEPTH} levels")
     if isinstance(value, StoredTensor):
         yield path, value
     elif isinstance(value, dict):
+        visits.add(value)
         for key, item in value.items():
-            yield from walk_leaves(item, (*path, key))
+            yield from _walk(item, (*path, key), visits)
     elif isinstance(value, list | tuple):
+        visits.add(value)
         for index, item in enumerate(value):
-            yield from walk_leaves(item, (*path, index))
+            yield from _walk(item, (*path, index), visits)
     elif isinstance(value, Placeholder):
-        yield from _walk_object(value, path)
+        yield from _walk_object(value, path, visits)
 
 
-def _walk_object(value: Placeholder, path: tuple[object, ...]) -> Iterator[tuple[tuple[object, ...], Any]]:
+def _walk_object(
+    value: Placeholder, path: tuple[object, ...], visits: _Visits
+) -> Iterator[tuple[tuple[object, ...], Any]]:
     if value.class_name in NAMESPACES:
-        yield from walk_leaves(value.state, path)
+        yield from _walk(value.state, path, visits)
     elif value.class_name.startswith(TENSOR_CLASSES):
         local = value.get("_local_tensor")
         made_of = _sequence(value.args[1]) if len(value.args) > 1 else ()  # class, dtype, shape, ...
@@ -95,7 +123,7 @@ def _walk_object(value: Placeholder, path: tuple[object, ...]) -> Iterator[tuple
         buffers = value.get("_buffers")
         kept = {name: item for name, item in buffers.items() if name not in gone} if isinstance(buffers, dict) else {}
         for part in (value.get("_parameters"), kept, value.get("_modules")):
-            yield from walk_leaves(part, path)
+            yield from _walk(part, path, visits)
 
 
 def _sequence(value: object) -> list[Any] | tuple[Any, ...]:

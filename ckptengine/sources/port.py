@@ -150,8 +150,12 @@ class Opening:
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """One readable format.  ``probe`` looks at names and a few bytes only and never raises for a strange folder."""
+    """One readable format.  ``probe`` looks at names and a few bytes only and never raises for a strange folder.
+
+    ``picks_step``: its root holds several steps, of which it opens the wanted one.
+    """
 
     name: str
     probe: Callable[[Opening], bool]
     open: Callable[[Opening], Source]
+    picks_step: bool = False

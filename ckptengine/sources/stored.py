@@ -22,6 +22,12 @@ NUMPY_DTYPES = {
 """Element types that numpy has too."""
 
 
+MAX_EXPANDED_BYTES = 1 << 30
+"""Up to this size a tensor may repeat few stored elements (``expand``) as often as it likes."""
+MAX_EXPANSION = 1 << 10
+"""How many times the stored bytes a larger one may have."""
+
+
 class Dtype(str):
     """A ``torch.dtype``: its name without ``torch.``."""
 
@@ -93,14 +99,25 @@ class StoredTensor:
 
     def fragment(self, offsets: tuple[int, ...] | None = None) -> Fragment:
         """The whole tensor as one fragment whose box begins at ``offsets`` (default: zeros)."""
+        self._check_proportion()
         file, offset = self.at()
         box = Box(offsets if offsets is not None else (0,) * len(self.shape), self.shape)
         return Fragment(box, file, offset, None if self.is_contiguous else self.strides)
+
+    def _check_proportion(self) -> None:
+        """`UnreadableFormat` for a tensor that was expanded to what nobody could read or store."""
+        held = itemsize(self.dtype) * (1 + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True)))
+        if self.nbytes > MAX_EXPANDED_BYTES and self.nbytes > MAX_EXPANSION * held:
+            raise UnreadableFormat(
+                f"a tensor of {self.dtype} {list(self.shape)} repeats {held} stored bytes to {self.nbytes}; save "
+                "what it was expanded from instead, and expand that after it is loaded"
+            )
 
     def read(self, files: Files) -> bytes:
         """The row-major bytes."""
         if not self.size:
             return b""
+        self._check_proportion()
         width = itemsize(self.dtype)
         file, offset = self.at()
         if self.is_contiguous:

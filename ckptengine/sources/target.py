@@ -19,7 +19,7 @@ import numpy as np
 
 from ckptengine.errors import CheckpointError, StorageFailed
 from ckptengine.sources import buffers
-from ckptengine.sources.files import beneath, without_credentials
+from ckptengine.sources.files import beneath, file_system
 from ckptengine.sources.writer import Sink
 from ckptengine.store.files import guarded, storage_failed
 
@@ -289,14 +289,7 @@ class RemoteTarget:
     @classmethod
     def from_url(cls, url: str) -> RemoteTarget:
         """Open ``protocol://...`` for writing; the protocol's own package must be installed."""
-        import fsspec  # only URLs need it
-
-        shown = without_credentials(url)
-        try:
-            system, base = fsspec.core.url_to_fs(url)
-        except Exception as error:  # any file system may raise anything here, credentials in the text included
-            raise StorageFailed(f"cannot open {shown} for writing: {type(error).__name__}") from None
-        return cls(system, str(base), shown)
+        return cls(*file_system(url))
 
     @property
     def root(self) -> str:

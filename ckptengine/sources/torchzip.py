@@ -6,6 +6,7 @@ items do.  The format of torch before 1.6 (a row of pickles, then raw storages) 
 
 from __future__ import annotations
 
+import bisect
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,12 +32,15 @@ _LEGACY_STEP_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One record of a zip: the absolute offset of its local header, the bytes of its data, their CRC-32."""
+    """One record of a zip: the absolute offset of its local header, the bytes of its data, their CRC-32.
+
+    ``altered``: it is compressed or encrypted.
+    """
 
     header: int
     nbytes: int
     crc32: int
-    compressed: bool
+    altered: bool
 
 
 class TorchZip:
@@ -50,9 +54,11 @@ class TorchZip:
         self.path = path
         self._start = offset
         self._nbytes = files.size(path) - offset if nbytes is None else nbytes
+        self._end = self._start + self._nbytes
         self._offsets: dict[str, int] = {}
         self._windows: list[tuple[int, bytes]] = []
         self.entries = self._read_directory()
+        self._headers = sorted(entry.header for entry in self.entries.values())
         pickles = [name for name in self.entries if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(pickles) != 1:
             raise UnreadableFormat(f"{self.shown} is a zip, but not one of torch.save (no data.pkl)")
@@ -84,12 +90,19 @@ class TorchZip:
         """The absolute offset of a record's data in the file (reads the record's local header once)."""
         if name not in self._offsets:
             entry = self._entry(name)
-            header = _LOCAL.unpack(self._read(entry.header, _LOCAL.size))
-            if header[0] != b"PK\x03\x04":
-                raise Damaged(f"record {name!r} of {self.shown} has no local header at byte {entry.header}")
-            offset = entry.header + _LOCAL.size + header[9] + header[10]
-            if offset + entry.nbytes > self._start + self._nbytes:
+            called = (self._prefix + name).encode("utf-8", "surrogateescape")
+            if entry.header + _LOCAL.size + len(called) > self._end:
                 raise Truncated(f"record {name!r} of {self.shown} reaches beyond its end")
+            local = self._read(entry.header, _LOCAL.size + len(called))
+            header = _LOCAL.unpack_from(local)
+            if header[0] != b"PK\x03\x04" or header[9] != len(called) or local[_LOCAL.size :] != called:
+                raise Damaged(f"record {name!r} of {self.shown} has no local header of its own at byte {entry.header}")
+            offset = entry.header + _LOCAL.size + header[9] + header[10]
+            if offset + entry.nbytes > self._end:
+                raise Truncated(f"record {name!r} of {self.shown} reaches beyond its end")
+            following = bisect.bisect_right(self._headers, entry.header)
+            if following < len(self._headers) and offset + entry.nbytes > self._headers[following]:
+                raise Damaged(f"record {name!r} of {self.shown} reaches into the one behind it")
             self._offsets[name] = offset
         return self._offsets[name]
 
@@ -126,8 +139,10 @@ class TorchZip:
         entry = self.entries.get(self._prefix + name)
         if entry is None:
             raise Damaged(f"{self.shown} has no record {name!r}")
-        if entry.compressed:
-            raise UnreadableFormat(f"record {name!r} of {self.shown} is compressed; torch.save never does that")
+        if entry.altered:
+            raise UnreadableFormat(
+                f"record {name!r} of {self.shown} is compressed or encrypted; torch.save never does that"
+            )
         return entry
 
     def _check_byte_order(self) -> None:
@@ -175,7 +190,7 @@ class TorchZip:
             if position + _ENTRY.size > len(data) or data[position : position + 4] != b"PK\x01\x02":
                 raise Damaged(f"the zip directory of {self.shown} is damaged at entry {len(entries)}")
             fields = _ENTRY.unpack_from(data, position)
-            method, crc32, packed, nbytes = fields[4], fields[7], fields[8], fields[9]
+            flags, method, crc32, packed, nbytes = fields[3], fields[4], fields[7], fields[8], fields[9]
             name_end = position + _ENTRY.size + fields[10]
             name = data[position + _ENTRY.size : name_end].decode("utf-8", "surrogateescape")
             header = fields[16]
@@ -184,7 +199,8 @@ class TorchZip:
                 nbytes, packed, header = _zip64_sizes(extra, nbytes, packed, header, self.shown)
             if name in entries or header + nbytes > self._nbytes:
                 raise Damaged(f"record {name!r} of {self.shown} occurs twice, or reaches beyond the end")
-            entries[name] = Entry(self._start + header, nbytes, crc32, method != 0 or packed != nbytes)
+            altered = method != 0 or packed != nbytes or bool(flags & 1)
+            entries[name] = Entry(self._start + header, nbytes, crc32, altered)
             position = name_end + fields[11] + fields[12]
         return entries
 

@@ -159,10 +159,17 @@ class Job:
     chunk_bytes: int
     options: Mapping[str, object] = field(default_factory=dict)
     provenance: Mapping[str, object] = field(default_factory=dict)
-    rules: object = None
+    rules: str | None = None
     digests: Mapping[str, str] = field(default_factory=dict)
     target_name: str = ""
     path: Callable[[str], tuple[object, ...] | None] = no_path
+
+    def flag(self, option: str) -> bool:
+        """An option that is true or false; false where it is not given."""
+        value = self.options.get(option, False)
+        if not isinstance(value, bool):
+            raise UnusableRequest(f"option {option} = {value!r} is neither true nor false")
+        return value
 
     def place(self, name: str) -> tuple[object, ...]:
         """The keys and list positions of a tensor in a nested state: as it was nested where that is known.
@@ -183,8 +190,13 @@ class Writer(Protocol):
     def format(self) -> str: ...
 
     @property
-    def options(self) -> Sequence[str]:
-        """The names in ``job.options`` that mean something to this format; any other is refused."""
+    def options(self) -> tuple[str, ...]:
+        """The names of all options that it knows."""
+        ...
+
+    @property
+    def ranked(self) -> bool:
+        """Whether it writes for a parallel layout."""
         ...
 
     def units(self, job: Job) -> Sequence[Unit]:

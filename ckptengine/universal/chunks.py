@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -46,8 +47,13 @@ class Encoding:
     chunk_bytes: int | None = None
 
     @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """What the options are called."""
+        return tuple(field.name for field in dataclasses.fields(cls))
+
+    @classmethod
     def of(cls, options: Mapping[str, object]) -> Encoding:
-        """From a job's options; `UnusableRequest` for ones that mean nothing here."""
+        """From a job's options; `UnusableRequest` for values that mean nothing."""
         made = cls(**options)  # type: ignore[arg-type]
         compressor(made.compression)
         for name in ("shard_bytes", "chunk_bytes"):

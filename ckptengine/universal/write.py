@@ -55,7 +55,8 @@ class ZarrWriter:
     """The writer of ``--to zarr``."""
 
     format = "zarr"
-    options = Encoding.__slots__
+    options = Encoding.names()
+    ranked = False
 
     def __init__(self) -> None:
         self._seen: tuple[Sequence[str], NameTree] | None = None

@@ -24,7 +24,7 @@ ALLOWED = {
         "integrations",
         "demo",
     ),
-    "fsspec": ("tiers/remote.py", "tiers/stream.py", "sources/files.py", "sources/target.py"),
+    "fsspec": ("tiers/remote.py", "tiers/stream.py", "sources/files.py"),
     "aiofiles": ("tiers/local.py",),
     "aiohttp": ("tiers/part_body.py",),
     "zarr": ("universal",),
@@ -39,7 +39,6 @@ ALLOWED = {
 
 INSIDE = {
     "ckptengine/sources/files.py": "fsspec",
-    "ckptengine/sources/target.py": "fsspec",
     "ckptengine/universal/chunks.py": "codecs of foreign zarr arrays",
     "ckptengine/demo/train.py": "FSDP, which takes long to import, when there are several ranks",
 }

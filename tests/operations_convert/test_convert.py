@@ -501,7 +501,8 @@ class _TwiceWriter:
     """Stores every tensor twice, as a format with weights and master copies does."""
 
     format = "twice"
-    options = ()
+    options: tuple[str, ...] = ()
+    ranked = False
 
     def __init__(self) -> None:
         self._real = zarr_write.ZarrWriter()

@@ -9,8 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
-from ckptengine.errors import CheckpointError, NotFound, UnreadableFormat
+from ckptengine.errors import CheckpointError, NotFound, UnreadableFormat, UnusableRequest
 from ckptengine.sources.detect import open_source, split_step
+from ckptengine.sources.files import open_files
+from ckptengine.sources.target import RemoteTarget
 
 from .trees import counting, holds
 
@@ -97,3 +99,28 @@ def test_urls(tmp_path: Path) -> None:
         open_source("no-such-protocol://x/y")
     step_folder(tmp_path / "step-1", 1)
     assert open_source(f"file://{tmp_path}@1").step == 1
+
+
+def test_a_step_that_a_single_checkpoint_is_not(tmp_path: Path) -> None:
+    """It was opened all the same, and said to be of the step that was asked for."""
+    save_file({"a": counting(3)}, tmp_path / "model.safetensors")
+    torch.save({"b": counting(2)}, tmp_path / "b.pt")
+    for path in (tmp_path, tmp_path / "b.pt"):
+        assert open_source(path).step is None
+        for asked in (lambda path=path: open_source(f"{path}@5"), lambda path=path: open_source(path, 5)):
+            with pytest.raises(NotFound, match="does not say which step it is, and not step 5; leave the step out"):
+                asked()
+    torch.save(
+        {"state_dict": {"w": counting(2)}, "global_step": 7, "pytorch-lightning_version": "2"}, tmp_path / "l.ckpt"
+    )
+    assert open_source(tmp_path / "l.ckpt", 7).step == 7
+    with pytest.raises(NotFound, match=r"l\.ckpt is one checkpoint, which is of step 7, and not step 5"):
+        open_source(tmp_path / "l.ckpt", 5)
+
+
+def test_protocols_that_nobody_knows(tmp_path: Path) -> None:
+    """Reading and writing say so in the same words."""
+    for url in ("nope://x", "simplecache::nope://x"):
+        for opened in (open_files, RemoteTarget.from_url):
+            with pytest.raises(UnusableRequest, match=r"nope://x: fsspec knows no protocol 'nope'"):
+                opened(url)

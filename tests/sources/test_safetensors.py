@@ -81,6 +81,9 @@ def test_shards_without_an_index_must_be_complete(tmp_path: Path) -> None:
     (tmp_path / "model-00003-of-00003.safetensors").rename(tmp_path / "model-00002-of-00003.safetensors")
     with pytest.raises(Damaged, match="lacks shard number 3"):
         open_source(tmp_path)
+    (tmp_path / "model-00001-of-00003.safetensors").unlink()
+    with pytest.raises(Damaged, match="lacks shard number 1"):
+        open_source(tmp_path)
 
 
 def test_an_index_that_does_not_fit(tmp_path: Path) -> None:

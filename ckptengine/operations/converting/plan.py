@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import importlib
 import json
@@ -20,6 +19,7 @@ from ckptengine.operations.read import SCRATCH_BYTES, default_workers
 from ckptengine.sources.direct import BUFFER_BYTES
 from ckptengine.sources.files import is_url
 from ckptengine.sources.port import HoldsEncodedValues, KnowsPaths, Source
+from ckptengine.sources.rules.parse import load_rules
 from ckptengine.sources.spelled import spelled
 from ckptengine.sources.writer import Job, Layout, Unit, Writer, WritesFile, no_path
 from ckptengine.version import version
@@ -45,6 +45,9 @@ _WRITERS = {
 """Where each format's writer is: a module with a ``WRITER`` that makes one.  Imported when it is asked for."""
 
 FORMATS = tuple(_WRITERS)
+
+Versions = dict[str, tuple[int, int]]
+"""What tells whether files of the source were changed."""
 
 OWN_FORMATS = ("native", "zarr")
 """Formats that keep canonical names; in all others tensors have the names that other tools know."""
@@ -96,6 +99,7 @@ class Planned:
     plan: Plan
     memory_bytes: int
     fingerprint: str
+    versions: Versions
 
 
 def writer_of(format_name: str) -> Writer:
@@ -110,22 +114,13 @@ def writer_of(format_name: str) -> Writer:
     return make()
 
 
-def _with_options(writer: Writer, options: Mapping[str, object]) -> Writer:
-    """The writer; an option that its format has not is refused, so that a misspelt one is not taken for said."""
-    unknown = ", ".join(sorted(options.keys() - set(writer.options)))
-    if unknown:
-        there = f"there are {', '.join(writer.options)}" if writer.options else "there are none"
-        raise UnusableRequest(f"no such option for {writer.format}: {unknown}; {there}")
-    return writer
-
-
 def make_plan(
     source: Source,
     target: str,
     *,
     to: str,
     layout: Layout | None = None,
-    rules: object = None,
+    rules: str | os.PathLike[str] | None = None,
     memory_bytes: int = 1 << 30,
     workers: int | None = None,
     options: Mapping[str, object] | None = None,
@@ -135,12 +130,11 @@ def make_plan(
     Raises `LayoutError` where a tensor of the source is not covered exactly, `UnusableRequest` for a format, option or
     bound that cannot be kept, and what the writer raises for what its format cannot hold.
     """
-    writer = _with_options(writer_of(to), options or {})
-    if to not in OWN_FORMATS:
-        source = spelled(source)
+    writer = _writer_for(to, layout, options or {})
+    source = source if to in OWN_FORMATS else spelled(source)
     names, aliases, tensors = list(source.names()), source.aliases(), SourceTensors(source)
     own = [name for name in names if name not in aliases]
-    _prove_covers(map(tensors.tensor, own))
+    versions = file_versions(source, _proven_files(map(tensors.tensor, own)))
     threads = _fitting_workers(workers, memory_bytes)
     job = Job(
         names=names,
@@ -156,7 +150,7 @@ def make_plan(
         chunk_bytes=max(LEAST_CHUNK_BYTES, min(CHUNK_BYTES, memory_bytes // (4 * threads))),
         options=dict(options or {}),
         provenance=_provenance(source, rules),
-        rules=rules,
+        rules=None if rules is None else os.fspath(rules),
         target_name=_target_name(writer, target),
         path=source.path if isinstance(source, KnowsPaths) else no_path,
     )
@@ -177,12 +171,30 @@ def make_plan(
         workers=threads,
         covered=len(own),
     )
-    return Planned(source, writer, job, units, plan, memory_bytes, _fingerprint(source, tensors, job, units, plan))
+    fingerprint = _fingerprint(tensors, job, units, plan, versions)
+    return Planned(source, writer, job, units, plan, memory_bytes, fingerprint, versions)
 
 
-def _prove_covers(tensors: Iterable[LogicalTensor]) -> None:
+def _writer_for(to: str, layout: Layout | None, options: Mapping[str, object]) -> Writer:
+    """The writer of a format; `UnusableRequest` for what it would take no notice of."""
+    writer = writer_of(to)
+    unknown = sorted(options.keys() - set(writer.options))
+    if unknown:
+        raise UnusableRequest(
+            f"no such option for {to}: {', '.join(unknown)}; there are {', '.join(writer.options) or 'none'}"
+        )
+    if layout not in (None, Layout()) and not writer.ranked:
+        raise UnusableRequest(f"{to} holds whole tensors, which fit every layout; leave --layout out")
+    return writer
+
+
+def _proven_files(tensors: Iterable[LogicalTensor]) -> set[str]:
+    """The files of tensors, each of which is proven to be covered exactly."""
+    files: set[str] = set()
     for tensor in tensors:
         prove_cover(tensor.name, tensor.shape, [fragment.box for fragment in tensor.fragments])
+        files.update(fragment.file for fragment in tensor.fragments)
+    return files
 
 
 def _target_name(writer: Writer, target: str) -> str:
@@ -225,7 +237,7 @@ def _fitting_workers(workers: int | None, memory_bytes: int) -> int:
     return max(1, min(workers or default_workers(), memory_bytes // (32 << 20)))
 
 
-def _fingerprint(source: Source, tensors: SourceTensors, job: Job, units: Sequence[Unit], plan: Plan) -> str:
+def _fingerprint(tensors: SourceTensors, job: Job, units: Sequence[Unit], plan: Plan, versions: Versions) -> str:
     """What must be equal for a later run to go on where this one stopped."""
     digest = hashlib.sha256()
     what: list[object] = [
@@ -234,24 +246,32 @@ def _fingerprint(source: Source, tensors: SourceTensors, job: Job, units: Sequen
         plan.step,
         plan.format,
         plan.layout,
-        str(job.rules),
+        None if job.rules is None else load_rules(job.rules).texts,
         plan.read_bytes,
     ]
     what.append(sorted((key, str(value)) for key, value in job.options.items()))
     what.append(version)
+    what.append(sorted(versions.items()))
     digest.update(json.dumps(what).encode())
-    version_of = functools.lru_cache(maxsize=4096)(functools.partial(_file_version, source))
     for name in job.names:
         tensor = tensors.tensor(name)
         first = tensor.fragments[0] if len(tensor.fragments) else None
-        where = None if first is None else (first.file, first.offset, version_of(first.file))
+        where = None if first is None else (first.file, first.offset)
         digest.update(repr((name, tensor.dtype, tensor.shape, tensor.digest, where)).encode())
     for unit in units:
         digest.update(repr((unit.key, unit.files)).encode())
     return digest.hexdigest()
 
 
-def _file_version(source: Source, file: str) -> tuple[int, int]:
-    """Size of a file and, where it is local, when it was written."""
-    local = source.files.local_path(file)
-    return source.files.size(file), 0 if local is None else os.stat(local).st_mtime_ns
+def file_versions(source: Source, files: Iterable[str]) -> Versions:
+    """The size of each file and, where it is local, when it was written; -1 for one that is gone."""
+    found: Versions = {}
+    for file in files:
+        local = source.files.local_path(file)
+        try:
+            status = None if local is None else os.stat(local)
+        except FileNotFoundError:
+            found[file] = -1, 0
+        else:
+            found[file] = (source.files.size(file), 0) if status is None else (status.st_size, status.st_mtime_ns)
+    return found

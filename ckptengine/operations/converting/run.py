@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
-from ckptengine.operations.converting.plan import Planned
+from ckptengine.errors import Damaged
+from ckptengine.operations.converting.plan import Planned, file_versions
 from ckptengine.operations.converting.workspace import Workspace
 from ckptengine.operations.digests import Seen, combine, compare
 from ckptengine.sources import buffers
@@ -69,12 +70,25 @@ def finish(planned: Planned, workspace: Workspace, target_name: str) -> Outcome 
         wanted: list[Document] = [records[unit.key] for unit in planned.units]
         digests = combine(planned.job, (record["seen"] for record in wanted))
         compared = compare(planned.job, digests, planned.plan.source)
+        _check_unchanged(planned)
         job = dataclasses.replace(planned.job, digests=digests)
         results = {unit.key: records[unit.key]["result"] for unit in planned.units}
         planned.writer.finish(job, results, workspace.target)
         single = planned.writer.file(target_name) if isinstance(planned.writer, WritesFile) else None
         workspace.commit(single)
         return compared, digests
+
+
+def _check_unchanged(planned: Planned) -> None:
+    """`Damaged` where a file of the source was written after the conversion was planned."""
+    now = file_versions(planned.source, planned.versions)
+    changed = sorted(file for file, version in now.items() if version != planned.versions[file])
+    if changed:
+        raise Damaged(
+            f"{planned.plan.source}: {changed[0]} was changed while it was converted"
+            + (f", and {len(changed) - 1} more files" if len(changed) > 1 else "")
+            + "; nothing was kept, convert again when nothing writes to it"
+        )
 
 
 class _Meter:

@@ -80,7 +80,7 @@ class LocalWorkspace:
 
     def __init__(self, path: Path) -> None:
         self._path = Path(os.path.abspath(path))
-        if not self._path.name:
+        if not self._path.name or "\0" in str(path):
             raise UnusableRequest(f"{path} cannot be a target; name a folder that does not exist yet")
         self._folder = self._path.parent / f".{self._path.name}.convert"
         self._tree = self._folder / "tree"
@@ -99,13 +99,19 @@ class LocalWorkspace:
             if self._folder.is_dir() and not self._tree.exists():  # killed right after its commit
                 shutil.rmtree(self._folder, ignore_errors=True)
             raise AlreadyExists(f"{self._path} exists; choose another target, or move it away")
-        for folder in (self._tree, self._units, self._settled):
-            guarded("create", folder, lambda f=folder: f.mkdir(parents=True, exist_ok=True))  # type: ignore[misc]
-        self._lock(f"lock-{turn}", wait=False)
-        found = _load(self._folder / "conversion.json")
-        if found is None:
-            _store(self._folder / "conversion.json", {"fingerprint": fingerprint})
-        elif found.get("fingerprint") != fingerprint:
+        fresh = not self._folder.exists()
+        try:
+            for folder in (self._tree, self._units, self._settled):
+                guarded("create", folder, lambda f=folder: f.mkdir(parents=True, exist_ok=True))  # type: ignore[misc]
+            self._lock(f"lock-{turn}", wait=False)
+            found = _load(self._folder / "conversion.json")
+            if found is None:
+                _store(self._folder / "conversion.json", {"fingerprint": fingerprint})
+        except StorageFailed:
+            if fresh:
+                self.discard()
+            raise
+        if found is not None and found.get("fingerprint") != fingerprint:
             raise AlreadyExists(
                 f"{self._folder} holds an unfinished conversion of something else to {self._path}; "
                 "finish that one, or delete the folder"

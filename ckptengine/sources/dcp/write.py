@@ -48,6 +48,7 @@ class DcpWriter:
 
     format = "dcp"
     options = ("file_bytes",)
+    ranked = True
 
     def __init__(self, *, nested: bool = True) -> None:
         self._nested = nested

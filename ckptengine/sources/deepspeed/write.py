@@ -45,7 +45,8 @@ class DeepSpeedWriter:
     """The writer of ``--to deepspeed``."""
 
     format = "deepspeed"
-    options = ("precision", "frozen", "fused", "sub_group_size", ROUND_ROBIN, ALIGNED)
+    options = ("precision", "fused", "frozen", "sub_group_size", ROUND_ROBIN, ALIGNED)
+    ranked = True
 
     def units(self, job: Job) -> Sequence[Unit]:
         """One unit per file; ZeRO-3's small model files are written at the end."""

@@ -37,6 +37,7 @@ class UniversalWriter:
 
     format = "deepspeed-universal"
     options = ("precision", "frozen")
+    ranked = True
 
     def units(self, job: Job) -> Sequence[Unit]:
         """One unit per model file, and one for every few parameters."""

@@ -68,7 +68,7 @@ class LegacyLayout:
             raise UnusableRequest("virtual pipeline stages (vpp) need pp > 1")
         self._job = job
         self._values = values
-        self._own = load_rules(job.rules) if isinstance(job.rules, str) else None
+        self._own = load_rules(job.rules) if job.rules is not None else None
         preset = load_rules(_PRESET)
         known = {**preset.variables, **(self._own.variables if self._own is not None else {})}
         self._preset = dataclasses.replace(preset, variables=known)
@@ -190,6 +190,10 @@ class LegacyLayout:
             raise RuleError(f"{rule.where}: {part.name} of shape {list(shape)} cannot be cut over {degree} ranks by it")
         widths = [rules.value(width, self._values, rule.where) for width in layout.parts]
         widths = [width for width in widths if width]
+        if min(widths, default=-1) < 0:
+            raise RuleError(
+                f"{rule.where}: the parts of {part.name} have widths {widths}; they count from 0, one from 1"
+            )
         unit, rest = divmod(shape[layout.dim], sum(widths) * degree)
         if rest or (len(widths) > 1 and layout.dim):
             raise RuleError(f"{rule.where}: {part.name} of shape {list(shape)} does not divide over {degree} ranks")

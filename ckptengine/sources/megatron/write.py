@@ -54,11 +54,12 @@ class MegatronWriter:
     """The writer of ``--to megatron``."""
 
     format = "megatron"
-    options = ("legacy", "master", "vocab_divisible_by", *DcpWriter.options)
+    options = ("legacy", "master", "vocab_divisible_by", FIRST_ALONE, *DcpWriter.options)
+    ranked = True
 
     def units(self, job: Job) -> Sequence[Unit]:
         """Those of the DCP checkpoint that this is, or one per rank."""
-        if _is_legacy(job):
+        if job.flag("legacy"):
             return LegacyWriter(job).units()
         view = _View(job)
         view.check()
@@ -73,7 +74,7 @@ class MegatronWriter:
 
     def write(self, job: Job, unit: Unit, target: Target) -> Document:
         """One file of tensors."""
-        if _is_legacy(job):
+        if job.flag("legacy"):
             return LegacyWriter(job).write(unit, target)
         view = _View(job)
         inner = next(made for made in DcpWriter().units(view.job) if made.key == unit.key)
@@ -82,7 +83,7 @@ class MegatronWriter:
     def finish(self, job: Job, results: Mapping[str, Document], target: Target) -> None:
         """The metadata, ``common.pt``, the manifest; and the file that makes the iteration the newest, last."""
         iteration = job.step or 0
-        if not _is_legacy(job):
+        if not job.flag("legacy"):
             view = _View(job)
             beneath = _Beneath(target, view.folder)
             DcpWriter(nested=False).finish(view.job, results, beneath)
@@ -92,10 +93,6 @@ class MegatronWriter:
                 sink.write(json.dumps(_BACKEND).encode())
         with target.create(TRACKER) as sink:
             sink.write(str(iteration).encode())
-
-
-def _is_legacy(job: Job) -> bool:
-    return job.options.get("legacy", False) is True
 
 
 class _View:

@@ -157,7 +157,7 @@ def grouped(extent: int, widths: Sequence[int], groups: int) -> list[list[Segmen
     relative widths.  ``groups`` 1 means that the parts simply follow one another.
     """
     total = sum(widths)
-    if not total or extent % (total * groups):
+    if min(widths) < 0 or groups < 1 or not total or extent % (total * groups):
         raise RuleError(f"{extent} indices cannot be divided into {groups} group(s) of parts {list(widths)}")
     unit = extent // (total * groups)
     parts: list[list[Segment]] = []

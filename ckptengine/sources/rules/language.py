@@ -133,11 +133,12 @@ class Variable:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """One rule file with everything that it extends."""
+    """One rule file with everything that it extends; ``texts`` is all that was read for it."""
 
     name: str
     rules: tuple[Rule, ...]
     variables: Mapping[str, Variable] = field(default_factory=dict)
+    texts: tuple[str, ...] = field(repr=False, default=())
     _layouts: tuple[Rule, ...] = field(init=False, repr=False, default=())
     _views: tuple[Rule, ...] = field(init=False, repr=False, default=())
 
@@ -183,25 +184,43 @@ class Rules:
 
     def value(self, expression: Expression, values: object, where: str) -> int:
         """The value of an expression, its names looked up in ``[let]`` and in the checkpoint's ``values``."""
-        return evaluate(expression, lambda name: self._variable(name, values, where, 0), where)
+        return evaluate(expression, _Lookup(self, values, where), where)
 
-    def _variable(self, name: str, values: object, where: str, depth: int) -> int:
-        variable = self.variables.get(name)
+
+class _Lookup:
+    """The numbers of ``[let]`` for one expression, each found once."""
+
+    def __init__(self, rules: Rules, values: object, where: str) -> None:
+        self._rules = rules
+        self._values = values
+        self._where = where
+        self._found: dict[str, int | None] = {}
+
+    def __call__(self, name: str) -> int:
+        if name not in self._found:
+            self._found[name] = None
+            self._found[name] = self._look_up(name)
+        found = self._found[name]
+        if found is None:
+            raise RuleError(f"{self._where}: {name!r} of [let] refers to itself in a circle")
+        return found
+
+    def _look_up(self, name: str) -> int:
+        variable = self._rules.variables.get(name)
         if variable is None:
-            known = ", ".join(sorted(self.variables)) or "none"
-            raise RuleError(f"{where}: {name!r} is not a name of [let] (known: {known})")
-        if depth > 16:
-            raise RuleError(f"{where}: the names of [let] refer to each other in a circle")
+            known = ", ".join(sorted(self._rules.variables)) or "none"
+            raise RuleError(f"{self._where}: {name!r} is not a name of [let] (known: {known})")
         for path in variable.paths:
-            found = look_up(values, path)
+            found = look_up(self._values, path)
             if isinstance(found, int):  # true and false count as 1 and 0
                 return int(found)
         if variable.default is None:
+            as_argument = "" if self._rules.name.endswith(".toml") else f"as {self._rules.name}:{name}=<number> or "
             raise RuleError(
-                f"{where}: the checkpoint does not say {name!r}; give it, as {self.name}:{name}=<number> "
-                f"or as {name} = <number> under [let]"
+                f"{self._where}: the checkpoint does not say {name!r}; give it, {as_argument}as {name} = <number> "
+                "under [let]"
             )
-        return evaluate(variable.default, lambda inner: self._variable(inner, values, where, depth + 1), where)
+        return evaluate(variable.default, self, self._where)
 
 
 def look_up(values: object, path: tuple[str, ...]) -> object:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.resources
 import os
 import re
@@ -65,13 +66,17 @@ def _load(reference: str, depth: int) -> Rules:
         with open(reference, "rb") as file:
             data = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        raise NotFound(f"no rule file and no preset {reference!r}; presets: {', '.join(presets())}") from None
+        near = difflib.get_close_matches(reference.partition(":")[0], presets(), 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise NotFound(f"no rule file and no preset {reference!r}; {hint}presets: {', '.join(presets())}") from None
+    except ValueError:
+        raise NotFound(f"{reference!r} is not the name of a rule file") from None
     except OSError as error:
         raise NotFound(f"cannot read the rule file {reference}: {error.strerror}") from None
     if len(data) > MAX_BYTES:
         raise RuleError(f"{reference}: a rule file has at most {MAX_BYTES} bytes")
     try:
-        text = data.decode()
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise RuleError(f"{reference} is not UTF-8 text") from None
     return parse_rules(text, reference, os.path.dirname(reference), depth)
@@ -81,16 +86,19 @@ def parse_rules(text: str, name: str, folder: str = "", depth: int = 0) -> Rules
     """The rules of a TOML text; ``name`` is used in messages, ``folder`` is where ``extends`` looks for files."""
     try:
         document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except RecursionError:
+        raise RuleError(f"{name}: is nested too deeply") from None
+    except ValueError as error:  # a TOMLDecodeError, or a number that is too long
         raise RuleError(f"{name}: {error}") from None
     _known(document, _TOP, name)
     version = document.get("version")
-    if version != VERSION:
+    if type(version) is not int or version != VERSION:
         raise RuleError(f"{name}: version = {version!r}; this version of ckptengine reads version = {VERSION}")
     optional = _typed(document, "optional", bool, name, False)
     rules = [_rule(entry, f"{name}, rule {number}", optional) for number, entry in _entries(document, name)]
     variables = {key: _variable(key, value, name) for key, value in _typed(document, "let", dict, name, {}).items()}
     extends = document.get("extends")
+    texts: tuple[str, ...] = (text,)
     if extends is not None:
         if not isinstance(extends, str):
             raise RuleError(f"{name}: extends is the name of a preset or of a rule file")
@@ -98,7 +106,8 @@ def parse_rules(text: str, name: str, folder: str = "", depth: int = 0) -> Rules
         base = _load(beside if os.path.exists(beside) else extends, depth + 1)
         rules += [_lowered(rule) for rule in base.rules]
         variables = {**base.variables, **variables}
-    return Rules(name, tuple(rules), variables)
+        texts += base.texts
+    return Rules(name, tuple(rules), variables, texts)
 
 
 def _with_arguments(rules: Rules, text: str) -> Rules:
@@ -108,7 +117,7 @@ def _with_arguments(rules: Rules, text: str) -> Rules:
         if key not in variables or not re.fullmatch(r"\d{1,18}", value):
             raise RuleError(f"{rules.name}: {item!r} is not <variable>=<number>; variables: {', '.join(variables)}")
         variables[key] = Variable(int(value))
-    return Rules(rules.name, rules.rules, variables)
+    return Rules(rules.name, rules.rules, variables, (*rules.texts, text))
 
 
 def _lowered(rule: Rule) -> Rule:
@@ -131,7 +140,7 @@ def _rule(entry: dict[str, Any], where: str, optional: bool) -> Rule:
         raise RuleError(f"{where}: match = {pattern!r} is not a regular expression: {error}") from None
     where = f"{where} ({entry['about']})" if isinstance(entry.get("about"), str) else where
     layout, view = _layout(entry, where), _view(entry, where, match)
-    expert = _typed(entry, "expert", int, where, None)
+    expert = _dim(entry, "expert", where) if "expert" in entry else None
     if layout is None and view is None and expert is None:
         raise RuleError(f"{where}: says nothing about {pattern!r}; add shard, replicated, rename, ...")
     pieces = None
@@ -158,7 +167,7 @@ def _layout(entry: dict[str, Any], where: str) -> Layout | None:
     widths = _typed(entry, "widths", list, where, None)
     if widths is not None:
         table = tuple(tuple(row) for row in widths if isinstance(row, list))
-        if len(table) != len(widths) or any(type(n) is not int or n < 0 for row in table for n in row):
+        if not table or len(table) != len(widths) or any(type(n) is not int or n < 0 for row in table for n in row):
             raise RuleError(f"{where}: widths is one list per part with the number of indices on each rank")
         if "parts" in entry and len(parts) != len(table):
             raise RuleError(f"{where}: {len(parts)} parts but {len(table)} rows of widths")
@@ -171,6 +180,10 @@ def _layout(entry: dict[str, Any], where: str) -> Layout | None:
 def _view(entry: dict[str, Any], where: str, match: re.Pattern[str]) -> View | None:
     if not _VIEW & entry.keys():
         return None
+    for alone in ("tied", "drop"):
+        if entry.get(alone) and len(_VIEW & entry.keys()) > 1:
+            others = sorted(_VIEW & entry.keys() - {alone})
+            raise RuleError(f"{where}: {alone} leaves nothing for {', '.join(others)} to say; leave that out")
     stack = _stack(entry, where, match)
     if "join" in entry and "rename" not in entry:
         raise RuleError(f"{where}: join needs rename, the name of the fused tensor")
@@ -181,7 +194,8 @@ def _view(entry: dict[str, Any], where: str, match: re.Pattern[str]) -> View | N
         if f"{{{name}}}" not in str(entry.get("rename", entry.get("split"))):
             raise RuleError(f"{where}: unstack needs {{{name}}} in the new names")
     transpose = _typed(entry, "transpose", (bool, list), where, None)
-    if isinstance(transpose, list) and sorted(transpose) != list(range(len(transpose))):
+    proper = not isinstance(transpose, list) or {*map(type, transpose)} == {int}
+    if not proper or (isinstance(transpose, list) and sorted(transpose) != list(range(len(transpose)))):
         raise RuleError(f"{where}: transpose is true or an order of dimensions such as [1, 0]")
     return View(
         unstack=unstack,

@@ -2,50 +2,22 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ckptengine.errors import NotFound, RuleError
+from ckptengine.layout.dtypes import itemsize
 from ckptengine.layout.tensor import LogicalTensor
 from ckptengine.sources.port import Checksummed, Source, Verifying
-from ckptengine.sources.rules.algebra import (
-    Placed,
-    Segment,
-    concatenate,
-    grouped,
-    index,
-    narrow,
-    regrouped,
-    remap,
-    stack,
-    transpose,
-)
+from ckptengine.sources.rules.algebra import Placed
 from ckptengine.sources.rules.captures import Captures
-from ckptengine.sources.rules.language import Regroup, Rule, Rules, View
-from ckptengine.sources.rules.names import Canonical, Names
+from ckptengine.sources.rules.language import Rule, Rules, View
+from ckptengine.sources.rules.names import MODEL, Canonical, Names
+from ckptengine.sources.rules.shaping import Shaping, Shown, stacked
 from ckptengine.sources.wrapping import Wrapping
-
-
-@dataclass(frozen=True, slots=True)
-class _Shown:
-    """One tensor of the base source, and what of it is shown."""
-
-    base: str
-    name: Canonical
-    rule: Rule | None = None
-    at: tuple[int, ...] = ()
-    part: int | None = None
-
-    @property
-    def view(self) -> View | None:
-        return self.rule.view if self.rule is not None else None
-
-    @property
-    def part_count(self) -> int:
-        """How many tensors are joined into the one that this is a part of."""
-        return len(self.view.join.widths) if self.view is not None and self.view.join is not None else 1
-
 
 _Place = tuple[tuple[int, ...], int]
 
@@ -54,7 +26,7 @@ _Place = tuple[tuple[int, ...], int]
 class _Recipe:
     """What one shown tensor is made of: by its place on the stacked dimensions and by part (0 when not joined)."""
 
-    pieces: dict[_Place, _Shown] = field(default_factory=dict)
+    pieces: dict[_Place, Shown] = field(default_factory=dict)
     gathered: bool = False
 
 
@@ -65,6 +37,16 @@ def present(source: Source, rules: Rules) -> Source:
     and parts or layers that are missing.
     """
     return _VerifyingView(source, rules) if isinstance(source, Verifying) else _View(source, rules)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tie:
+    """A name of the base source that is to be an alias of another one, and the rule that says so."""
+
+    base: str
+    canonical: Canonical
+    owner: str
+    rule: Rule
 
 
 class _View(Wrapping):
@@ -81,28 +63,40 @@ class _View(Wrapping):
         self._recipes: dict[str, _Recipe] = {}
         self._renamed: dict[str, list[str]] = {}
         self._aliases: dict[str, str] = {}
+        self._shaping = Shaping(rules, lambda: self._values)
+        self._ties: dict[str, _Tie] = {}
         for name in names:
             claim = claims[taken[name].parameter]
             if claim is None:
-                self._add(name, _Shown(name, taken[name]))
+                self._add(name, Shown(name, taken[name]))
             else:
                 self._show(name, taken[name], claim[0], Captures(claim[1]))
         for recipe_name, recipe in self._recipes.items():
             if recipe.gathered:
                 self._complete(recipe_name, recipe)
+        for tie in self._ties.values():
+            self._tie(tie)
 
     # the port
 
     def names(self) -> Sequence[str]:
-        return [*self._recipes, *(alias for alias in self._aliases if alias not in self._recipes)]
+        return [*self._recipes, *self._aliases]
 
     def aliases(self) -> Mapping[str, str]:
         shown = dict(self._aliases)
         for alias, owner in self._base.aliases().items():
             new, target = self._only_name(alias), self._only_name(owner)
-            if new in self._recipes and target in self._recipes and new != target:
+            if new is not None and target is not None and new != target and self._shown_alike(new, target):
                 shown.setdefault(new, target)
         return shown
+
+    def _shown_alike(self, name: str, other: str) -> bool:
+        """Whether two names show one tensor each, and the same elements of it in the same order."""
+        pair = [self._recipes.get(name), self._recipes.get(other)]
+        single = [
+            shown for recipe in pair if recipe is not None and not recipe.gathered for shown in recipe.pieces.values()
+        ]
+        return len(single) == 2 and single[0].moves == single[1].moves
 
     def checksums(self) -> Mapping[str, str]:
         """See `ckptengine.sources.port.Checksummed`."""
@@ -127,7 +121,7 @@ class _View(Wrapping):
         if not recipe.gathered:
             (shown,) = recipe.pieces.values()
             return self._one(name, shown)
-        placed = self._gather(name, recipe)
+        placed = self._gathered(name, recipe)
         return LogicalTensor(name, placed.dtype, placed.shape, placed.fragments)
 
     # names
@@ -139,13 +133,15 @@ class _View(Wrapping):
             self._renamed.setdefault(canonical.parameter, [])
             return
         if view.tied is not None:
-            if not canonical.state:
-                self._aliases[name] = canonical.renamed(captures.fill(view.tied, rule))
+            self._ties[name] = _Tie(name, canonical, canonical.renamed(captures.fill(view.tied, rule)), rule)
+            self._renamed.setdefault(canonical.parameter, [])
             return
         for at in self._indices(name, canonical, rule, view):
             for part, template in enumerate(_templates(view)):
                 parameter = captures.fill(template, rule, at)
-                shown = _Shown(name, canonical, rule, at, part if view.split else None)
+                if not parameter:
+                    raise RuleError(f"{rule.where}: {name} would get an empty name")
+                shown = Shown(name, canonical, rule, at, part if view.split else None)
                 if canonical.state == "":
                     self._renamed.setdefault(canonical.parameter, []).append(parameter)
                 if not view.stack and view.join is None:
@@ -166,7 +162,7 @@ class _View(Wrapping):
             raise RuleError(f"{rule.where}: {source} has shape {list(shape)}, no dimension {beyond[0]} to unstack")
         return itertools.product(*(range(shape[dim]) for dim in view.unstack))
 
-    def _add(self, target: str, shown: _Shown, piece: _Place | None = None) -> None:
+    def _add(self, target: str, shown: Shown, piece: _Place | None = None) -> None:
         recipe = self._recipes.setdefault(target, _Recipe())
         if recipe.pieces and (piece is None or not recipe.gathered or piece in recipe.pieces):
             other = next(iter(recipe.pieces.values())).base
@@ -180,15 +176,45 @@ class _View(Wrapping):
             raise RuleError(f"under the rules {self._rules.name} the parts of {name} are stacked in different ways")
         extents = [1 + max(numbers) for numbers in zip(*places, strict=True)]
         parts = max(shown.part_count for shown in recipe.pieces.values())
-        needed = itertools.product(itertools.product(*map(range, extents)), range(parts))
-        missing = next((piece for piece in needed if piece not in recipe.pieces), None)
-        if missing is not None:
-            layer = ", ".join(map(str, missing[0])) or "0"
-            total = " x ".join(map(str, extents)) or "1"
+        if len(recipe.pieces) == math.prod(extents) * parts:
+            return
+        needed = (_nth(number, (*extents, parts)) for number in range(len(recipe.pieces) + 1))
+        *at, part = next(place for place in needed if (place[:-1], place[-1]) not in recipe.pieces)
+        layer = ", ".join(map(str, at)) or "0"
+        total = " x ".join(map(str, extents)) or "1"
+        raise RuleError(
+            f"{name} cannot be put together under the rules {self._rules.name}: layer {layer}, part "
+            f"{part} is missing (layers count from 0, {total} of them; {parts} part(s) each)"
+        )
+
+    def _tie(self, tie: _Tie) -> None:
+        """Make an alias; an optimizer's state of it is left out, because it is that of the owner."""
+        if tie.base in self._recipes:
+            other = next(iter(self._recipes[tie.base].pieces.values())).base
+            raise RuleError(f"under the rules {self._rules.name} both {other!r} and {tie.base!r} become {tie.base!r}")
+        owner, passed = tie.owner, {tie.base}
+        while owner in self._ties and owner not in passed:
+            passed.add(owner)
+            owner = self._ties[owner].owner
+        if owner in passed:
+            raise RuleError(f"{tie.rule.where}: {', '.join(sorted(passed))} are tied to each other; one has to be kept")
+        recipe = self._recipes.get(owner)
+        if recipe is None:
+            near = difflib.get_close_matches(owner, self._recipes, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
             raise RuleError(
-                f"{name} cannot be put together under the rules {self._rules.name}: layer {layer}, part "
-                f"{missing[1]} is missing (layers count from 0, {total} of them; {parts} part(s) each)"
+                f"{tie.rule.where}: {tie.base} is tied to {owner!r}, which is not there under these rules{hint}"
             )
+        if tie.canonical.state:
+            return
+        first = next(iter(recipe.pieces.values()))
+        have, kept = self._base.tensor(tie.base), self._base.tensor(first.base)
+        if not (recipe.gathered or first.at) and (have.dtype, have.shape) != (kept.dtype, kept.shape):
+            raise RuleError(
+                f"{tie.rule.where}: {tie.base} is {have.dtype} {list(have.shape)} and cannot be tied to {first.base}, "
+                f"which is {kept.dtype} {list(kept.shape)}; leave it as a tensor of its own"
+            )
+        self._aliases[tie.base] = owner
 
     def _only_name(self, name: str) -> str | None:
         canonical = self._names.take_apart(name)
@@ -197,95 +223,69 @@ class _View(Wrapping):
 
     # tensors
 
-    def _one(self, name: str, shown: _Shown) -> LogicalTensor:
+    def _one(self, name: str, shown: Shown) -> LogicalTensor:
         tensor = self._base.tensor(shown.base)
         placed = self._placed(tensor, shown)
         if placed is None:
             return replace(tensor, name=name)
         return LogicalTensor(name, placed.dtype, placed.shape, placed.fragments, None, dict(tensor.meta))
 
-    def _placed(self, tensor: LogicalTensor, shown: _Shown) -> Placed | None:
+    def _placed(self, tensor: LogicalTensor, shown: Shown) -> Placed | None:
         """The shown part of a tensor, or None when it is shown as it is."""
-        view = shown.view
-        if view is None or shown.rule is None or not tensor.shape:
-            return None
-        if not (view.unstack or view.unpadded or view.regroup or view.split or view.transpose):
-            return None
-        where = f"{shown.rule.where}, {shown.base} of shape {list(tensor.shape)}"
-        placed = Placed(tensor.dtype, tensor.shape, tuple(tensor.fragments))
-        for dim, at in sorted(zip(view.unstack, shown.at, strict=True), reverse=True):
-            placed = index(placed, _dim(placed, dim, where), at)
-        if view.unpadded is not None:
-            placed = self._unpadded(placed, view, where)
-        if view.regroup is not None:
-            placed = self._regrouped(placed, view.regroup, where)
-        if view.split is not None and shown.part is not None:
-            dim = _dim(placed, view.split.dim, where)
-            widths = [self._rules.value(part.width, self._values, where) for part in view.split.parts]
-            groups = self._rules.value(view.split.groups, self._values, where)
-            try:
-                segments = grouped(placed.shape[dim], widths, groups)[shown.part]
-            except RuleError as error:
-                raise RuleError(f"{where}: {error}") from None
-            placed = remap(placed, dim, sum(segment.length for segment in segments), segments)
-        if view.transpose is not None and len(placed.shape) > 1:
-            if len(view.transpose) != len(placed.shape):
-                raise RuleError(f"{where}: transpose = {list(view.transpose)} does not fit its dimensions")
-            placed = transpose(placed, view.transpose)
-        return placed
+        if shown.moves:
+            self._check_shape(tensor, shown)
+        return self._shaping.placed(tensor, shown)
 
-    def _regrouped(self, placed: Placed, regroup: Regroup, where: str) -> Placed:
-        dim = _dim(placed, regroup.dim, where)
-        widths = [self._rules.value(width, self._values, where) for width in regroup.widths]
-        before, after = (self._rules.value(n, self._values, where) for n in (regroup.before, regroup.after))
-        try:
-            return remap(placed, dim, placed.shape[dim], regrouped(placed.shape[dim], widths, before, after))
-        except RuleError as error:
-            raise RuleError(f"{where}: {error}") from None
+    def _check_shape(self, tensor: LogicalTensor, shown: Shown) -> None:
+        """What a rule says of a weight's dimensions holds for states of the weight's shape, and for no others."""
+        if not shown.name.state and not tensor.shape:
+            raise RuleError(
+                f"{shown.where}: {tensor.name} has shape [], and the rule is about dimensions; leave it out"
+            )
+        if not shown.name.state or not tensor.shape:
+            return
+        weight = self._base.tensor(f"{MODEL}.{shown.name.parameter}")
+        if tensor.shape != weight.shape:
+            raise RuleError(
+                f"{shown.where}: {tensor.name} has shape {list(tensor.shape)} and its weight {list(weight.shape)}; the "
+                "rule cannot be applied to both, so read the weights without the optimizer"
+            )
 
-    def _unpadded(self, placed: Placed, view: View, where: str) -> Placed:
-        assert view.unpadded is not None
-        extent = self._rules.value(view.unpadded.extent, self._values, where)
-        dim = _dim(placed, view.unpadded.dim, where)
-        if extent > placed.shape[dim]:
-            raise RuleError(f"{where}: dimension {dim} has only {placed.shape[dim]} indices, not {extent} or more")
-        return narrow(placed, dim, 0, extent) if extent else placed
-
-    def _gather(self, name: str, recipe: _Recipe) -> Placed:
-        layers: dict[tuple[int, ...], list[Placed]] = {}
-        for (place, _), shown in sorted(recipe.pieces.items()):
-            tensor = self._base.tensor(shown.base)
+    def _gathered(self, name: str, recipe: _Recipe) -> Placed:
+        pieces = [(at, shown, self._base.tensor(shown.base)) for (at, _), shown in sorted(recipe.pieces.items())]
+        if not all(tensor.shape for _, _, tensor in pieces):
+            return self._counter(name, [(shown, tensor) for _, shown, tensor in pieces])
+        layers: dict[tuple[int, ...], list[tuple[Shown, Placed]]] = {}
+        for at, shown, tensor in pieces:
+            if shown.part_count > 1:
+                self._check_shape(tensor, shown)
             placed = self._placed(tensor, shown) or Placed(tensor.dtype, tensor.shape, tuple(tensor.fragments))
-            if not tensor.shape:
-                return placed  # counters are kept once
-            layers.setdefault(place, []).append(placed)
-        first = next(iter(recipe.pieces.values()))
-        made = {place: self._joined(name, first, parts) for place, parts in layers.items()}
-        if len({(placed.dtype, placed.shape) for placed in made.values()}) > 1:
-            shapes = sorted({placed.shape for placed in made.values()})
-            raise RuleError(f"{name} cannot be stacked: its layers have shapes {shapes}")
-        return _stacked(made)
+            layers.setdefault(at, []).append((shown, placed))
+        return stacked(name, {at: self._shaping.joined(name, parts) for at, parts in layers.items()})
 
-    def _joined(self, name: str, shown: _Shown, parts: list[Placed]) -> Placed:
-        join = shown.view.join if shown.view is not None else None
-        if join is None or shown.rule is None:
-            return parts[0]
-        where = f"{shown.rule.where}, {name}"
-        dim = _dim(parts[0], join.dim, where)
-        if len({(p.dtype, *p.shape[:dim], -1, *p.shape[dim + 1 :]) for p in parts}) > 1:
-            raise RuleError(f"{where}: parts of shapes {[list(p.shape) for p in parts]} do not join on dimension {dim}")
-        whole = concatenate(parts, dim)
-        widths = [self._rules.value(width, self._values, where) for width in join.widths]
-        groups = self._rules.value(join.groups, self._values, where)
-        tables = grouped(whole.shape[dim], widths, groups)
-        if [sum(segment.length for segment in table) for table in tables] != [part.shape[dim] for part in parts]:
-            raise RuleError(f"{where}: parts of shapes {[list(p.shape) for p in parts]} do not have widths {widths}")
-        segments = []
-        start = 0
-        for part, table in zip(parts, tables, strict=True):
-            segments += [Segment(start + segment.target, segment.source, segment.length) for segment in table]
-            start += part.shape[dim]
-        return remap(whole, dim, start, segments)
+    def _counter(self, name: str, pieces: Sequence[tuple[Shown, LogicalTensor]]) -> Placed:
+        """The one counter of what is put together, which must be the same everywhere."""
+        found: dict[tuple[str, bytes], LogicalTensor] = {}
+        for shown, tensor in pieces:
+            if tensor.shape or not shown.name.state:
+                odd = next(tensor for _, tensor in pieces if not tensor.shape)
+                raise RuleError(f"{shown.where}: {odd.name} has shape []; it cannot be joined or stacked as {name}")
+            found.setdefault((tensor.dtype, self._scalar(tensor)), tensor)
+        if len(found) > 1:
+            first, second = itertools.islice((tensor.name for tensor in found.values()), 2)
+            raise RuleError(
+                f"{pieces[0][0].where}: {first} and {second} hold different numbers, and {name} can hold one; read the "
+                "weights without the optimizer"
+            )
+        tensor = pieces[0][1]
+        return Placed(tensor.dtype, tensor.shape, tuple(tensor.fragments))
+
+    def _scalar(self, tensor: LogicalTensor) -> bytes:
+        (fragment,) = tensor.fragments
+        data = bytearray(itemsize(tensor.dtype))
+        read = self._base.read_verified if isinstance(self._base, Verifying) else self._base.files.read_into
+        read(fragment.file, fragment.offset, memoryview(data))
+        return bytes(data)
 
 
 class _VerifyingView(_View):
@@ -295,26 +295,19 @@ class _VerifyingView(_View):
         self._base.read_verified(path, offset, view)
 
 
-def _stacked(tensors: Mapping[tuple[int, ...], Placed]) -> Placed:
-    """Tensors by their places on new leading dimensions, in order, as one."""
-    if () in tensors:
-        return tensors[()]
-    rows: dict[int, dict[tuple[int, ...], Placed]] = {}
-    for (first, *rest), placed in tensors.items():
-        rows.setdefault(first, {})[tuple(rest)] = placed
-    return stack([_stacked(row) for row in rows.values()])
+def _nth(number: int, extents: Sequence[int]) -> tuple[int, ...]:
+    """The place of a number that counts through ``extents``, the last one fastest."""
+    at: list[int] = []
+    for extent in reversed(extents):
+        number, rest = divmod(number, extent)
+        at.append(rest)
+    return tuple(reversed(at))
 
 
 def _templates(view: View) -> list[str]:
     if view.split is not None:
         return [part.rename for part in view.split.parts]
     return [view.rename if view.rename is not None else "{name}"]
-
-
-def _dim(placed: Placed, dim: int, where: str) -> int:
-    if dim >= len(placed.shape):
-        raise RuleError(f"{where}: there is no dimension {dim}")
-    return dim
 
 
 def _with_groups(values: object, renamed: Mapping[str, list[str]]) -> object:

@@ -172,10 +172,10 @@ def _of_folder(files: Files, beside: Mapping[str, Header]) -> dict[str, Header]:
         found = ["model" + SUFFIX]
     headers = {name: read_header(files, name) for name in found}
     sharded = [SHARDING_KEY in header.metadata for header in headers.values()]
-    if len(found) > 1 and not (all(sharded) or _is_complete_set(files, found)):
-        raise UnreadableFormat(f"{files.root} has {len(found)} safetensors files, no index; open one of them by name")
-    if all(sharded):
+    if sharded and all(sharded):
         _check_numbers(files, {int(match[1]) for name in found if (match := _SHARD.match(name))})
+    elif not _is_complete_set(files, found) and len(found) > 1:
+        raise UnreadableFormat(f"{files.root} has {len(found)} safetensors files, no index; open one of them by name")
     return headers
 
 

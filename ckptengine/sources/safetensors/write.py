@@ -42,6 +42,7 @@ class SafetensorsWriter:
 
     format = "safetensors"
     options = ("shard_bytes", "weights_only")
+    ranked = False
 
     def file(self, target_name: str) -> str | None:
         """A target named like a safetensors file is that file."""
@@ -105,7 +106,7 @@ def _write_json(target: Target, path: str, document: object) -> None:
 
 def _wanted(job: Job) -> list[str]:
     """Names that are written: every tensor once, without its aliases."""
-    only = bool(job.options.get("weights_only", False))
+    only = job.flag("weights_only")
     return [name for name in job.names if name not in job.aliases and (name.startswith(_WEIGHTS) or not only)]
 
 

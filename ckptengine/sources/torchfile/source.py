@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from ckptengine.sources.unpickle import Placeholder
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 INDEX = "pytorch_model.bin.index.json"
 INDEX_SUFFIX = ".bin.index.json"
+_NUMBERED = re.compile(r"-\d{5,}-of-(\d{5,})\.")
 MAX_INDEX_BYTES = 1 << 28
 MAX_OPTIMIZER_DEPTH = 20
 OWN_RECORD = "ckptengine"
@@ -91,7 +93,11 @@ class TorchSource:
                 f"{name!r} in {self.files.root} is a {stored.class_name}, whose elements are not simply bytes of the "
                 "file (sharded, sparse, quantized or a lazy view); save it with torch.distributed.checkpoint, or dense"
             )
-        return LogicalTensor(name, stored.dtype, stored.shape, [stored.fragment()] if stored.size else [])
+        try:
+            fragments = [stored.fragment()] if stored.size else []
+        except UnreadableFormat as error:
+            raise UnreadableFormat(f"{name!r} in {self.files.root}: {error}") from None
+        return LogicalTensor(name, stored.dtype, stored.shape, fragments)
 
     def aliases(self) -> Mapping[str, str]:
         """Names of the same elements of the same storage."""
@@ -255,6 +261,9 @@ def members(files: Files, entry: str | None) -> list[str]:
         return ["pytorch_model.bin"]
     if len(found) != 1:
         raise UnreadableFormat(f"{files.root} has {len(found)} files of torch.save; open one of them by name")
+    part = _NUMBERED.search(found[0])
+    if part is not None and int(part[1]) > 1:
+        raise NotFound(f"{files.root} has {found[0]}, but no {INDEX} and no other part; fetch the missing files")
     return found
 
 

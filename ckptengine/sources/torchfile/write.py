@@ -39,6 +39,7 @@ class TorchWriter:
 
     format = "torch"
     options = ("weights_only",)
+    ranked = False
 
     def file(self, target_name: str) -> str | None:
         """A target named like a file of torch.save is that file."""
@@ -68,13 +69,9 @@ class TorchWriter:
         """Nothing is left: the file is whole."""
 
 
-def _only_weights(job: Job) -> bool:
-    return bool(job.options.get("weights_only", False))
-
-
 def _stored(job: Job) -> list[str]:
     """The names whose bytes are written, in the order of their storages."""
-    only = _only_weights(job)
+    only = job.flag("weights_only")
     return [name for name in job.names if name not in job.aliases and (not only or name.startswith(_WEIGHTS))]
 
 
@@ -82,7 +79,7 @@ def _records(job: Job, names: Sequence[str]) -> dict[str, bytes]:
     """Everything but tensor data."""
     tensors = {name: _tensor(job, name, number) for number, name in enumerate(names)}
     tensors |= {alias: tensors[name] for alias, name in job.aliases.items() if name in tensors}
-    if _only_weights(job):
+    if job.flag("weights_only"):
         root: dict[Any, Any] = {name.removeprefix(_WEIGHTS): tensor for name, tensor in tensors.items()}
     else:
         root = _nested(job, tensors)
@@ -93,7 +90,7 @@ def _records(job: Job, names: Sequence[str]) -> dict[str, bytes]:
         "byteorder": b"little",
         "version": b"3\n",
     }
-    if not _only_weights(job):
+    if not job.flag("weights_only"):
         own = {"version": VERSION, "step": job.step, "provenance": dict(job.provenance)}
         records[OWN_RECORD] = json.dumps(own).encode()
     return records

@@ -19,9 +19,10 @@ import numpy as np
 
 from ckptengine.errors import CheckpointError, StorageFailed
 from ckptengine.sources import buffers
-from ckptengine.sources.files import beneath, without_credentials
+from ckptengine.sources.files import beneath
 from ckptengine.sources.writer import Sink
 from ckptengine.store.files import guarded, storage_failed
+from ckptengine.tiers.redact import for_fsspec, redacted_url
 
 BUFFER_BYTES = 4 << 20
 """What a local file is written in: one aligned buffer per file that is open."""
@@ -291,9 +292,10 @@ class RemoteTarget:
         """Open ``protocol://...`` for writing; the protocol's own package must be installed."""
         import fsspec  # only URLs need it
 
-        shown = without_credentials(url)
+        shown = redacted_url(url)
         try:
-            system, base = fsspec.core.url_to_fs(url)
+            bare, carried = for_fsspec(url)
+            system, base = fsspec.core.url_to_fs(bare, **carried)
         except Exception as error:  # any file system may raise anything here, credentials in the text included
             raise StorageFailed(f"cannot open {shown} for writing: {type(error).__name__}") from None
         return cls(system, str(base), shown)

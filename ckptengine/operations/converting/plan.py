@@ -22,6 +22,7 @@ from ckptengine.sources.files import is_url
 from ckptengine.sources.port import HoldsEncodedValues, KnowsPaths, Source
 from ckptengine.sources.spelled import spelled
 from ckptengine.sources.writer import Job, Layout, Unit, Writer, WritesFile, no_path
+from ckptengine.tiers.redact import redacted_url
 from ckptengine.version import version
 
 CHUNK_BYTES = 16 << 20
@@ -157,7 +158,7 @@ def make_plan(
         source=source.files.root,
         source_format=source.format,
         step=source.step,
-        target=target,
+        target=redacted_url(target),
         format=to,
         layout={} if layout is None else dataclasses.asdict(layout),
         tensors=len(names),

@@ -50,7 +50,7 @@ class Left:
 def place_of(root: Tier) -> str:
     """A root as attempts record it: without credentials, and the same however its path is spelled."""
     folder = root.local_path
-    return root.label.rstrip("/") if folder is None else os.path.realpath(folder)
+    return root.identity.rstrip("/") if folder is None else os.path.realpath(folder)
 
 
 def left_on(tiers: Sequence[BlockingTier]) -> list[Left]:

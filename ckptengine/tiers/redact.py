@@ -19,6 +19,7 @@ _USERINFO = re.compile(
     r"|(?!arn:)[^:/?#\s'\"@]+:(?!\d*(?:[/?#]|$))[^\s'\"]*)@"
 )
 _QUERY = re.compile(r"(://[^?#\s'\"]*)[?#][^\s'\"]*")
+_SECRET_QUERY = re.compile(r"[?&][^=&#]*(?:key|secret|token|sig|pass|cred|sas|auth)[^=&#]*=[^&#]*", re.IGNORECASE)
 _SECRET_OPTION = re.compile(r"key|secret|token|pass|credential|sas|connection_string|user|auth", re.IGNORECASE)
 _SHORTEST_SECRET = 4
 """Shorter values ("true", a port) would blank out half of every message."""
@@ -49,7 +50,7 @@ def split_url(url: str) -> tuple[str, str, tuple[str, str] | None]:
 def for_fsspec(url: str) -> tuple[str, dict[str, Any]]:
     """``url`` as fsspec takes it, and the storage options that it carries.
 
-    S3's file systems take no keys from a URL; others read theirs from it, and what looks like a user may be a container.
+    S3's file systems take no keys from a URL; others read theirs from it, where a user may be a container.
     """
     scheme, bare, user = split_url(url)
     last = scheme.rpartition("::")[2]
@@ -64,6 +65,7 @@ def identity_of(url: str) -> str:
     scheme, bare, user = split_url(url)
     shown = redacted_url(url)
     whole = bare if user is None or not user[0] or scheme.rpartition("::")[2].startswith("s3") else f"{user[0]}@{bare}"
+    whole = _SECRET_QUERY.sub("", whole)
     return shown if whole == shown else f"{shown} ({zlib.crc32(whole.encode()):08x})"
 
 

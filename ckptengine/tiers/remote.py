@@ -354,9 +354,7 @@ def _multipart() -> ModuleType:
     return importlib.import_module("ckptengine.tiers.multipart")
 
 
-def _connect(
-    url: str, options: dict[str, Any], retry: Retry, scrubber: Scrubber, label: str
-) -> tuple[Any, str]:
+def _connect(url: str, options: dict[str, Any], retry: Retry, scrubber: Scrubber, label: str) -> tuple[Any, str]:
     defaults: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
     try:
         kind = fsspec.get_filesystem_class(url.partition("://")[0].partition("::")[0])

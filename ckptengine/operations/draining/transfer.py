@@ -27,13 +27,14 @@ class DrainFile:
     """A file to carry: ``digest`` is ``"crc64nvme:..."`` of all its bytes, or None where nothing is known of them.
 
     ``record``: what the manifest says of a rank file; its digest is then found out, before anything is sent, from its
-    own index.
+    own index.  ``is_there``: it lies on the target alone, where it is only proven.
     """
 
     name: str
     size_bytes: int
     digest: str | None = None
     record: FileRecord | None = None
+    is_there: bool = False
 
 
 @dataclass(slots=True)

@@ -6,6 +6,7 @@ message, a log, a manifest or a repr: places are shown by `redacted_url`, and fo
 
 from __future__ import annotations
 
+import os
 import re
 import zlib
 from collections.abc import Iterable, Mapping
@@ -21,6 +22,7 @@ _USERINFO = re.compile(
 _QUERY = re.compile(r"(://[^?#\s'\"]*)[?#][^\s'\"]*")
 _SECRET_QUERY = re.compile(r"[?&][^=&#]*(?:key|secret|token|sig|pass|cred|sas|auth)[^=&#]*=[^&#]*", re.IGNORECASE)
 _SECRET_OPTION = re.compile(r"key|secret|token|pass|credential|sas|connection_string|user|auth", re.IGNORECASE)
+_CLOUDS = ("AWS_", "AZURE_", "GOOGLE_", "GCS_")
 _SHORTEST_SECRET = 4
 """Shorter values ("true", a port) would blank out half of every message."""
 
@@ -86,10 +88,16 @@ def secrets_in(options: Mapping[str, object], *more: str) -> list[str]:
     return found
 
 
-class Scrubber:
-    """Takes known secrets, and whatever looks like credentials in a URL, out of text."""
+def secrets_of_environment() -> list[str]:
+    """What cloud services' packages take from there."""
+    return secrets_in({name: value for name, value in os.environ.items() if name.startswith(_CLOUDS)})
 
-    def __init__(self, secrets: Iterable[str]) -> None:
+
+class Scrubber:
+    """Takes known secrets, those of the environment, and whatever looks like credentials in a URL, out of text."""
+
+    def __init__(self, secrets: Iterable[str] = ()) -> None:
+        secrets = [*secrets, *secrets_of_environment()]
         forms = {form for secret in secrets for form in (secret, quote(secret), quote(secret, ""), quote_plus(secret))}
         self._forms = sorted((form for form in forms if len(form) >= _SHORTEST_SECRET), key=len, reverse=True)
 

@@ -315,6 +315,11 @@ def test_redaction() -> None:
         assert form not in scrubber.scrub(f"failed with {form} at https://x/y?X-Amz-Credential={form}")
 
 
+def test_secrets_of_the_environment_never_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "hush-hush-token")
+    assert Scrubber().scrub("refused hush-hush-token") == "refused ***"
+
+
 def test_what_fsspec_is_given() -> None:
     keys = {"key": "AK", "secret": "se/cret"}
     assert for_fsspec("s3://AK:se%2Fcret@bucket/run") == ("s3://bucket/run", keys)

@@ -180,6 +180,7 @@ class RemoteFiles:
         try:
             bare, carried = for_fsspec(url)
             system, base = fsspec.core.url_to_fs(bare, **carried)
+            system.invalidate_cache()  # fsspec keeps one system for all who ask, with what it once listed
         except ImportError as error:
             raise UnusableRequest(f"opening {shown} needs another package: {error.name or error}") from None
         except Exception as error:  # any file system may raise anything here, credentials in the text included

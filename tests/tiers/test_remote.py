@@ -285,8 +285,12 @@ def test_what_reads_a_url_takes_its_credentials_too(
     loop.run(tier.close())
     target = RemoteTarget.from_url(url)
     target.put("b", b"123")
+    assert open_files(url).entries() == ["a", "b"]
+    tier = loop.run(RemoteTier.open(url, retry=QUICK))
+    BlockingTier(tier, loop).create("c", b"1")
+    loop.run(tier.close())
     files = open_files(url)
-    assert files.entries() == ["a", "b"]
+    assert files.entries() == ["a", "b", "c"], "what came since is seen too"
     assert files.read("a", 1, 2) == b"23"
     assert services.SECRET not in f"{files.root} {target.root}"
 

@@ -13,7 +13,7 @@ from ckptengine.cli import parser
 from ckptengine.cli.meter import Meter
 from ckptengine.cli.roots import require_root
 from ckptengine.cli.text import counted, size_text
-from ckptengine.errors import CheckpointError, RootInUse, UnusableRequest
+from ckptengine.errors import CheckpointError, NotFound, RootInUse, UnusableRequest
 from ckptengine.operations.levels.policy_record import remove_unfinished
 from ckptengine.operations.opening import open_any
 from ckptengine.operations.retain import apply_retention, newest_whole, plan_retention
@@ -24,7 +24,7 @@ from ckptengine.sources.files import is_url
 from ckptengine.store import names
 from ckptengine.store.lock import RootLock
 from ckptengine.tiers.loop import BlockingTier, IoLoop
-from ckptengine.tiers.spec import open_tier
+from ckptengine.tiers.spec import Tier, open_tier
 
 
 def main(argv: Sequence[str]) -> int:
@@ -57,6 +57,8 @@ def _prune(root: str, keep: Keep, *, dry_run: bool) -> dict[str, Any]:
     loop = IoLoop()
     tier = BlockingTier(open_tier(root, loop, writable=not dry_run), loop)
     try:
+        if not alone and not tier.entries():
+            raise NotFound(f"there are no checkpoints at {tier.label}; a root is named without its step")
         plan = plan_retention(tier, keep, alone=alone)
         newest = None if plan.anchor is None else plan.anchor.step
         found: dict[int, str] = {}
@@ -73,7 +75,7 @@ def _prune(root: str, keep: Keep, *, dry_run: bool) -> dict[str, Any]:
     removed = [{"step": one.ref.step, "size_bytes": one.size_bytes, "why": one.why} for one in plan.removals]
     freed += sum(one["size_bytes"] for one in told if one["removed"])
     return {
-        "root": root,
+        "root": Tier(root).label,
         "dry_run": dry_run,
         "kept": list(plan.kept),
         "removed": removed,

@@ -13,6 +13,7 @@ from ckptengine.errors import CheckpointError, Damaged
 from ckptengine.operations.opening import open_any
 from ckptengine.operations.verify import verify
 from ckptengine.sources.port import Checksummed, Source
+from ckptengine.tiers.redact import redacted_url
 
 
 def main(argv: Sequence[str]) -> int:
@@ -22,7 +23,7 @@ def main(argv: Sequence[str]) -> int:
     arguments.add_argument("--json", action="store_true", help="print one JSON document")
     options = arguments.parse_args(argv)
     step: int | None = None
-    kind = "unknown"
+    kind, shown = "unknown", redacted_url(options.path)
     tensors, digests = 0, True
     problems: list[CheckpointError]
     try:
@@ -35,15 +36,15 @@ def main(argv: Sequence[str]) -> int:
         problems = [damage]
     if options.json:
         told = [{"code": problem.code, "message": str(problem)} for problem in problems]
-        document = {"path": options.path, "format": kind, "step": step, "good": not problems, "problems": told}
+        document = {"path": shown, "format": kind, "step": step, "good": not problems, "problems": told}
         sys.stdout.write(json.dumps(document) + "\n")
     elif problems:
         sys.stdout.write("".join(f"{problem.code}: {problem}\n" for problem in problems))
-        sys.stdout.write(f"{options.path}: DAMAGED, {counted(len(problems), 'problem')}\n")
+        sys.stdout.write(f"{shown}: DAMAGED, {counted(len(problems), 'problem')}\n")
     else:
         which = "" if step is None else f" step {step}"
         proven = "" if digests else "; it records no digests: all that can be told is that its bytes can be read"
-        sys.stdout.write(f"{options.path}:{which} holds: {counted(tensors, 'tensor')} of a {kind} checkpoint{proven}\n")
+        sys.stdout.write(f"{shown}:{which} holds: {counted(tensors, 'tensor')} of a {kind} checkpoint{proven}\n")
     return 1 if problems else 0
 
 

@@ -24,6 +24,7 @@ from ckptengine.operations.read import BoxReader
 from ckptengine.sources.port import Source
 from ckptengine.sources.writer import Layout, Unit
 from ckptengine.state.collection import no_collection
+from ckptengine.tiers.redact import redacted_url
 
 Path = str | os.PathLike[str]
 
@@ -161,7 +162,7 @@ def _verify(planned: Planned, target: str, digests: Mapping[str, str], rules: Pa
             wrong.append(name)
     if wrong:
         raise TargetDiffers(
-            f"{target}: {len(wrong)} tensors read back differ from what was converted ({', '.join(wrong[:5])}); "
-            "delete it, check the storage, and convert again"
+            f"{redacted_url(target)}: {len(wrong)} tensors read back differ from what was converted "
+            f"({', '.join(wrong[:5])}); delete it, check the storage, and convert again"
         )
     return dataclasses.replace(planned.plan, verified=verified, unverified=len(names) - verified)

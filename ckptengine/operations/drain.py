@@ -251,7 +251,7 @@ class Drain:
             failure = error
         self._peers.agree(f"{job.key}/published", said, failure)
         for file in job.files:
-            progress_log(self._source, self._target, file.name, file.size_bytes).forget()
+            progress_log(self._source_of(file), self._target, file.name, file.size_bytes).forget()
         return moved
 
     def _copy(self, job: _Job) -> list[Moved]:
@@ -272,10 +272,13 @@ class Drain:
             budget = Budget(settings.memory_bytes, settings.parallel_parts)
             self._limits = budget, Throttle(settings.max_bytes_per_s)
         transfers = [
-            Transfer(self._source, self._target, file, settings.part_bytes, *self._limits, on_bytes=job.add)
+            Transfer(self._source_of(file), self._target, file, settings.part_bytes, *self._limits, on_bytes=job.add)
             for file in job.files
         ]
         return [await transfer.run() for transfer in transfers]
+
+    def _source_of(self, file: DrainFile) -> TierPort:
+        return self._target if file.is_there else self._source
 
     def _settle(self, job: _Job, outcome: DrainReport | CheckpointError) -> None:
         with self._lock:

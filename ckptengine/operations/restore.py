@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -111,8 +111,8 @@ def _identity(source: Source | None) -> str | None:
     return hashlib.sha256(repr((source.manifest.run, files)).encode()).hexdigest()
 
 
-Openers = Callable[[CommitRef], Sequence[Callable[[], Source]]]
-"""The ways to open one commit, best first; the same number of them on every rank."""
+Openers = Callable[[CommitRef], Iterable[Callable[[], Source]]]
+"""The ways to open one commit, best first, each asked for when those before it have failed; every rank has as many."""
 
 
 def restore_newest(
@@ -136,6 +136,7 @@ def restore_newest(
     candidates = _agreed_candidates(turn, root, step)
     passed_over: list[tuple[int, str]] = []
     for ref in (CommitRef(*candidate) for candidate in candidates):
+        ways: Iterable[Callable[[], Source]]
         ways = openers(ref) if openers is not None else [partial(open_commit, root, ref, files)]
         problem = ""
         for way in ways:
@@ -154,8 +155,8 @@ def restore_newest(
         return None
     told = "; ".join(f"step {at}: {why}" for at, why in passed_over)
     if turn.request.touched:
-        raise RestoreIncomplete(f"{root.path}: damage showed while filling and no good copy is left ({told})")
-    raise Damaged(f"{root.path}: checkpoints exist and none is good ({told}); nothing was changed")
+        raise RestoreIncomplete(f"{files.root}: damage showed while filling and no good copy is left ({told})")
+    raise Damaged(f"{files.root}: checkpoints exist and none is good ({told}); nothing was changed")
 
 
 def restore_from(source: Source, port: Coordinator, request: RestoreRequest, number: int) -> Restored:

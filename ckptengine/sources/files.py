@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import posixpath
 import re
 from collections.abc import Callable
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 from ckptengine.errors import CheckpointError, NotFound, StorageFailed, Truncated, UnreadableFormat, UnusableRequest
 from ckptengine.sources.handles import Handles
 from ckptengine.sources.port import Files
+from ckptengine.tiers.redact import Scrubber, for_fsspec, redacted_url, secrets_of
 
 T = TypeVar("T")
 MAX_OPEN_FILES = 64
@@ -33,21 +32,6 @@ def open_files(root: str | os.PathLike[str]) -> Files:
 def is_url(text: str) -> bool:
     """True for ``protocol://...`` and for fsspec's chains (``zip::s3://...``)."""
     return _URL.match(text) is not None
-
-
-def without_credentials(url: str) -> str:
-    """The URL as it may be shown: no user, password, query or fragment."""
-    shown = []
-    for link in url.split("::"):
-        if "://" not in link:
-            shown.append(link)
-            continue
-        try:
-            parts = urlsplit(link)
-            shown.append(f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}")
-        except ValueError:
-            shown.append(link.partition("://")[0] + "://...")
-    return "::".join(shown)
 
 
 def beneath(path: str) -> str:
@@ -177,13 +161,15 @@ class LocalFiles:
 
 def file_system(url: str) -> tuple[Any, str, str]:
     """The fsspec file system of a URL, the path in it, and the URL without credentials."""
-    shown = without_credentials(url)
+    shown = redacted_url(url)
     try:
         import fsspec  # only URLs need it
     except ImportError:
         raise UnusableRequest(f"opening {shown} needs fsspec; pip install fsspec") from None
     try:
-        system, base = fsspec.core.url_to_fs(url)
+        bare, carried = for_fsspec(url)
+        system, base = fsspec.core.url_to_fs(bare, **carried)
+        system.invalidate_cache()  # fsspec keeps one system for all who ask, with what it once listed
     except ImportError as error:
         raise UnusableRequest(f"opening {shown} needs another package: {error.name or error}") from None
     except Exception as error:  # any file system may raise anything here, credentials in the text included
@@ -197,18 +183,18 @@ def file_system(url: str) -> tuple[Any, str, str]:
 class RemoteFiles:
     """Files of an fsspec file system beneath one of its paths."""
 
-    def __init__(self, system: Any, base: str, root: str, secrets: tuple[str, ...] = ()) -> None:
+    def __init__(self, system: Any, base: str, root: str, scrubber: Scrubber) -> None:
         self._system = system
         self._base = base.rstrip("/")
         self._root = root
-        self._secrets = secrets
+        self._scrubber = scrubber
         self._sizes: dict[str, int] = {}
 
     @classmethod
     def from_url(cls, url: str) -> RemoteFiles:
         """Open ``protocol://...``; the protocol's own package must be installed."""
         system, base, shown = file_system(url)
-        return cls(system, base, shown, _secrets_of(url))
+        return cls(system, base, shown, Scrubber(secrets_of(url)))
 
     @property
     def root(self) -> str:
@@ -226,10 +212,8 @@ class RemoteFiles:
         except PermissionError:
             raise UnusableRequest(f"cannot read {shown}: access denied; check the credentials") from None
         except Exception as error:  # each file system has errors of its own; their text may hold credentials
-            text = str(error)
-            for secret in self._secrets:
-                text = text.replace(secret, "***")
-            raise StorageFailed(f"cannot read {shown}: {type(error).__name__}: {text}") from None
+            said = self._scrubber.scrub(f"{type(error).__name__}: {error}")
+            raise StorageFailed(f"cannot read {shown}: {said}; check the URL and the service") from None
 
     def size(self, path: str) -> int:
         if path not in self._sizes:
@@ -270,7 +254,7 @@ class RemoteFiles:
             return self
         clean = beneath(folder)
         base, root = posixpath.join(self._base, clean), f"{self._root.rstrip('/')}/{clean}"
-        return RemoteFiles(self._system, base, root, self._secrets)
+        return RemoteFiles(self._system, base, root, self._scrubber)
 
     def local_path(self, path: str) -> str | None:
         return None
@@ -341,13 +325,3 @@ def _check_range(shown: str, offset: int, nbytes: int, size: int) -> None:
         raise UnreadableFormat(f"a read of {nbytes} bytes at byte {offset} of {shown} makes no sense")
     if offset + nbytes > size:
         raise Truncated(f"{shown} has {size} bytes, but its record says that bytes {offset} to {offset + nbytes} exist")
-
-
-def _secrets_of(url: str) -> tuple[str, ...]:
-    found: list[str] = []
-    for link in url.split("::"):
-        with contextlib.suppress(ValueError):
-            parts = urlsplit(link)
-            user = parts.netloc.rpartition("@")[0]
-            found += [user, *user.split(":"), parts.query]
-    return tuple(sorted((text for text in found if text), key=len, reverse=True))

@@ -6,14 +6,23 @@ message, a log, a manifest or a repr: places are shown by `redacted_url`, and fo
 
 from __future__ import annotations
 
+import os
 import re
+import zlib
 from collections.abc import Iterable, Mapping
+from typing import Any
 from urllib.parse import quote, quote_plus, unquote
 
 _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*(?:::[A-Za-z][A-Za-z0-9+.-]*)*)://(?P<rest>.*)", re.DOTALL)
-_USERINFO = re.compile(r"://[^/?#\s'\"]*@")
+_USERINFO = re.compile(
+    r"://(?P<user>[^/?#\s'\"]*"
+    # What stands before the last @ is a secret that was not encoded, unless the host has a port, or is Amazon's name.
+    r"|(?!arn:)[^:/?#\s'\"@]+:(?!\d*(?:[/?#]|$))[^\s'\"]*)@"
+)
 _QUERY = re.compile(r"(://[^?#\s'\"]*)[?#][^\s'\"]*")
+_SECRET_QUERY = re.compile(r"[?&][^=&#]*(?:key|secret|token|sig|pass|cred|sas|auth)[^=&#]*=[^&#]*", re.IGNORECASE)
 _SECRET_OPTION = re.compile(r"key|secret|token|pass|credential|sas|connection_string|user|auth", re.IGNORECASE)
+_CLOUDS = ("AWS_", "AZURE_", "GOOGLE_", "GCS_")
 _SHORTEST_SECRET = 4
 """Shorter values ("true", a port) would blank out half of every message."""
 
@@ -28,17 +37,44 @@ def redacted_url(url: str) -> str:
 
 
 def split_url(url: str) -> tuple[str, str, tuple[str, str] | None]:
-    """(protocol, ``url`` without user information and query, (user, password) or None)."""
+    """(protocol, ``url`` without user information, (user, password) or None)."""
     match = _URL.fullmatch(url)
     if match is None:
         return "file", url, None
-    scheme, rest = match["scheme"], match["rest"]
-    host, slash, path = rest.partition("/")
-    userinfo, at, bare = host.rpartition("@")
-    if not at:
+    scheme = match["scheme"]
+    found = _USERINFO.match(url, len(scheme))
+    if found is None:
         return scheme, url, None
-    user, _, password = userinfo.partition(":")
-    return scheme, f"{scheme}://{bare}{slash}{path}", (unquote(user), unquote(password))
+    user, _, password = found["user"].partition(":")
+    return scheme, f"{scheme}://{url[found.end() :]}", (unquote(user), unquote(password))
+
+
+def for_fsspec(url: str) -> tuple[str, dict[str, Any]]:
+    """``url`` as fsspec takes it, and the storage options that it carries.
+
+    S3's file systems take no keys from a URL; others read theirs from it, where a user may be a container.
+    """
+    scheme, bare, user = split_url(url)
+    last = scheme.rpartition("::")[2]
+    if user is None or not last.startswith("s3"):
+        return url, {}
+    keys = {"key": user[0], "secret": user[1]}
+    return bare, keys if last == scheme else {last: keys}
+
+
+def identity_of(url: str) -> str:
+    """What tells a place from every other one, whatever the credentials: as it is shown, with a sum of what is not."""
+    scheme, bare, user = split_url(url)
+    shown = redacted_url(url)
+    whole = bare if user is None or not user[0] or scheme.rpartition("::")[2].startswith("s3") else f"{user[0]}@{bare}"
+    whole = _SECRET_QUERY.sub("", whole)
+    return shown if whole == shown else f"{shown} ({zlib.crc32(whole.encode()):08x})"
+
+
+def secrets_of(url: str) -> list[str]:
+    """What of ``url`` must not be shown."""
+    _, bare, user = split_url(url)
+    return [*(user or ()), bare.partition("?")[2]]
 
 
 def secrets_in(options: Mapping[str, object], *more: str) -> list[str]:
@@ -52,10 +88,16 @@ def secrets_in(options: Mapping[str, object], *more: str) -> list[str]:
     return found
 
 
-class Scrubber:
-    """Takes known secrets, and whatever looks like credentials in a URL, out of text."""
+def secrets_of_environment() -> list[str]:
+    """What cloud services' packages take from there."""
+    return secrets_in({name: value for name, value in os.environ.items() if name.startswith(_CLOUDS)})
 
-    def __init__(self, secrets: Iterable[str]) -> None:
+
+class Scrubber:
+    """Takes known secrets, those of the environment, and whatever looks like credentials in a URL, out of text."""
+
+    def __init__(self, secrets: Iterable[str] = ()) -> None:
+        secrets = [*secrets, *secrets_of_environment()]
         forms = {form for secret in secrets for form in (secret, quote(secret), quote(secret, ""), quote_plus(secret))}
         self._forms = sorted((form for form in forms if len(form) >= _SHORTEST_SECRET), key=len, reverse=True)
 

@@ -20,7 +20,7 @@ import fsspec
 
 from ckptengine.errors import AlreadyExists, CheckpointError, NotFound, StorageFailed, Truncated, UnusableRequest
 from ckptengine.tiers.port import PARTIAL, Abilities, Bytes, Entry, Spare, Upload, check_name, check_range, nothing
-from ckptengine.tiers.redact import Scrubber, redacted_url, secrets_in, split_url
+from ckptengine.tiers.redact import Scrubber, for_fsspec, redacted_url, secrets_in, secrets_of
 from ckptengine.tiers.retry import Retry, is_bucket_missing, kind_of, with_retry
 from ckptengine.tiers.stream import StreamUpload
 
@@ -29,6 +29,7 @@ T = TypeVar("T")
 _WHOLE_OBJECTS = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci", "r2"})
 """Protocols under which an object appears whole or not at all; under others a temporary name is moved into place."""
 _FORGETS = frozenset({"memory"})
+_PATTERN = frozenset("*?[")
 
 
 class RemoteTier:
@@ -64,12 +65,10 @@ class RemoteTier:
         speaks, `StorageFailed` for one that cannot be reached, refuses the credentials or has no such bucket.
         """
         retry = retry or Retry()
-        protocol, bare, user = split_url(url)
-        chosen = dict(options or {})
-        if user is not None and "s3" in protocol:
-            chosen = {"key": user[0], "secret": user[1]} | chosen
-        scrubber = Scrubber(secrets_in(chosen, *(user or ())))
-        fs, base = _connect(protocol, bare, chosen, retry, scrubber, redacted_url(url))
+        bare, carried = for_fsspec(url)
+        chosen = carried | dict(options or {})
+        scrubber = Scrubber(secrets_in(chosen, *secrets_of(url)))
+        fs, base = _connect(bare, chosen, retry, scrubber, redacted_url(url))
         abilities = Abilities(
             atomic_rename=False,
             conditional_put=False,
@@ -80,6 +79,10 @@ class RemoteTier:
             survives_power_cut=_protocols(fs).isdisjoint(_FORGETS),
         )
         tier = cls(url, fs, base, abilities, retry, scrubber)
+        if writable and not tier._publishes_whole and not _PATTERN.isdisjoint(base):
+            raise UnusableRequest(
+                f"{tier.label}: moving a file there takes '*', '?' and '[' for a pattern; use a path without them"
+            )
         try:
             if writable:
                 await tier._probe()
@@ -351,12 +354,10 @@ def _multipart() -> ModuleType:
     return importlib.import_module("ckptengine.tiers.multipart")
 
 
-def _connect(
-    protocol: str, url: str, options: dict[str, Any], retry: Retry, scrubber: Scrubber, label: str
-) -> tuple[Any, str]:
+def _connect(url: str, options: dict[str, Any], retry: Retry, scrubber: Scrubber, label: str) -> tuple[Any, str]:
     defaults: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
     try:
-        kind = fsspec.get_filesystem_class(protocol.split("::")[0])
+        kind = fsspec.get_filesystem_class(url.partition("://")[0].partition("::")[0])
         if speaks_s3(kind):
             defaults |= {"asynchronous": True, "loop": asyncio.get_running_loop()}
             # Retries are this module's business, and stores that do not know newer checksums are to be served too.

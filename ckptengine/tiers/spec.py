@@ -17,7 +17,7 @@ from ckptengine.tiers.local import LocalTier
 from ckptengine.tiers.loop import IoLoop
 from ckptengine.tiers.memory import MemoryTier
 from ckptengine.tiers.port import TierPort
-from ckptengine.tiers.redact import is_url, redacted_url, split_url
+from ckptengine.tiers.redact import identity_of, is_url, redacted_url, split_url
 
 _MEMORY_SCHEME = "shm"
 _LOCAL_SCHEMES = ("file", "local")
@@ -74,6 +74,11 @@ class Tier:
         if not is_url(self.path):
             return Path(self.path)
         return Path(bare.partition("://")[2]) if protocol in _LOCAL_SCHEMES else None
+
+    @property
+    def identity(self) -> str:
+        """What tells this place from every other one, without credentials: labels of URLs leave some of it out."""
+        return identity_of(self.path) if is_url(self.path) else self.path
 
     @property
     def is_memory(self) -> bool:

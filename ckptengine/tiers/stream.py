@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import logging
+import contextlib
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -11,8 +11,6 @@ from fsspec.spec import AbstractBufferedFile
 
 from ckptengine.errors import AlreadyExists, StorageFailed, UnusableRequest
 from ckptengine.tiers.port import Bytes, Entry, Receipt
-
-log = logging.getLogger("ckptengine")
 
 
 class StreamPlace(Protocol):
@@ -95,11 +93,13 @@ class StreamUpload:
         if file is not None and not self._published:
             try:
                 await self._tier.guard("give up", self._name, lambda _: asyncio.to_thread(_discard, file))
-            except StorageFailed as failure:
-                # Nobody sees what was never finished, and services drop it in time.
-                log.warning("an unfinished upload may be left: %s", failure)
-            if self._partial != self._path:
-                await self._tier.guard("remove", self._name, lambda _: self._tier.call("rm_file", self._partial))
+            finally:
+                if self._partial != self._path:
+                    await self._tier.guard("remove", self._name, lambda _: self._drop_partial())
+
+    async def _drop_partial(self) -> None:
+        with contextlib.suppress(FileNotFoundError):  # some file systems show nothing before it is closed
+            await self._tier.call("rm_file", self._partial)
 
 
 class _Broken(Exception):

@@ -49,6 +49,29 @@ def test_ls_says_where_each_step_lies(places: list[str], capsys: pytest.CaptureF
     assert f"{memory},{disk},root" in text
 
 
+def test_no_command_prints_credentials(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("fsspec", reason="fsspec is not installed")
+    url, copy = (f"memory://me:hunter2-secret@{tmp_path.name}/{name}" for name in ("run", "copy"))
+    ce.save(state_of(1), url, 1)
+    for command in (
+        ["ls", url],
+        ["show", url],
+        ["verify", url],
+        ["diff", url, f"{url}@1"],
+        ["convert", url, copy, "--to", "safetensors", "--verify"],
+        ["verify", copy],
+        ["prune", url, "--keep-last", "1"],
+    ):
+        for arguments in (command, [*command, "--json"]):
+            status = main(arguments)
+            assert status == (2 if arguments[0] == "convert" and "--json" in arguments else 0), "it exists by then"
+    for absent in (["verify", f"{url}-x"], ["ls", f"{url}-x"], ["prune", f"{url}-x", "--keep-last", "1"]):
+        assert main(absent) == 2
+    said = "".join(capfd.readouterr())
+    assert tmp_path.name in said
+    assert "hunter2" not in said
+
+
 def test_ls_of_a_damaged_root(places: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     _, disk, root = places
     flip(Path(root), 4).unlink()

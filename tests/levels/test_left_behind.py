@@ -72,7 +72,7 @@ def test_a_job_of_another_size_carries_every_file(tmp_path: Path, before: int, n
     found = []
 
     def resume(number: int) -> None:
-        future = levels[number].resume(commit_of(made), made.manifest)
+        future = levels[number].resume(commit_of(made))
         assert future is not None
         found.append(future.result(WITHIN_S))
 
@@ -95,7 +95,7 @@ def test_what_the_root_has_is_not_carried_again(tmp_path: Path) -> None:
     made = Root(tmp_path / "root")
     (ref,) = made.history.commits()
     levels = Levels(tmp_path / "root", [ce.Tier(tmp_path / "disk")], port=Alone())
-    assert levels.resume(ref, made.manifest(ref)) is None
+    assert levels.resume(ref) is None
     assert levels.close(10)
 
 

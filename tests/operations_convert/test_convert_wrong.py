@@ -13,7 +13,7 @@ from ckptengine.cli import main as command
 from ckptengine.errors import Damaged, RuleError, StorageFailed, UnusableRequest
 from ckptengine.operations.convert import convert
 from ckptengine.operations.converting import workspace as convert_workspace
-from ckptengine.operations.converting.plan import FORMATS, make_plan
+from ckptengine.operations.converting.plan import make_plan
 from ckptengine.operations.opening import open_any
 from ckptengine.sources.port import Source
 from ckptengine.sources.writer import Layout
@@ -74,13 +74,6 @@ def test_a_source_that_changes_while_it_is_converted(tmp_path: Path, monkeypatch
     with pytest.raises(Damaged, match=r"checkpoint\.pt was changed while it was converted; nothing was kept"):
         convert(tmp_path / "stored", tmp_path / "out", to="zarr")
     assert left_beside(tmp_path) == ["in", "stored"]
-
-
-@pytest.mark.parametrize("to", FORMATS)
-def test_options_that_a_format_does_not_know(tmp_path: Path, to: str) -> None:
-    source, _ = checkpoint(tmp_path / "in")
-    with pytest.raises(UnusableRequest, match=f"no such option for {to}: weight_only; there are "):
-        convert(source, tmp_path / "out", to=to, options={"weight_only": True})
 
 
 @pytest.mark.parametrize(

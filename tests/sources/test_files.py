@@ -10,8 +10,9 @@ import fsspec
 import pytest
 
 from ckptengine.errors import CheckpointError, NotFound, Truncated, UnreadableFormat, UnusableRequest
-from ckptengine.sources.files import MAX_OPEN_FILES, InlineFiles, LocalFiles, open_files, without_credentials
+from ckptengine.sources.files import MAX_OPEN_FILES, InlineFiles, LocalFiles, open_files
 from ckptengine.sources.port import Files
+from ckptengine.tiers.redact import redacted_url
 
 from ..descriptors import open_descriptors
 
@@ -170,7 +171,7 @@ def test_inline_bytes_have_paths_of_their_own(tmp_path: Path) -> None:
     ],
 )
 def test_credentials_are_never_shown(url: str, shown: str) -> None:
-    assert without_credentials(url) == shown
+    assert redacted_url(url) == shown
 
 
 def test_errors_of_file_systems_hide_credentials() -> None:

@@ -523,6 +523,28 @@ def s3(moto: str, loop: IoLoop) -> Iterator[TierPort]:
 S3_SETTINGS = DrainSettings(part_bytes=5 << 20, memory_bytes=32 << 20, parallel_parts=4)
 
 
+@pytest.mark.parametrize("tidying", ["missing", "refused"])
+def test_what_broke_a_stream_is_what_is_told(
+    loop: IoLoop, source: LocalTier, tidying: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not that what had come of it could not be removed."""
+    remote = pytest.importorskip("ckptengine.tiers.remote", reason="fsspec is not installed")
+    step, target = write_step(source.root, 3), loop.run(remote.RemoteTier.open(f"memory://{uuid.uuid4().hex}/run"))
+
+    def broken(self: object, data: object) -> None:
+        raise PermissionError("quota exceeded")
+
+    def refused(path: str) -> None:
+        raise PermissionError("may not remove")
+
+    monkeypatch.setattr("fsspec.implementations.memory.MemoryFile.write", broken)
+    if tidying == "refused":
+        monkeypatch.setattr(target.fs, "rm_file", refused)
+    with pytest.raises(StorageFailed, match="quota exceeded"):
+        drain_one(loop, source, target, step)
+    assert ("may be left" in caplog.text) == (tidying == "refused")
+
+
 def test_to_s3(loop: IoLoop, source: LocalTier, s3: TierPort) -> None:
     step = write_step(source.root, 100, extents=(17_000_000, 3))
     report = drain_one(loop, source, s3, step, S3_SETTINGS)

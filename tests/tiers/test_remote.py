@@ -12,8 +12,10 @@ import pytest
 pytest.importorskip("fsspec", reason="fsspec is not installed")
 
 from ckptengine.errors import AlreadyExists, CheckpointError, StorageFailed, UnusableRequest
+from ckptengine.sources.files import open_files
+from ckptengine.sources.target import RemoteTarget
 from ckptengine.tiers.loop import BlockingTier, IoLoop
-from ckptengine.tiers.redact import Scrubber, redacted_url, secrets_in, split_url
+from ckptengine.tiers.redact import Scrubber, for_fsspec, identity_of, redacted_url, secrets_in, split_url
 from ckptengine.tiers.remote import RemoteTier
 from ckptengine.tiers.retry import Retry
 
@@ -271,14 +273,75 @@ def test_credentials_in_the_url_work_and_never_show(
     loop.run(tier.close())
 
 
+def test_what_reads_a_url_takes_its_credentials_too(
+    loop: IoLoop, gateway: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", gateway)
+    url = f"s3://{services.USER}:{services.SECRET}@ckpt/{uuid.uuid4().hex}"
+    tier = loop.run(RemoteTier.open(url, retry=QUICK))
+    BlockingTier(tier, loop).create("a", b"12345")
+    loop.run(tier.close())
+    target = RemoteTarget.from_url(url)
+    target.put("b", b"123")
+    assert open_files(url).entries() == ["a", "b"]
+    tier = loop.run(RemoteTier.open(url, retry=QUICK))
+    BlockingTier(tier, loop).create("c", b"1")
+    loop.run(tier.close())
+    files = open_files(url)
+    assert files.entries() == ["a", "b", "c"], "what came since is seen too"
+    assert files.read("a", 1, 2) == b"23"
+    assert services.SECRET not in f"{files.root} {target.root}"
+
+
+@pytest.mark.parametrize("path", ["a*b", "run?1", "a[1]"])
+def test_a_path_that_moving_takes_for_a_pattern_is_refused(loop: IoLoop, path: str) -> None:
+    with pytest.raises(UnusableRequest, match="pattern"):
+        loop.run(RemoteTier.open(f"memory://{uuid.uuid4().hex}/{path}"))
+
+
 def test_redaction() -> None:
     assert redacted_url("s3://AK:se%2Fcret@bucket/run?sig=abc#x") == "s3://bucket/run"
     assert redacted_url("see https://u:p@h/x?token=t and s3://b/c") == "see https://h/x and s3://b/c"
     assert redacted_url("plain/path@1?") == "plain/path@1?"
     assert split_url("s3://AK:se%2Fcret@bucket/run@2") == ("s3", "s3://bucket/run@2", ("AK", "se/cret"))
     assert split_url("s3://bucket/run@2") == ("s3", "s3://bucket/run@2", None)
+    assert redacted_url("s3://AK:se/cr+et@bucket/run") == "s3://bucket/run", "a secret that was not encoded"
+    assert split_url("s3://AK:se/cr+et@bucket/run") == ("s3", "s3://bucket/run", ("AK", "se/cr+et"))
+    for plain in ("http://host:80/run@2", "s3://arn:aws:s3:eu:1:accesspoint/point/run@2", "s3://bucket/a:b@2"):
+        assert redacted_url(plain) == plain
+        assert split_url(plain)[1:] == (plain, None)
     nested = {"client_kwargs": {"aws_secret_access_key": "abc/def+ghi"}, "endpoint_url": "http://h", "anon": True}
     assert secrets_in(nested) == ["abc/def+ghi"]
     scrubber = Scrubber(["abc/def+ghi"])
     for form in ("abc/def+ghi", "abc%2Fdef%2Bghi", "abc/def%2Bghi"):
         assert form not in scrubber.scrub(f"failed with {form} at https://x/y?X-Amz-Credential={form}")
+
+
+def test_secrets_of_the_environment_never_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "hush-hush-token")
+    assert Scrubber().scrub("refused hush-hush-token") == "refused ***"
+
+
+def test_what_fsspec_is_given() -> None:
+    keys = {"key": "AK", "secret": "se/cret"}
+    assert for_fsspec("s3://AK:se%2Fcret@bucket/run") == ("s3://bucket/run", keys)
+    assert for_fsspec("zip::s3://AK:se%2Fcret@bucket/x.zip") == ("zip::s3://bucket/x.zip", {"s3": keys})
+    for own in ("ftp://me:pass@host/run", "abfs://container@account.dfs.core.windows.net/run", "s3://bucket/run"):
+        assert for_fsspec(own) == (own, {}), "its file system reads them from the URL"
+
+
+def test_places_are_told_apart_whatever_the_credentials() -> None:
+    same = ["s3://bucket/run", "s3://AK:first@bucket/run", "s3://AK:second@bucket/run"]
+    assert {identity_of(url) for url in same} == {"s3://bucket/run"}
+    assert identity_of("ftp://me:first@host/run") == identity_of("ftp://me:second@host/run")
+    others = [
+        "s3://bucket/run#1",
+        "s3://bucket/run#2",
+        "s3://bucket/run?1",
+        "abfs://a@account/run",
+        "abfs://b@account/run",
+    ]
+    assert len({identity_of(url) for url in others}) == len(others)
+    assert identity_of("https://host/run?sig=first") == identity_of("https://host/run?sig=second")

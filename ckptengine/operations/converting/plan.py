@@ -22,6 +22,7 @@ from ckptengine.sources.port import HoldsEncodedValues, KnowsPaths, Source
 from ckptengine.sources.rules.parse import load_rules
 from ckptengine.sources.spelled import spelled
 from ckptengine.sources.writer import Job, Layout, Unit, Writer, WritesFile, no_path
+from ckptengine.tiers.redact import redacted_url
 from ckptengine.version import version
 
 CHUNK_BYTES = 16 << 20
@@ -159,7 +160,7 @@ def make_plan(
         source=source.files.root,
         source_format=source.format,
         step=source.step,
-        target=target,
+        target=redacted_url(target),
         format=to,
         layout={} if layout is None else dataclasses.asdict(layout),
         tensors=len(names),

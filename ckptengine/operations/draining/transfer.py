@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
 from ckptengine import native
-from ckptengine.errors import AlreadyExists, DigestMismatch, NotFound, Truncated
+from ckptengine.errors import AlreadyExists, DigestMismatch, NotFound, StorageFailed, Truncated
 from ckptengine.layout.digest import combine, format_digest, parse_digest, raw_to_standard
 from ckptengine.operations.draining.progress import ProgressLog, Sent, progress_log
 from ckptengine.operations.draining.rank_digest import rank_file_digest
 from ckptengine.store import names
 from ckptengine.store.manifest import FileRecord
 from ckptengine.tiers.port import TierPort, Upload
+
+log = logging.getLogger("ckptengine")
 
 _MEBIBYTE = 1 << 20
 _MAX_PARTS = 10_000
@@ -27,13 +30,14 @@ class DrainFile:
     """A file to carry: ``digest`` is ``"crc64nvme:..."`` of all its bytes, or None where nothing is known of them.
 
     ``record``: what the manifest says of a rank file; its digest is then found out, before anything is sent, from its
-    own index.
+    own index.  ``is_there``: it lies on the target alone, where it is only proven.
     """
 
     name: str
     size_bytes: int
     digest: str | None = None
     record: FileRecord | None = None
+    is_there: bool = False
 
 
 @dataclass(slots=True)
@@ -110,40 +114,40 @@ class Transfer:
         Raises `Damaged` where the source's bytes are not what their digest says (nothing is published then),
         `StorageFailed` where either side refuses, `DigestMismatch` where the target twice gave back other bytes.
         """
-        log = progress_log(self.source, self.target, self.file.name, self.file.size_bytes)
+        notes = progress_log(self.source, self.target, self.file.name, self.file.size_bytes)
         if self.file.record is not None:
             digest = await rank_file_digest(self.source, self.file.name, self.file.record)
             self.file = replace(self.file, digest=digest)
         for attempt in range(2):
-            sent = log.load()
-            if await self._is_there_already(sent, log):
+            sent = notes.load()
+            if await self._is_there_already(sent, notes):
                 return self.moved
             try:
-                await self._send(sent, log)
-                log.verified()
+                await self._send(sent, notes)
+                notes.verified()
                 return self.moved
             except _ArrivedFirst as first:
                 # Perhaps another process carries the same step: then the next round finds equal bytes there.
                 if attempt:
                     raise AlreadyExists(str(first)) from None
             except _ArrivedOther as other:
-                await self._remove_uncommitted(log)
+                await self._remove_uncommitted(notes)
                 if attempt:
                     raise DigestMismatch(str(other)) from None
         raise AssertionError("the loop returns or raises")
 
-    async def _is_there_already(self, sent: Sent, log: ProgressLog) -> bool:
+    async def _is_there_already(self, sent: Sent, notes: ProgressLog) -> bool:
         entry = await self.target.stat(self.file.name)
         if entry is None:
             return False
         if entry.size_bytes == self.file.size_bytes and (sent.verified or await self._equals_source()):
             self._count(resumed=self.file.size_bytes)
-            log.verified()
+            notes.verified()
             return True
-        await self._remove_uncommitted(log)
+        await self._remove_uncommitted(notes)
         return False
 
-    async def _remove_uncommitted(self, log: ProgressLog) -> None:
+    async def _remove_uncommitted(self, notes: ProgressLog) -> None:
         """Make way for sending the file again: its name is this save's alone, but a manifest may already need it."""
         folder, _, base = self.file.name.rpartition("/")
         rank = names.RANK_PATTERN.match(base)
@@ -154,7 +158,7 @@ class Transfer:
                 f"one of the two is damaged: verify both, and prune the damaged one"
             )
         await self.target.delete(self.file.name)
-        log.forget()
+        notes.forget()
 
     async def _equals_source(self) -> bool:
         """Whether the object that is there has the source's bytes; `DigestMismatch` where the source is damaged."""
@@ -174,45 +178,45 @@ class Transfer:
         self._check_digest(sent)
         return not different
 
-    async def _send(self, sent: Sent, log: ProgressLog) -> None:
-        upload, sent = await self._begin(sent, log)
+    async def _send(self, sent: Sent, notes: ProgressLog) -> None:
+        upload, sent = await self._begin(sent, notes)
         published = False
         try:
             todo = [part for part in range(self._count_parts(sent)) if part not in sent.receipts]
             self._count(resumed=sum(self._length(part, sent) for part in sent.receipts))
-            await self._each(todo, lambda part: self._send_part(part, upload, sent, log))
+            await self._each(todo, lambda part: self._send_part(part, upload, sent, notes))
             try:
                 self._check_digest(sent)
             except DigestMismatch:
-                log.forget()
-                await upload.abort()
+                notes.forget()
+                await _tidy(upload.abort())
                 raise
             try:
                 await upload.finish(sent.receipts)
             except AlreadyExists:
-                await upload.abort()
+                await _tidy(upload.abort())
                 raise _ArrivedFirst(f"{self._where()} was published by somebody else while it was being sent") from None
             published = True
         finally:
             if not published:
-                await upload.release()
+                await _tidy(upload.release())
         await self._verify_arrival(sent)
 
-    async def _begin(self, sent: Sent, log: ProgressLog) -> tuple[Upload, Sent]:
+    async def _begin(self, sent: Sent, notes: ProgressLog) -> tuple[Upload, Sent]:
         name, size_bytes = self.file.name, self.file.size_bytes
         if sent.token and sent.part_bytes:
             try:
                 return await self.target.upload(name, size_bytes, sent.part_bytes, sent.token), sent
             except NotFound:
-                log.forget()
+                notes.forget()
         fresh = Sent(part_bytes=self._part_bytes())
         upload = await self.target.upload(name, size_bytes, fresh.part_bytes)
         fresh.token = upload.token
         if upload.token:
-            log.begun(upload.token, fresh.part_bytes)
+            notes.begun(upload.token, fresh.part_bytes)
         return upload, fresh
 
-    async def _send_part(self, part: int, upload: Upload, sent: Sent, log: ProgressLog) -> None:
+    async def _send_part(self, part: int, upload: Upload, sent: Sent, notes: ProgressLog) -> None:
         length = self._length(part, sent)
         data = await self._read(self.source, part, sent)
         crc = await asyncio.to_thread(native.raw_crc64, data)
@@ -220,7 +224,7 @@ class Transfer:
         receipt = await upload.put(part, data)
         sent.receipts[part], sent.crcs[part] = receipt, crc
         if upload.token:
-            log.part(part, crc, receipt)
+            notes.part(part, crc, receipt)
         self.moved.sent_bytes += length
         self.on_bytes(length)
 
@@ -313,6 +317,14 @@ class Transfer:
 
     def _where(self) -> str:
         return f"{self.target.label}/{self.file.name}"
+
+
+async def _tidy(work: Awaitable[None]) -> None:
+    """Where this fails, something is left that is swept later; what went wrong before is what counts."""
+    try:
+        await work
+    except StorageFailed as failure:
+        log.warning("an unfinished upload may be left: %s", failure)
 
 
 class _ArrivedOther(Exception):

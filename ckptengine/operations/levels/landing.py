@@ -18,7 +18,7 @@ _FREE_BYTES = 1 << 30
 
 def landing_for(root: Tier) -> Tier:
     """Host memory for this user and this root; a directory on the node's temporary disk where memory is scarce."""
-    name = f"landing-{zlib.crc32(root.label.encode()):08x}"
+    name = f"landing-{zlib.crc32(root.identity.encode()):08x}"
     try:
         if shutil.disk_usage(SHARED_MEMORY).free >= _FREE_BYTES:
             return Tier(f"shm://{name}")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from ckptengine.errors import CheckpointError
 from ckptengine.operations.drain import Drain
+from ckptengine.operations.draining.commit import Named
 from ckptengine.operations.draining.transfer import DrainFile
 from ckptengine.policy.cost import CostHistory
 from ckptengine.policy.interval import LastSave
@@ -26,7 +27,9 @@ class Landed:
 
     ``files``: those that this rank carries on, by the number of the rank that wrote them: its own, and others' where a
     job of another size goes on.  ``manifest`` has its encoded bytes, on rank 0.  ``all_the_way``: it goes to the root
-    whatever the intervals say (an explicit save, or what an earlier job left).
+    whatever the intervals say (an explicit save, or what an earlier job left).  ``lies_on``: the tiers of those files
+    that have come further than ``at``.  ``records``: what a node's own tier has of the attempt, where a rank other than
+    0 sees to it.
     """
 
     step: int
@@ -36,18 +39,23 @@ class Landed:
     manifest: bytes | None
     all_the_way: bool = False
     at: int = 0
+    lies_on: Mapping[int, int] = field(default_factory=dict)
+    records: tuple[Named, ...] = ()
 
     @property
     def manifest_name(self) -> str:
         return f"{names.step_dir(self.step)}/{names.manifest(self.attempt, self.save)}"
 
-    def drain_files(self) -> list[DrainFile]:
-        """What this rank has to carry."""
+    def drain_files(self, target: int, last: int) -> list[DrainFile]:
+        """What this rank has to carry to tier ``target``, and on the ``last`` one to prove where it has come so far."""
         folder = names.step_dir(self.step)
-        return [
-            DrainFile(f"{folder}/{names.rank_file(rank, self.attempt, self.save)}", record.nbytes, record=record)
-            for rank, record in self.files.items()
-        ]
+        files = []
+        for rank, record in self.files.items():
+            on = self.lies_on.get(rank, self.at)
+            if on < target or on == target == last:
+                name = f"{folder}/{names.rank_file(rank, self.attempt, self.save)}"
+                files.append(DrainFile(name, record.nbytes, record=record, is_there=on == target))
+        return files
 
 
 @dataclass(slots=True)

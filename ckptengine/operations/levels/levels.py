@@ -8,6 +8,7 @@ told to the others; the rest every rank makes alike by itself.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import logging
 import os
 import shutil
@@ -19,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from ckptengine.coordination.port import Coordinator, publish, receive
-from ckptengine.errors import AlreadyExists, CheckpointError, UnusableRequest
+from ckptengine.errors import CheckpointError, UnusableRequest
 from ckptengine.operations.drain import Drain, DrainReport, DrainSettings
 from ckptengine.operations.draining.commit import Named
 from ckptengine.operations.levels.announced import Announced
@@ -30,6 +31,7 @@ from ckptengine.operations.levels.left_behind import left_behind
 from ckptengine.operations.levels.level import Landed, Level, Way
 from ckptengine.operations.levels.node import Node, among, node_of
 from ckptengine.operations.levels.one_run import Left, left_on, place_of, require_own
+from ckptengine.operations.levels.own_tier import commit_on, told_of
 from ckptengine.operations.levels.tiered import TieredFiles
 from ckptengine.operations.saving.one_place import OnePlace
 from ckptengine.policy.failure import FailurePolicy, Retry, Trouble
@@ -38,7 +40,6 @@ from ckptengine.policy.keep import Keep
 from ckptengine.sources.files import open_files
 from ckptengine.sources.port import Files
 from ckptengine.store.history import CommitRef, History
-from ckptengine.store.manifest import Manifest
 from ckptengine.tiers.files import TierFiles
 from ckptengine.tiers.local import LocalTier
 from ckptengine.tiers.loop import BlockingTier, IoLoop
@@ -211,8 +212,8 @@ class Levels:
         self._number += 1
         now_s = time.monotonic()
         reach = self._reach(landed, now_s)
-        landed = self._with_manifest(landed)
-        self._put_own_manifest(self._levels[landed.at], landed)
+        landed = self._told(landed)
+        self._commit_on_own(self._levels[landed.at], landed)
         for level in self._levels[landed.at : reach + 1]:
             level.last = LastSave(landed.step, now_s)
         way = Way(landed, reach, now_s, arrived, tried, concurrent.futures.Future())
@@ -222,21 +223,33 @@ class Levels:
     def resume(
         self,
         ref: CommitRef,
-        manifest: Manifest,
         arrived: Callable[[int], None] = lambda number: None,
         tried: Callable[[CheckpointError], None] = lambda error: None,
+        *,
+        again: bool = False,
     ) -> concurrent.futures.Future[int] | None:
-        """Carry on to the root what an earlier job left on a tier; called by all ranks alike.  None: nothing to do.
+        """Carry on to the root what an earlier job left on tiers; called by all ranks alike.  None: nothing to do.
 
-        From the nearest tier where every file is found, by whichever ranks there are now; only where the root does not
-        have the step.
+        From wherever every file is found, by whichever ranks there are now; only where the root does not have the step
+        (``again``: or not every file of it).  Raises `NotFound`, on all ranks, where one is nowhere.
         """
         if self.is_single:
             return None
         self._resumed += 1
         tiers, key = [level.flat for level in self._levels], f"resume/{self._resumed}"
-        left = left_behind(tiers, ref, manifest, port=self._port, key=key, timeout_s=self._timeout_s)
+        leads, timeout_s = self._node.leads, self._timeout_s
+        left = left_behind(tiers, ref, port=self._port, leads=leads, key=key, timeout_s=timeout_s, again=again)
         return None if left is None else self.landed(left, arrived, tried)
+
+    def bring_together(self, ref: CommitRef) -> bool:
+        """Have on the root what nodes have each for themselves, so that all see it; called by all ranks alike.
+
+        Whether there was anything to carry.  Raises like `resume`, and what carrying raises.
+        """
+        carried = self.resume(ref, again=True) if self._port.world > 1 else None
+        if carried is not None:
+            carried.result()
+        return carried is not None
 
     def pending(self) -> dict[str, tuple[int, ...]]:
         """Steps on their way, by the tier that they go to."""
@@ -315,14 +328,16 @@ class Levels:
                 self._strand(way, number - 1, error)
                 return
             level.costs = level.costs.add(0.0, time.monotonic() - way.started_s)
-            self._put_own_manifest(level, landed)
+            self._commit_on_own(level, landed)
             way.arrived(number)
             self._carry(way, number + 1)
 
         try:
             named = self._named(landed)
             companions = self._announced.of(landed.attempt) if named is not None else ()
-            carried = level.drain.submit(landed.step, landed.drain_files(), named, companions, way.tried)
+            carried = level.drain.submit(
+                landed.step, landed.drain_files(number, self.last), named, companions, way.tried
+            )
         except CheckpointError as error:
             self._strand(way, number - 1, error)
             return
@@ -355,32 +370,20 @@ class Levels:
             return None
         return Named(landed.manifest_name, landed.manifest)
 
-    def _with_manifest(self, landed: Landed) -> Landed:
-        """``landed`` with the manifest on every rank that sees to its node's own tiers."""
-        if self.is_single or self._port.world == 1:
+    def _told(self, landed: Landed) -> Landed:
+        """``landed`` with what each rank that sees to its node's own tiers puts there."""
+        if self.is_single:
             return landed
-        key = f"manifest/{self._number}"
+        records: Sequence[Named] = ()
         if self._port.rank == 0:
-            assert landed.manifest is not None
-            publish(self._port, key, landed.manifest.decode("latin-1"))
-            self._port.delete(f"manifest/{self._number - 1}")  # every rank has come to this one
-            return landed
-        if not self._node.leads:
-            return landed
-        return replace(landed, manifest=str(receive(self._port, key, self._timeout_s)).encode("latin-1"))
+            with contextlib.suppress(CheckpointError):  # told when they are wanted again, to carry the step on
+                records = self._announced.of(landed.attempt)
+        number, leads = self._number, self._node.leads
+        return told_of(landed, records, port=self._port, leads=leads, number=number, timeout_s=self._timeout_s)
 
-    def _put_own_manifest(self, level: Level, landed: Landed) -> None:
-        """Give a tier that this node has for itself a manifest of its own, where it has none."""
-        if self._port.rank == 0 or landed.manifest is None or not level.is_directory or level is self._levels[-1]:
-            return
-        try:
-            level.flat.create(landed.manifest_name, landed.manifest)
-            level.own = True
-        except AlreadyExists:
-            return  # the tier is shared with rank 0's node, which has just put it
-        except CheckpointError as refused:
-            # What ranks do here must stay alike, so that nobody waits for this one.
-            log.warning("%s has no manifest of step %d: %s", level.spec.label, landed.step, refused)
+    def _commit_on_own(self, level: Level, landed: Landed) -> None:
+        if self._port.rank != 0 and level is not self._levels[-1]:
+            commit_on(level, landed)
 
     def _retain(self, upto: int) -> None:
         """Apply each tier's policy as far as the newest step has come."""

@@ -3,31 +3,44 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
-from ckptengine.errors import CheckpointError
+from ckptengine.errors import CheckpointError, NotFound, StorageFailed
 from ckptengine.operations.levels.tiered import TieredReader, open_tiered
 from ckptengine.sources.native import NativeSource
 from ckptengine.sources.port import Files, Source
 from ckptengine.store import names
 from ckptengine.store.history import CommitRef
-from ckptengine.store.manifest import Manifest
 from ckptengine.store.reader import Reader
 
 log = logging.getLogger("ckptengine")
 
 
 class Nearest:
-    """The ways to open a commit over ``tiers``, nearest first; see `ckptengine.operations.restore.Openers`."""
+    """The ways to open a commit over ``tiers``, nearest first; see `ckptengine.operations.restore.Openers`.
 
-    def __init__(self, tiers: Sequence[Files]) -> None:
+    ``bring_together``: has on the last one what nodes have each for themselves; see `Levels.bring_together`.
+    """
+
+    def __init__(self, tiers: Sequence[Files], bring_together: Callable[[CommitRef], bool]) -> None:
         self._tiers = tuple(tiers)
+        self._bring_together = bring_together
         self._used: NativeSource | None = None
 
-    def __call__(self, ref: CommitRef) -> list[Callable[[], Source]]:
+    def __call__(self, ref: CommitRef) -> Iterator[Callable[[], Source]]:
         """First the nearest tier that has any of it, by itself where it has all, which reads fastest; then every piece
-        from the nearest tier that has that piece intact.  A node's own tier has what its ranks wrote."""
-        return [lambda: self._whole(ref), lambda: self._mixed(ref)]
+        from the nearest tier that has that piece intact.  A node's own tier has what its ranks wrote: where that is not
+        enough, all of it is brought together on the root."""
+        yield lambda: self._whole(ref)
+        yield lambda: self._mixed(ref)
+        try:
+            carried = self._bring_together(ref)
+        except CheckpointError as failure:
+            yield partial(_refuse, failure)
+            return
+        if carried:
+            yield lambda: self._mixed(ref)
 
     def _whole(self, ref: CommitRef) -> Source:
         for tier in self._tiers:
@@ -45,11 +58,6 @@ class Nearest:
     def _mixed(self, ref: CommitRef) -> Source:
         self._used = open_tiered(self._tiers, ref)
         return self._used
-
-    def manifest(self) -> Manifest:
-        """That of the commit that was opened last."""
-        assert self._used is not None
-        return self._used.manifest
 
     def used(self) -> dict[str, int]:
         """Bytes by the tier that they came from, for the commit that was opened last; None counted: all of them."""
@@ -83,3 +91,9 @@ def _has_some(tier: Files, ref: CommitRef) -> bool:
     except CheckpointError:
         return False
     return any(match is not None and (int(match[2]), int(match[3])) == (ref.attempt, ref.save) for match in found)
+
+
+def _refuse(failure: CheckpointError) -> Source:
+    if isinstance(failure, NotFound):
+        raise failure
+    raise StorageFailed(f"it could not be brought together from the tiers of all nodes: {failure}") from failure

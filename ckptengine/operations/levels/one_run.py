@@ -50,7 +50,7 @@ class Left:
 def place_of(root: Tier) -> str:
     """A root as attempts record it: without credentials, and the same however its path is spelled."""
     folder = root.local_path
-    return root.label.rstrip("/") if folder is None else os.path.realpath(folder)
+    return root.identity.rstrip("/") if folder is None else os.path.realpath(folder)
 
 
 def left_on(tiers: Sequence[BlockingTier]) -> list[Left]:
@@ -78,7 +78,8 @@ def require_own(
         if known is None or not _is_same(found, known) or not _same_manifest(found, tiers):
             raise Conflict(
                 f"{found}, of which neither {tiers[-1].label} nor the tiers of rank 0 know: another job left it there, "
-                f"or what knew of it is lost. Give this job a tier of its own, or remove it"
+                f"or what knew of it is lost. Start rank 0 where it was last, if that is why; else give this job a "
+                f"tier of its own, or remove it"
             )
     if newest is None:
         _require_one([found for found in left[0] if found.step is not None], tiers[-1].label)

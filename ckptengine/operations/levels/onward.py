@@ -6,13 +6,12 @@ import concurrent.futures
 import logging
 import threading
 
-from ckptengine.errors import CheckpointError, SaveFailed
+from ckptengine.errors import CheckpointError, NotFound, SaveFailed
 from ckptengine.operations.levels.level import Landed
 from ckptengine.operations.levels.levels import Levels
 from ckptengine.operations.levels.tally import Tally
 from ckptengine.operations.saving.in_flight import SaveJob
 from ckptengine.store.history import CommitRef
-from ckptengine.store.manifest import Manifest
 
 log = logging.getLogger("ckptengine")
 
@@ -45,7 +44,7 @@ class Onward:
         self._landed = None
         self._released.set()
 
-    def resume(self, ref: CommitRef, manifest: Manifest) -> None:
+    def resume(self, ref: CommitRef) -> None:
         """Carry on what an earlier job left; called by all ranks alike.  A failure shows in the log and the counts."""
 
         def ended(done: concurrent.futures.Future[int]) -> None:
@@ -54,7 +53,11 @@ class Onward:
                 self._tally.failed(error)
 
         tally = self._tally
-        done = self._levels.resume(ref, manifest, lambda number: tally.arrived(number, ref.step), tally.tried)
+        try:
+            done = self._levels.resume(ref, lambda number: tally.arrived(number, ref.step), tally.tried)
+        except NotFound as nowhere:  # it was restored from what is left of it
+            log.warning("step %d, which an earlier job left, is not carried on: %s", ref.step, nowhere)
+            return
         if done is not None:
             done.add_done_callback(ended)
 

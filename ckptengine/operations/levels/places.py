@@ -203,8 +203,8 @@ class Places:
     def restore(self, request: RestoreRequest, number: int, step: int | None) -> Restored | None:
         """Fill a state from the newest step that verifies, or from ``step``; see `restore_newest`.
 
-        Every byte comes from the nearest tier that has it intact.  What an earlier job left on the first tier is then
-        carried on.
+        Every byte comes from the nearest tier that has it intact.  What an earlier job left in front of the root is
+        then carried on.
         """
         levels = self.levels
         if levels is None or levels.is_single:
@@ -214,13 +214,13 @@ class Places:
             finally:
                 files.close()
         tiers = levels.files()
-        nearest = Nearest(tiers)
+        nearest = Nearest(tiers, levels.bring_together)
         try:
             restored = restore_newest(self._all, TieredFiles(tiers), self._port, request, number, step, openers=nearest)
             if restored is not None:
                 nearest.report(restored.step)
                 if self._onward is not None:
-                    self._onward.resume(restored.ref, nearest.manifest())
+                    self._onward.resume(restored.ref)
             return restored
         finally:
             nearest.close()

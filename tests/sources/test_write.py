@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
+import ckptengine as ce
 from ckptengine.errors import AlreadyExists, CheckpointError, UnsupportedValue, UnusableRequest
 from ckptengine.layout.box import Box
 from ckptengine.operations.convert import convert
@@ -366,3 +367,21 @@ def test_rows_tile_a_box_in_order(shape: list[int], corner: list[int], item_byte
 def test_values_as_json() -> None:
     value = {**VALUES, "inf": float("inf"), "set": {1, 2}, "c": 1j, 5: "int key", "d": {"$x": 1}}
     assert from_json(json.loads(json.dumps(to_json(value)))) == value
+
+
+def test_numbered_parameters_get_their_names_from_the_live_job(tmp_path: Path) -> None:
+    """What the refusal of a format that needs names tells its reader to do."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(3, 4)).sum().backward()
+    optimizer.step()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "numbered.pt")
+    with pytest.raises(UnusableRequest, match=r"groups name '0'.*restore the checkpoint into its model and optimizer"):
+        convert(tmp_path / "numbered.pt", tmp_path / "out", to="deepspeed")
+    state = {"model": model, "optimizer": optimizer}
+    ce.load(state, tmp_path / "numbered.pt")
+    ce.save(state, tmp_path / "named", step=1)
+    assert convert(tmp_path / "named", tmp_path / "out", to="deepspeed").state == "committed"
+    moments = {f"optim.{name}.exp_avg": optimizer.state[p]["exp_avg"] for name, p in model.named_parameters()}
+    source = ce.open(tmp_path / "out")
+    assert all(torch.equal(source.read(name), moment) for name, moment in moments.items())

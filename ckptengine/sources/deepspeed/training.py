@@ -213,7 +213,14 @@ def _listed(member: Trained) -> str:
 def _trained(job: Job, name: str, weights: Mapping[str, str], states: Mapping[str, str]) -> Trained:
     master = states.get(MASTER, weights.get(name))
     if master is None:
-        raise UnusableRequest(f"the optimizer's groups name {name!r}, whose weight and master copy are both missing")
+        remedy = (
+            "torch numbers parameters, and only the job knows their names: restore the checkpoint into its model and "
+            "optimizer (ce.load, or Checkpointer(start_from=)), save, and convert that"
+        )
+        raise UnusableRequest(
+            f"the optimizer's groups name {name!r}, whose weight and master copy are both missing"
+            + (f"; {remedy}" if name.isdecimal() else "")
+        )
     header = job.tensor(master)
     if header.dtype not in _FLOATS or header.dtype == "float64":
         raise UnusableRequest(f"{name} is {header.dtype}; DeepSpeed trains float32, bfloat16 and float16 only")

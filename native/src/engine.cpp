@@ -12,10 +12,13 @@ namespace {
 // Signals belong to the threads of the caller.
 template <typename Body>
 std::thread start_thread(Body&& body) {
-    sigset_t all;
+    sigset_t blocked;
     sigset_t before;
-    ::sigfillset(&all);
-    ::pthread_sigmask(SIG_SETMASK, &all, &before);
+    ::sigfillset(&blocked);
+    for (const int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL}) {  // a thread's own: a fault handler shall hear of them
+        ::sigdelset(&blocked, fault);
+    }
+    ::pthread_sigmask(SIG_SETMASK, &blocked, &before);
     try {
         std::thread thread(std::forward<Body>(body));
         ::pthread_sigmask(SIG_SETMASK, &before, nullptr);

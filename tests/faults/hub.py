@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -134,3 +135,13 @@ def outcome(call: Callable[[], Any]) -> Any:
         return call()
     except Exception as error:
         return error
+
+
+@contextlib.contextmanager
+def ranks_on_own_machines(world: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks]:
+    """`ranks_in_process`, each on a machine of its own."""
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    number = itertools.count()
+    monkeypatch.setattr("ckptengine.operations.levels.places.host", lambda: f"node-{next(number)}")
+    with ranks_in_process(world, monkeypatch) as found:
+        yield found

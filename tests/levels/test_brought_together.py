@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 
 import ckptengine as ce
 from ckptengine.errors import Damaged
-from tests.faults.hub import Hub, Ranks, outcome, ranks_in_process
+from tests.faults.hub import Hub, Ranks, outcome, ranks_on_own_machines
 
 WORLD = 3
 WITHIN_S = 30.0
@@ -21,11 +20,7 @@ WITHIN_S = 30.0
 
 @pytest.fixture
 def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks]:
-    """Each on a machine of its own."""
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    number = itertools.count()
-    monkeypatch.setattr("ckptengine.operations.levels.places.host", lambda: f"node-{next(number)}")
-    with ranks_in_process(WORLD, monkeypatch) as found:
+    with ranks_on_own_machines(WORLD, monkeypatch) as found:
         yield found
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from ckptengine.errors import LayoutError
 
@@ -95,6 +96,11 @@ class Box:
 
 def row_major_strides(shape: Sequence[int]) -> tuple[int, ...]:
     """Strides, in elements, of a contiguous row-major array of ``shape``."""
+    return _row_major_strides(tuple(shape))
+
+
+@lru_cache(maxsize=4096)
+def _row_major_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     strides: list[int] = []
     step = 1
     for extent in reversed(shape):

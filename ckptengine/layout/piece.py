@@ -35,7 +35,9 @@ class Piece:
     def is_contiguous(self) -> bool:
         """Whether the elements lie one after another in row-major order in the local tensor."""
         plain = row_major_strides(self.box.shape)
-        return all(n <= 1 or a == b for n, a, b in zip(self.box.shape, self.strides, plain, strict=True))
+        return self.strides == plain or all(
+            n <= 1 or a == b for n, a, b in zip(self.box.shape, self.strides, plain, strict=True)
+        )
 
     def part(self, wanted: Box) -> Piece:
         """The piece of ``wanted``, a box inside this piece's own."""

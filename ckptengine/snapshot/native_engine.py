@@ -196,24 +196,24 @@ def _table(extents: Extents) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64], i
 
 def _static_table(extents: Extents) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64], int]:
     """All but addresses and file offsets."""
-    rows: list[tuple[int, ...]] = []
+    regions, count = extents.regions, len(extents.regions)
+    # Column by column, as if each were one run of memory and all of its tensor: nearly all are.
+    table = np.zeros(count, native.EXTENT)
+    table["item_bytes"] = [region.element_size() for region in regions]
+    table["size_bytes"] = table["run_bytes"] = extents.sizes
+    table["device"] = [region.device.index if region.is_cuda else -1 for region in regions]
+    granules = -(-np.array(extents.sizes, np.int64) // GRANULE_BYTES)
+    table["granule_slot"] = np.cumsum(granules) - granules
     loops: list[tuple[int, int]] = []
-    granule = 0
-    for region, box, shape, nbytes in zip(extents.regions, extents.boxes, extents.shapes, extents.sizes, strict=True):
+    for row, (region, box, shape) in enumerate(zip(regions, extents.boxes, extents.shapes, strict=True)):
         item = region.element_size()
-        source_begin = len(loops)
         if not region.is_contiguous():
+            table[row]["source_dims_begin"], table[row]["source_dims"] = len(loops), region.dim()
             loops.extend((n, s * item) for n, s in zip(region.shape, region.stride(), strict=True))
-        source_dims = len(loops) - source_begin
-        run_begin = len(loops)
-        run, follow = nbytes, 0
         if box.shape != shape:
             runs = runs_of(box, shape)
-            loops.extend((count, stride * item) for count, stride in runs.loops)
-            run, follow = runs.length * item, (math.prod(shape) - runs.stop) * item
-        device = region.device.index if region.device.type == "cuda" else -1
-        places = (item, source_begin, source_dims, run_begin, len(loops) - run_begin, device)
-        rows.append((0, nbytes, 0, granule, run, 0, follow, *places))
-        granule += -(-nbytes // GRANULE_BYTES)
-    table = np.array(rows, native.EXTENT) if rows else np.zeros(0, native.EXTENT)
-    return table, np.array(loops, np.int64).reshape(-1, 2), granule
+            table[row]["run_dims_begin"], table[row]["run_dims"] = len(loops), len(runs.loops)
+            loops.extend((n, stride * item) for n, stride in runs.loops)
+            table[row]["run_bytes"] = runs.length * item
+            table[row]["follow_bytes"] = (math.prod(shape) - runs.stop) * item
+    return table, np.array(loops, np.int64).reshape(-1, 2), int(granules.sum())

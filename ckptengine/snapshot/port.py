@@ -82,7 +82,7 @@ class Extents(Sequence[Extent]):
 
 def direct_address(region: torch.Tensor) -> int:
     """Where a region lies as one run of host memory, 0 where it does not."""
-    return region.data_ptr() if region.device.type == "cpu" and region.is_contiguous() else 0
+    return region.data_ptr() if region.is_cpu and region.is_contiguous() else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -112,8 +112,8 @@ def _may_wait(leaf: TensorLeaf) -> bool:
 
     Step counters are states of an optimizer like any other: only its step changes them, behind the fence.
     """
-    stable = not leaf.eager or (leaf.role == "optimizer" and bool(leaf.owners) and leaf.tensor.device.type == "cpu")
-    return stable and _readable_in_place(leaf) and (leaf.tensor.device.type == "cpu" or _is_runs(leaf))
+    stable = not leaf.eager or (leaf.role == "optimizer" and bool(leaf.owners) and leaf.tensor.is_cpu)
+    return stable and _readable_in_place(leaf) and (leaf.tensor.is_cpu or _is_runs(leaf))
 
 
 def _is_runs(leaf: TensorLeaf) -> bool:
@@ -192,4 +192,4 @@ def region_of(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:
     if not tensor.is_contiguous():
         return tensor
     region = torch.as_strided(tensor, piece.box.shape, piece.strides, tensor.storage_offset() + piece.start)
-    return region if region.device.type == "cpu" else region.contiguous()
+    return region if region.is_cpu else region.contiguous()

@@ -18,7 +18,7 @@ Marks = tuple[tuple[int, torch.cuda.Event], ...]
 
 def cuda_devices(tensors: Iterable[torch.Tensor]) -> tuple[int, ...]:
     """The CUDA devices on which any of ``tensors`` lies."""
-    return tuple(sorted({tensor.device.index for tensor in tensors if tensor.device.type == "cuda"}))
+    return tuple(sorted({tensor.device.index for tensor in tensors if tensor.is_cuda}))
 
 
 def mark(devices: Iterable[int]) -> Marks:

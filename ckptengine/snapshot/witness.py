@@ -71,7 +71,7 @@ class Witnesses:
 
 def _dense_bytes(tensor: torch.Tensor) -> int:
     """Bytes of a tensor that is one block of host memory in whatever order; 0 for any other."""
-    if tensor.device.type != "cpu":
+    if not tensor.is_cpu:
         return 0
     if not tensor.is_contiguous():
         expected = 1

@@ -154,7 +154,7 @@ class Collector:
         walk, tensor = self.walk, described.tensor
         if name in walk.found or name in walk.aliases:
             raise UnsupportedValue(f"{where(name)}: two tensors of the state have this name; rename one of the keys")
-        eager = eager or (not described.global_shape and tensor.device.type == "cpu")
+        eager = eager or (not described.global_shape and tensor.is_cpu)
         found = Found(name, described, live, role, eager, self._owned)
         if in_container and live is not None:
             walk.in_containers[name] = live

@@ -168,7 +168,7 @@ def _landing(target: Target) -> torch.Tensor:
     tensor = target.tensor
     if _in_place(tensor):
         return tensor
-    host = torch.empty(tuple(tensor.shape), dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
+    host = torch.empty(tuple(tensor.shape), dtype=tensor.dtype, pin_memory=tensor.is_cuda)
     if sum(piece.size for piece in target.pieces) != tensor.numel():
         host.copy_(tensor.detach())
     return host

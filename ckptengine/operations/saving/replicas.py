@@ -31,7 +31,7 @@ def held_digests(registered: Registered, structure: Structure, rank: int) -> lis
         tensor = structure.tensors[ordinal]
         layout = structure.layouts[tensor.layout]
         group = layout.replica_group(rank)
-        if len(group) < 2 or leaf.tensor.device.type != "cpu":
+        if len(group) < 2 or not leaf.tensor.is_cpu:
             continue
         if isinstance(tensor.writer, Owner) and group[tensor.writer.index % len(group)] == rank:
             continue  # what it writes is what it holds

@@ -20,8 +20,9 @@ from ckptengine.coordination.choose import choose
 from ckptengine.errors import CheckpointError, RestoreIncomplete, UnusableRequest
 from ckptengine.operations.levels.places import Places, Writing, check_places
 from ckptengine.operations.levels.tally import Status
-from ckptengine.operations.opening import open_any
-from ckptengine.operations.restore import RestoreRequest, WorldPolicy, restore_from
+from ckptengine.operations.load import load_path
+from ckptengine.operations.opening import tell_of_foreign
+from ckptengine.operations.restore import RestoreRequest, WorldPolicy
 from ckptengine.operations.save import Saver, SaveSettings
 from ckptengine.operations.saving.callbacks import Callbacks
 from ckptengine.operations.saving.handle import SaveHandle
@@ -67,6 +68,7 @@ class Checkpointer:
         process_group: the ranks that take part; default: all, where torch.distributed is initialised.
         run: the run's identity; default: that of the root, or a new one.
         start_from: a checkpoint, ours or foreign, to start from when the root is empty.
+        rules: what the pieces of ``start_from`` mean, as in `ckptengine.open`.
         on_world_change: what becomes of random streams and per-rank values when the number of ranks is another than at
             the save: ``"derive"`` them reproducibly, ``"exact"`` by rank number, or ``"fail"``.
         random: whether the process's random streams are part of the checkpoint.
@@ -101,6 +103,7 @@ class Checkpointer:
         process_group: ProcessGroup | None = None,
         run: str | None = None,
         start_from: str | os.PathLike[str] | None = None,
+        rules: str | os.PathLike[str] | None = None,
         random: bool = True,
         on_world_change: WorldPolicy = "derive",
         mode: int | None = None,
@@ -117,13 +120,12 @@ class Checkpointer:
         check_policy(overlap)
         check_places(tiers, interval, keep)
         wanted = EngineSettings(arena_bytes=arena_bytes, max_bytes_per_s=max_bytes_per_s, low_priority=low_priority)
-        self._pid, self._closed = os.getpid(), False
+        self._pid, self._closed, self._calling = os.getpid(), False, threading.RLock()
         self._broken: RestoreIncomplete | None = None
-        self._state, self._start_from, self._random = state, start_from, random
+        self._state, self._start_from, self._rules, self._random = state, start_from, rules, random
         self._on_world_change, self._timeout_s = on_world_change, rank_timeout_s
         policy = failure_policy(on_failure)
         self._walker, self._registrar, self._saves, self._restores = Walker(state, random=random), Registrar(), 0, 0
-        self._calling = threading.RLock()
         self._troubles, self._callbacks, self._last = Troubles(policy), Callbacks(), None
         engine = engine_for(wanted, file_ops)
         settings = SaveSettings(rank_timeout_s=rank_timeout_s, stall_budget_s=stall_budget_s, paranoid=paranoid)
@@ -291,10 +293,10 @@ class Checkpointer:
     ) -> int | None:
         """Fill the state in place from the newest step that verifies, or from ``step``, or only ``names`` of it.
 
-        Falls back over damaged steps and says so in the log.  None only when no checkpoint exists at all; of
-        ``start_from``, which is used while the root is empty, the step is the one that it records, or 0.  All ranks
-        agree on one step; every rank must call it.  After an older step than the newest, what came after belongs to an
-        abandoned line of history.
+        Falls back over damaged steps and says so in the log.  None only when no checkpoint exists at all (the log says
+        so where another framework's lies in the root); of ``start_from``, which is used while the root is empty, the
+        step is the one that it records, or 0.  All ranks agree on one step; every rank must call it.  After an older
+        step than the newest, what came after belongs to an abandoned line of history.
 
         Raises:
             NotFound: there is no such step.
@@ -320,7 +322,8 @@ class Checkpointer:
         try:
             restored = self._places.restore(request, self._restores, step)
             if restored is None and self._start_from is not None and step is None:
-                return restore_from(open_any(self._start_from), self._port, request, self._restores).step
+                self._restores += 1
+                return load_path(self._start_from, None, self._rules, self._port, request, self._restores)
         except RestoreIncomplete as error:
             self._broken = error
             raise
@@ -329,6 +332,8 @@ class Checkpointer:
                 self._broken = RestoreIncomplete(f"a restore was cut short by {type(error).__name__}: {error}")
             raise
         if restored is None:
+            if self._start_from is None and self._port.rank == 0:
+                tell_of_foreign(self._places.landing.path)
             return None
         if self._places.claims is not None and names is None:
             self._places.claims.restored(restored.step)

@@ -114,12 +114,14 @@ def convert(
 
 
 def _run_here(planned: Planned, target: str, part: Shard, progress: Progress | None) -> Outcome | None:
-    """Do one part with threads of this process; None where other parts are still missing."""
+    """Do one part with threads of this process; None where other parts are still missing, or nothing is left for it."""
+    units = part.of(planned.units)
+    if part.index and not units:  # more parts than units; the others may have committed by now
+        return None
     workspace = open_workspace(target)
     try:
         workspace.open(planned.fingerprint, f"{part.index}-{part.count}")
         try:
-            units = part.of(planned.units)
             run_units(planned, workspace, units, progress)
             if part.count > 1:  # the part that ends last, perhaps on another machine, commits
                 workspace.settle(unit.key for unit in units)

@@ -346,7 +346,7 @@ def _rank_values(source: NativeSource, port: Coordinator, policy: WorldPolicy) -
             told = f"world: saved by {saved} ranks; there are no values and random streams of its own for rank {rank}"
             raise StateMismatch(told, (told,))
         return source.rank_values(rank)
-    values = dict(source.rank_values(rank) if rank < saved else first)
+    values = dict(source.rank_values(rank) if rank < saved else {**first, "values": {}})
     if values.get("random"):
         values["random"] = streams.derive([first["random"]], rank, world)
     return values

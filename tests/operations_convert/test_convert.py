@@ -310,6 +310,14 @@ def test_shards_in_any_order_make_the_same_target(tmp_path: Path) -> None:
     assert_holds(tmp_path / "out", arrays)
 
 
+def test_a_shard_with_nothing_to_do_is_no_failure(tmp_path: Path) -> None:
+    source, arrays = checkpoint(tmp_path / "in")
+    units = convert(source, tmp_path / "out", to="zarr", dry_run=True).units
+    states = [convert(source, tmp_path / "out", to="zarr", shard=Shard(i, units + 2)).state for i in range(units + 2)]
+    assert states == ["waiting"] * (units - 1) + ["committed"] + ["waiting"] * 2
+    assert_holds(tmp_path / "out", arrays)
+
+
 def test_shards_on_several_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, arrays = checkpoint(tmp_path / "in", count=9)
     synced: list[str] = []

@@ -54,8 +54,8 @@ def array_of(value: object) -> StoredArray | None:
 
 
 def walk_tensors(value: object) -> Iterator[tuple[tuple[object, ...], StoredTensor]]:
-    """The tensors of `walk_leaves` whose bytes are known."""
-    for path, leaf in walk_leaves(value):
+    """The tensors of nested dicts, lists, tuples and modules whose bytes are known."""
+    for path, leaf in _walk(value, (), _Visits(objects=False)):
         if isinstance(leaf, StoredTensor):
             yield path, leaf
 
@@ -65,24 +65,35 @@ def walk_leaves(
 ) -> Iterator[tuple[tuple[object, ...], StoredTensor | Placeholder]]:
     """The tensors of nested dicts, lists and tuples with their paths (keys and positions), depth first.
 
-    Modules that were pickled whole are walked as their state dict would be.  A `Placeholder` is a tensor whose
-    elements are not simply bytes of the file: sharded, sparse, quantized, a lazy view.
+    Modules that were pickled whole are walked as their state dict would be, objects of other classes by their
+    attributes, items and arguments, each at the first place where it occurs.  A `Placeholder` is a tensor whose
+    elements are not simply bytes of the file: sharded, sparse, quantized, a lazy view, of a subclass.
     Raises `UnreadableFormat` where the nesting is deeper than `MAX_DEPTH`, or where the same containers occur in each
     other so often that there is no end to it.
     """
-    return _walk(value, path, _Visits())
+    return _walk(value, path, _Visits(objects=True))
 
 
 class _Visits:
-    """Containers that were walked: a few of them inside each other are enough for more paths than can be walked."""
+    """Containers that were walked: a few of them inside each other are enough for more paths than can be walked.
 
-    def __init__(self) -> None:
+    ``objects``: objects of unknown classes are walked too, once each, since they may well refer to each other.
+    """
+
+    def __init__(self, *, objects: bool) -> None:
+        self.objects = objects
         self._seen: set[int] = set()
         self._again = 0
 
+    def first(self, value: object) -> bool:
+        """Whether this is the first time."""
+        if id(value) in self._seen:
+            return False
+        self._seen.add(id(value))
+        return True
+
     def add(self, value: object) -> None:
-        if id(value) not in self._seen:
-            self._seen.add(id(value))
+        if self.first(value):
             return
         self._again += 1
         if self._again > MAX_VISITS_AGAIN:
@@ -118,12 +129,42 @@ def _walk_object(
         made_of = _sequence(value.args[1]) if len(value.args) > 1 else ()  # class, dtype, shape, ...
         shape = made_of[2] if len(made_of) > 2 else None
         yield path, local if isinstance(local, StoredTensor) and local.shape == shape else value
-    elif isinstance(value.get("_parameters"), dict) and isinstance(value.get("_modules"), dict):
+    elif is_module(value):
         gone = value.get("_non_persistent_buffers_set") or ()
         buffers = value.get("_buffers")
         kept = {name: item for name, item in buffers.items() if name not in gone} if isinstance(buffers, dict) else {}
         for part in (value.get("_parameters"), kept, value.get("_modules")):
             yield from _walk(part, path, visits)
+    elif visits.objects and visits.first(value):
+        for key, part in _parts(value):
+            yield from _walk(part, (*path, key), visits)
+
+
+def is_module(value: object) -> bool:
+    """Whether it is a module that was pickled whole."""
+    return isinstance(value, Placeholder) and all(
+        isinstance(value.get(name), dict) for name in ("_parameters", "_modules")
+    )
+
+
+def _parts(value: Placeholder) -> Iterator[tuple[object, object]]:
+    """What an object holds, under keys that differ: attributes, keys and positions; what comes later gives way."""
+    parts = value.state if isinstance(value.state, tuple) else (value.state,)
+    plainly = all(isinstance(part, dict) for part in parts if part is not None)  # its __dict__, or that and its slots
+    state = [pair for part in parts if part for pair in part.items()] if plainly else list(enumerate(parts))
+    groups: dict[str, list[tuple[Any, Any]]] = {
+        "pairs": value.pairs or [],
+        "items": list(enumerate(value.items or [])),
+        "state": state,
+        "kwargs": list(value.kwargs.items()),
+        "args": list(enumerate(value.args)),
+    }
+    taken: set[str] = set()
+    for group, pairs in groups.items():
+        for key, part in pairs:
+            told = key if str(key) not in taken else f"{group}.{key}"
+            taken.add(str(told))
+            yield told, part
 
 
 def _sequence(value: object) -> list[Any] | tuple[Any, ...]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ckptengine.layout.box import row_major_strides
-from ckptengine.layout.dtypes import itemsize
+from ckptengine.layout.dtypes import ITEMSIZE, itemsize
 from ckptengine.sources.emit import Tensor, storage_of
 from ckptengine.sources.plain import DROPPED
 from ckptengine.sources.port import Files
@@ -20,10 +20,30 @@ HELD = (np.ndarray, list, int, float)
 
 
 def as_plain(tensor: StoredTensor, files: Files) -> object:
-    """A dict with the class, the type and the elements of a tensor of up to `MAX_BYTES`; `DROPPED` for others."""
-    if tensor.dtype not in NUMPY_DTYPES or tensor.nbytes > MAX_BYTES:
+    """A dict with the class, the type and the elements of a tensor of up to `MAX_BYTES`; `DROPPED` for others.
+
+    Elements of types that numpy lacks are unsigned numbers of the same bytes.
+    """
+    held = _held(tensor.dtype)
+    if held is None or tensor.nbytes > MAX_BYTES:
         return DROPPED
-    return {"__class__": CLASS, "dtype": f"torch.{tensor.dtype}", "data": tensor.to_numpy(files)}
+    elements = np.frombuffer(tensor.read(files), held).reshape(tensor.shape)
+    return {"__class__": CLASS, "dtype": f"torch.{tensor.dtype}", "data": elements}
+
+
+def _held(dtype: str) -> np.dtype | None:
+    """The numpy type of a tensor's elements as values; None for an unknown dtype."""
+    return NUMPY_DTYPES.get(dtype) or (np.dtype(f"<u{ITEMSIZE[dtype]}") if dtype in ITEMSIZE else None)
+
+
+def is_plain_tensor(value: object) -> bool:
+    """Whether it is what `as_plain` makes of a tensor."""
+    return (
+        isinstance(value, dict)
+        and value.get("__class__") == CLASS
+        and _held(str(value.get("dtype")).removeprefix("torch.")) is not None
+        and isinstance(value.get("data"), HELD)
+    )
 
 
 def as_stored(value: object, first: int = 0) -> tuple[Any, list[bytes]]:
@@ -31,10 +51,10 @@ def as_stored(value: object, first: int = 0) -> tuple[Any, list[bytes]]:
     data: list[bytes] = []
 
     def convert(item: Any) -> Any:
+        if is_plain_tensor(item):
+            dtype = item["dtype"].removeprefix("torch.")
+            return _tensor(dtype, np.asarray(item["data"], _held(dtype)), first, data)
         if isinstance(item, dict):
-            dtype = str(item.get("dtype")).removeprefix("torch.")
-            if item.get("__class__") == CLASS and dtype in NUMPY_DTYPES and isinstance(item.get("data"), HELD):
-                return _tensor(np.asarray(item["data"], NUMPY_DTYPES[dtype]), first, data)
             return {key: convert(part) for key, part in item.items()}
         if isinstance(item, list | tuple):
             made = [convert(part) for part in item]
@@ -44,8 +64,7 @@ def as_stored(value: object, first: int = 0) -> tuple[Any, list[bytes]]:
     return convert(value), data
 
 
-def _tensor(array: np.ndarray, first: int, data: list[bytes]) -> Tensor:
-    dtype = array.dtype.name
+def _tensor(dtype: str, array: np.ndarray, first: int, data: list[bytes]) -> Tensor:
     storage = storage_of(str(first + len(data)), dtype, array.nbytes, itemsize(dtype))
     data.append(array.tobytes())
     return Tensor(storage, dtype, array.shape, row_major_strides(array.shape))

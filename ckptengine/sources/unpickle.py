@@ -216,10 +216,7 @@ def _from_type(function: object, new_type: object, args: object, state: object) 
     """torch._tensor._rebuild_from_type_v2: a tensor with attributes, or of a subclass of Tensor."""
     if function in _TENSOR_BUILDERS and isinstance(args, tuple):
         return function(*args)  # type: ignore[operator]
-    made = Placeholder(new_type, args)
-    made.class_name = getattr(new_type, "class_name", "?")
-    made.state = state
-    return made
+    return _unread(f"torch.Tensor of class {getattr(new_type, 'class_name', '?')}", args, state)
 
 
 def _array_tensor(array: object, dtype: object, *rest: object) -> object:

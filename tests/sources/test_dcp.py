@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from ckptengine.errors import CheckpointError, Damaged, NotFound, Truncated, UnreadableFormat
+from ckptengine.operations.convert import convert
 from ckptengine.operations.read import read_tensor
 from ckptengine.sources.dcp.metadata import read_metadata
 from ckptengine.sources.dcp.source import DcpItems, canonical_names
@@ -225,3 +227,42 @@ def test_megatrons_folder_of_fsdp(tmp_path: Path) -> None:
     source = open_source(tmp_path)
     assert (source.format, source.step) == ("dcp", 5)
     holds(source, {"model.decoder.w": torch.arange(6.0)})
+
+
+class Kept:
+    def __init__(self) -> None:
+        self.t, self.half, self.k = torch.arange(3.0), torch.full((2,), 1.5, dtype=torch.bfloat16), 4
+
+
+def test_tensors_inside_of_objects_are_values_and_come_back_as_tensors(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        state = {"w": torch.ones(2), "kept": Kept(), "mixed": [1, (torch.ones(2, dtype=torch.int16), "x")]}
+        dcp.save(state, checkpoint_id=tmp_path / "in", no_dist=True)
+    for path in (tmp_path / "in", tmp_path / "out"):
+        values: Any = open_source(path).values()
+        kept = values["kept"]["state"]
+        assert kept["k"] == 4
+        assert (kept["t"]["dtype"], kept["t"]["data"].tolist()) == ("torch.float32", [0.0, 1.0, 2.0])
+        assert (kept["half"]["dtype"], kept["half"]["data"].tolist()) == ("torch.bfloat16", [0x3FC0] * 2)
+        assert values["mixed"][1][0]["data"].tolist() == [1, 1]
+        if path.name == "in":
+            convert(path, tmp_path / "out", to="dcp")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp_to_torch_save(tmp_path / "out", tmp_path / "out.pt")
+    back = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert torch.equal(back["kept"]["state"]["half"], torch.full((2,), 1.5, dtype=torch.bfloat16))
+    assert torch.equal(back["mixed"][1][0], torch.ones(2, dtype=torch.int16))
+
+
+def test_a_large_tensor_inside_of_an_object_is_not_lost_silently(tmp_path: Path) -> None:
+    kept = Kept()
+    kept.t = torch.zeros(1 << 19)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save({"w": torch.ones(2), "kept": kept}, checkpoint_id=tmp_path / "in", no_dist=True)
+    source = open_source(tmp_path / "in")
+    holds(source, {"w": torch.ones(2)})
+    with pytest.raises(UnreadableFormat, match=r"value 'kept': .*float32 \[524288\] in it, too large for a value"):
+        source.values()

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 from ckptengine.errors import Damaged, NotFound, UnreadableFormat
+from ckptengine.operations.convert import convert
+from ckptengine.operations.opening import open_any
 from ckptengine.sources.detect import open_source
 
 from .trees import counting, holds
@@ -145,3 +147,79 @@ def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
     values: Any = source.values()
     assert values["x"]["__class__"].endswith(".system")
     assert not (tmp_path / "ran").exists()
+
+
+class Attributes:
+    def __init__(self, **parts: object) -> None:
+        self.__dict__.update(parts)
+
+
+class Slots:
+    __slots__ = ("k", "t")
+
+
+class Arguments:
+    def __init__(self, tensor: object, more: object = 7) -> None:
+        self.parts = tensor, more
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        return Arguments, self.parts
+
+
+class OwnState:
+    def __getstate__(self) -> object:
+        return (torch.arange(4.0), {"x": torch.ones(2)})
+
+    def __setstate__(self, state: object) -> None: ...
+
+
+class Items(list):  # type: ignore[type-arg]
+    pass
+
+
+class Pairs(dict):  # type: ignore[type-arg]
+    pass
+
+
+def test_tensors_in_objects_of_unknown_classes_are_not_lost(tmp_path: Path) -> None:
+    slots, pairs = Slots(), Pairs(a=torch.ones(1))
+    slots.k, slots.t = 3, torch.full((2,), 2.0)
+    pairs.extra, pairs.a = torch.full((3,), 3.0), torch.full((4,), 4.0)
+    state = {
+        "attributes": Attributes(t=torch.arange(5.0), deep={"list": [Attributes(w=torch.ones(5)), 1]}),
+        "slots": slots,
+        "arguments": Arguments(torch.full((6,), 6.0)),
+        "own": OwnState(),
+        "items": Items([torch.full((7,), 7.0), "text"]),
+        "pairs": pairs,
+        "model": {"w": torch.zeros(2)},
+    }
+    torch.save(state, tmp_path / "x.pt")
+    source = open_source(tmp_path / "x.pt")
+    expected = {
+        "attributes.t": torch.arange(5.0), "attributes.deep.list.0.w": torch.ones(5), "slots.t": torch.full((2,), 2.0),
+        "arguments.0": torch.full((6,), 6.0), "own.0": torch.arange(4.0), "own.1.x": torch.ones(2),
+        "items.0": torch.full((7,), 7.0), "pairs.a": torch.ones(1), "pairs.extra": torch.full((3,), 3.0),
+        "pairs.state.a": torch.full((4,), 4.0), "model.w": torch.zeros(2),
+    }  # fmt: skip
+    holds(source, expected)
+    convert(tmp_path / "x.pt", tmp_path / "out", to="native")
+    holds(open_any(tmp_path / "out"), expected)
+
+
+def test_an_object_may_be_all_of_a_file_and_refer_to_itself(tmp_path: Path) -> None:
+    root = Attributes(model={"w": torch.arange(3.0)}, step=5)
+    root.parent, root.again = root, [root, Attributes(of=root)]  # type: ignore[attr-defined]
+    torch.save(root, tmp_path / "x.pt")
+    holds(open_source(tmp_path / "x.pt"), {"model.w": torch.arange(3.0)})
+
+
+def test_a_tensor_whose_class_makes_its_elements_is_named_and_not_read(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        jagged = torch.nested.nested_tensor([torch.arange(3.0), torch.arange(5.0)], layout=torch.jagged)
+        torch.save({"model": {"ok": torch.ones(3), "w": jagged}}, tmp_path / "x.pt")
+    source = open_source(tmp_path / "x.pt")
+    assert sorted(source.names()) == ["model.ok", "model.w"]
+    with pytest.raises(UnreadableFormat, match=r"'model.w' .* of class torch.nested.*NestedTensor"):
+        source.tensor("model.w")

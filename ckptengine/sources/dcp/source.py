@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ckptengine.errors import CheckpointError, Damaged, NotFound
+from ckptengine.errors import CheckpointError, Damaged, NotFound, UnreadableFormat
 from ckptengine.layout.box import Box
 from ckptengine.layout.tensor import Fragment, LogicalTensor
 from ckptengine.sources.dcp.metadata import Chunk, DcpMetadata, Item, TensorRecord, metadata_files, read_metadata
 from ckptengine.sources.plain import DROPPED, plain
 from ckptengine.sources.port import Files, Format, Opening, Source
 from ckptengine.sources.safetensors.header import Header, read_header
+from ckptengine.sources.smalltensors import as_plain
 from ckptengine.sources.stored import StoredTensor
 from ckptengine.sources.torchzip import TorchZip
 
@@ -76,8 +77,22 @@ class DcpItems:
         return self._files.read(item.path, item.offset + item.nbytes - END_BYTES, END_BYTES)
 
     def value(self, item: Item) -> object:
-        """The plain value of an object's item; `DROPPED` when it is a tensor."""
-        return plain(self.load(item))
+        """The plain value of an object's item, with the small tensors that it holds (see `as_plain`).
+
+        `UnreadableFormat` for an object that holds a large one: it would be lost.
+        """
+
+        def held(tensor: StoredTensor) -> object:
+            made = as_plain(tensor, self._files)
+            if made is DROPPED:
+                raise UnreadableFormat(
+                    f"{self._shown(item)} is an object of torch.save with a tensor of {tensor.dtype} "
+                    f"{list(tensor.shape)} in it, too large for a value; give torch.distributed.checkpoint.save its "
+                    "state_dict, whose tensors have keys of their own"
+                )
+            return made
+
+        return plain(self.load(item), held)
 
     def load(self, item: Item) -> object:
         """The object of an item, its tensors as `StoredTensor`."""
@@ -148,8 +163,7 @@ class DcpSource:
                 value = self._items.value(item)
             except CheckpointError as error:
                 raise type(error)(f"value {key!r}: {error}") from error
-            if value is not DROPPED:
-                put(root, self._metadata.paths.get(key) or (key,), value)
+            put(root, self._metadata.paths.get(key) or (key,), value)
         return with_lists(root)
 
 

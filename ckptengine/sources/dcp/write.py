@@ -25,7 +25,7 @@ from ckptengine.layout.tensor import LogicalTensor
 from ckptengine.sources.dcp.metadata import METADATA
 from ckptengine.sources.emit import Call, Global, Instance, Pairs, Tensor, dumps, size, storage_of
 from ckptengine.sources.optimizers import FLAT_STATE, Optimizer, optimizers_in, split_names
-from ckptengine.sources.smalltensors import as_stored
+from ckptengine.sources.smalltensors import as_stored, is_plain_tensor
 from ckptengine.sources.stream import in_file_order, stream_boxes, stream_memory_bytes
 from ckptengine.sources.typed import plain_values
 from ckptengine.sources.writer import Document, Job, Sink, Target, Unit
@@ -247,7 +247,7 @@ def _write_values(job: Job, file: str, target: Target, nested: bool) -> list[tup
             start = sink.position
             key = ".".join(map(str, path))
             zipped = ZipWriter(sink)
-            shown, data = (value, []) if nested else as_stored(value)
+            shown, data = as_stored(value)
             for record, small in _wrapped(dumps(shown, key)).items():
                 zipped.add(record, small)
             for number, raw in enumerate(data):
@@ -259,7 +259,7 @@ def _write_values(job: Job, file: str, target: Target, nested: bool) -> list[tup
 
 def _leaves(value: object, path: Path) -> Iterator[tuple[Path, object]]:
     """Values as torch flattens them: dicts always, lists where a dict is in them."""
-    if isinstance(value, dict) and (value or not path):
+    if isinstance(value, dict) and (value or not path) and not is_plain_tensor(value):
         for key, item in value.items():
             yield from _leaves(item, (*path, str(key)))
     elif isinstance(value, list) and _holds_dict(value):

@@ -12,7 +12,7 @@ from ckptengine.layout.tensor import LogicalTensor
 from ckptengine.sources.files import InlineFiles
 from ckptengine.sources.held import Number, number
 from ckptengine.sources.optimizers import FLAT_STATE, is_flat
-from ckptengine.sources.plain import plain, walk_leaves
+from ckptengine.sources.plain import is_module, plain, walk_leaves
 from ckptengine.sources.port import Files, Format, Opening, Source
 from ckptengine.sources.stored import StoredTensor
 from ckptengine.sources.torchfile.lightning import lightning_step, rearranged
@@ -142,7 +142,7 @@ Named = tuple[str, tuple[object, ...], StoredTensor | Placeholder]
 
 def _named(root: object, own: bool) -> list[Named]:
     found = list(walk_leaves(root))
-    if isinstance(root, Placeholder):
+    if is_module(root):
         return [(".".join(("model", *map(str, path))), ("model", *path), tensor) for path, tensor in found]
     if not own and all(len(path) == 1 for path, _ in found) and not is_flat(root):
         return [(f"model.{path[0]}", ("model", path[0]), tensor) for path, tensor in found]

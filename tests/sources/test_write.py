@@ -385,3 +385,33 @@ def test_numbered_parameters_get_their_names_from_the_live_job(tmp_path: Path) -
     moments = {f"optim.{name}.exp_avg": optimizer.state[p]["exp_avg"] for name, p in model.named_parameters()}
     source = ce.open(tmp_path / "out")
     assert all(torch.equal(source.read(name), moment) for name, moment in moments.items())
+
+
+@pytest.mark.parametrize("form", ["zero=0", "zero=1,dp=2", "zero=3,dp=2", "universal"])
+def test_what_is_neither_model_nor_optimizer_is_deepspeeds_client_state(tmp_path: Path, form: str) -> None:
+    model = torch.nn.Linear(3, 5)
+    optimizer = torch.optim.AdamW(model.named_parameters())
+    model(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    others = {"ema.weight": torch.arange(15.0).reshape(5, 3), "seen.0": torch.tensor([7]), "rng": torch.get_rng_state()}
+    state = {"ema": {"weight": others["ema.weight"], "decay": 0.9}, "seen": [others["seen.0"], "x"], "rng": others["rng"]}
+    torch.save({"model": model.state_dict(), "optim": optimizer.state_dict(), **state}, tmp_path / "in.pt")
+    if form == "universal":
+        convert(tmp_path / "in.pt", tmp_path / "out", to="deepspeed-universal")
+    else:
+        convert(tmp_path / "in.pt", tmp_path / "out", to="deepspeed", layout=form)
+    source = ce.open(tmp_path / "out")
+    assert set(others) <= set(source.names())
+    assert all(torch.equal(source.read(name), tensor) for name, tensor in others.items())
+    values: Any = source.values()
+    assert (values["ema"], values["seen"]) == ({"decay": 0.9}, [None, "x"])
+    for file in (tmp_path / "out").rglob("*model_states.pt"):
+        client = torch.load(file, weights_only=True)
+        assert torch.equal(client["ema"]["weight"], others["ema.weight"])
+        assert torch.equal(client["seen"][0], others["seen.0"])
+        assert client["ema"]["decay"] == 0.9
+    convert(tmp_path / "out", tmp_path / "back.pt", to="torch")
+    back = torch.load(tmp_path / "back.pt", weights_only=True)
+    assert torch.equal(back["rng"], others["rng"])
+    assert torch.equal(back["seen"][0], others["seen.0"])
+    assert back["seen"][1] == "x"

@@ -8,6 +8,7 @@ from typing import Any
 from ckptengine.sources.deepspeed.training import Trained, Training
 from ckptengine.sources.deepspeed.write_plain import trained_weights, whole_optimizer
 from ckptengine.sources.emit import Tensor, size
+from ckptengine.sources.nesting import copied, put_tensors
 from ckptengine.sources.torchrecords import Run, TorchFile
 from ckptengine.sources.writer import Job
 
@@ -42,7 +43,7 @@ def model_states(
     ZeRO-3's files hold placeholders for parameters, pieces of the frozen ones, and whole buffers; stage 0's also hold
     the optimizer.
     """
-    values = training.values
+    values = copied(training.values)
     if stage == 3:
         placeholders = [*(member.name for member in training.trained), *training.frozen]
         whole = {name: file.flat(_dtype(job, training, name), 0, []) for name in placeholders}
@@ -76,7 +77,9 @@ def model_states(
     }
     if stage == 0:
         ours |= {"optimizer": whole_optimizer(job, training, file), "shared_params": None}
-    return {**{key: value for key, value in values.items() if key not in _RESERVED}, **ours}
+    made = {**{key: value for key, value in values.items() if key not in _RESERVED}, **ours}
+    put_tensors(job, made, {name: file.whole(job, name) for name in training.others})
+    return made
 
 
 def _stored(training: Training) -> list[tuple[str, str]]:

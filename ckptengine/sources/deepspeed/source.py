@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,7 +34,7 @@ from ckptengine.sources.deepspeed.weights import (
 from ckptengine.sources.deepspeed.zero import read_partitions
 from ckptengine.sources.files import InlineFiles
 from ckptengine.sources.held import Held, Whole
-from ckptengine.sources.plain import plain
+from ckptengine.sources.plain import plain, walk_tensors
 from ckptengine.sources.port import Files, Format, Opening, Source
 from ckptengine.sources.rules.assemble import Assembler
 from ckptengine.sources.rules.average import AveragedFiles
@@ -74,7 +74,11 @@ def _held_again(where: str, what: str) -> UnreadableFormat:
 
 
 class DeepSpeedSource:
-    """A step folder of DeepSpeed, its tensor-parallel pieces put together as the rules say."""
+    """A step folder of DeepSpeed, its tensor-parallel pieces put together as the rules say.
+
+    Tensors of the client state (what the user gave ``save_checkpoint`` besides) go by their path in it, the first
+    rank's, like the rest of it among the values.
+    """
 
     format = "deepspeed"
 
@@ -91,6 +95,7 @@ class DeepSpeedSource:
         self._values = reader.values()
         self._aliases = {f"model.{alias}": f"model.{name}" for alias, name in parts[0].aliases.items()}
         self._held = _by_name(parts)
+        self._client = _client(reader.rest, self._held)
         names = list(dict.fromkeys(parameter for parameter, _ in self._held.values()))
         if opening.rules is not None:
             rules: Rules | None = load_rules(opening.rules)
@@ -102,9 +107,12 @@ class DeepSpeedSource:
                 self.tensor(name)  # what no rule explains is refused now
 
     def names(self) -> Sequence[str]:
-        return list(self._held)
+        return [*self._held, *self._client]
 
     def tensor(self, name: str) -> LogicalTensor:
+        if name in self._client:
+            client = self._client[name][1]
+            return LogicalTensor(name, client.dtype, client.shape, [client.fragment()] if client.size else [])
         found = self._held.get(name)
         if found is None:
             raise NotFound(f"{self.files.root} has no tensor {name!r}")
@@ -117,6 +125,11 @@ class DeepSpeedSource:
 
     def aliases(self) -> Mapping[str, str]:
         return self._aliases
+
+    def path(self, name: str) -> tuple[object, ...] | None:
+        """See `ckptengine.sources.port.KnowsPaths`; of the client state's tensors."""
+        path = self._client[name][0] if name in self._client else ()
+        return path if path and all(type(part) in (str, int) for part in path) else None
 
     def values(self) -> object:
         return self._values
@@ -289,6 +302,15 @@ def _by_name(parts: Sequence[RankParts]) -> dict[str, tuple[str, tuple[Held, ...
     for name, key in dict.fromkeys(state for part in parts for state in part.states):
         held = tuple(part.states[name, key] for part in parts if (name, key) in part.states)
         found[f"optim.{name}.{key}"] = (name, held)
+    return found
+
+
+def _client(rest: Mapping[Any, Any], taken: Container[str]) -> dict[str, tuple[tuple[object, ...], StoredTensor]]:
+    """The tensors of the client state and their paths, by name."""
+    found = {}
+    for path, tensor in walk_tensors(dict(rest)):
+        name = ".".join(map(str, path))
+        found[f"client.{name}" if name in taken else name] = path, tensor
     return found
 
 

@@ -69,7 +69,10 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """Everything that is written, by name without ``model.``: weights, and which of them are what."""
+    """Everything that is written, by name without ``model.``: weights, and which of them are what.
+
+    ``others`` are tensors of neither the model nor the optimizer, by their whole names; DeepSpeed's client state.
+    """
 
     weights: Mapping[str, str]
     groups: tuple[Group, ...]
@@ -78,6 +81,7 @@ class Training:
     aliases: Mapping[str, str]
     values: Mapping[str, Any]
     optim: Mapping[str, Any]
+    others: tuple[str, ...] = ()
 
     @property
     def trained(self) -> list[Trained]:
@@ -108,6 +112,7 @@ def training_of(job: Job) -> Training:
         for alias, owner in job.aliases.items()
         if alias.startswith(_MODEL) and owner.startswith(_MODEL)
     }
+    taken = {*weights.values(), *(name for parts in states.values() for name in parts.values())}
     optim = values.pop(optimizer.path[0], {}) if optimizer is not None else values.pop("optim", {})
     return Training(
         weights=weights,
@@ -117,6 +122,7 @@ def training_of(job: Job) -> Training:
         aliases=aliases,
         values=values,
         optim=optim if isinstance(optim, dict) else {},
+        others=tuple(name for name in names if name not in taken),
     )
 
 

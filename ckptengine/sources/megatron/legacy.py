@@ -71,7 +71,7 @@ class LegacySource:
         self._aliases: dict[str, str] = {}
         self._pieces: dict[str, _Pieces] = {}
         groups = self._collect()
-        made = plain(dict(first.rest))
+        made = plain(dict(first.rest), lambda tensor: as_plain(tensor, self._inline))
         self._values: dict[Any, Any] = made if isinstance(made, dict) else {}
         if groups:
             self._values["optim"] = {"param_groups": plain(groups)}

@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from ckptengine.errors import UnsupportedValue, UnusableRequest
+from ckptengine.errors import UnsupportedValue
 from ckptengine.layout.box import Box, row_major_strides
 from ckptengine.layout.dtypes import itemsize
 from ckptengine.sources.emit import Tensor, dumps, storage_of
+from ckptengine.sources.nesting import put_tensors
 from ckptengine.sources.optimizers import FLAT_STATE, Optimizer, optimizers_in, split_names
 from ckptengine.sources.stream import stream_boxes, stream_memory_bytes
 from ckptengine.sources.torchfile.source import OWN_RECORD, SUFFIXES
@@ -30,7 +31,6 @@ from ckptengine.sources.zipwriter import ALIGNMENT, ZipWriter, zip_bytes
 FILE = "checkpoint.pt"
 VERSION = 1
 MAX_ARRAY_ITEMS = 1 << 20
-MAX_LIST_ITEMS = 1 << 24
 _WEIGHTS = "model."
 
 
@@ -109,39 +109,8 @@ def _nested(job: Job, tensors: Mapping[str, Tensor]) -> dict[Any, Any]:
     states = split_names(tensors, found)
     for optimizer in found:
         _set(root, optimizer.path, _torch_form(optimizer, root, tensors, states))
-    _put(job, root, {name: tensor for name, tensor in tensors.items() if name not in states})
+    put_tensors(job, root, {name: tensor for name, tensor in tensors.items() if name not in states})
     return root
-
-
-def _put(job: Job, root: dict[Any, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Tensors at their places; where something else is there or on the way, under their whole names.
-
-    `UnusableRequest` where that is taken too: nothing replaces anything here.
-    """
-    for name, tensor in sorted(tensors.items(), key=lambda item: "." in item[0]):  # what has one place only comes first
-        if not _set_free(root, job.place(name), tensor) and not _set_free(root, (name,), tensor):
-            raise UnusableRequest(
-                f"{name!r} is both a tensor and a value, and a nested state has one place for them; convert to dcp"
-            )
-
-
-def _set_free(node: Any, path: Sequence[Any], tensor: Tensor) -> bool:
-    """Put a tensor at a path of keys and list positions, if nothing is there; containers on the way are made."""
-    part, rest = path[0], path[1:]
-    if isinstance(node, list) and type(part) is int and part < MAX_LIST_ITEMS:
-        node += [None] * (part + 1 - len(node))
-        free = node[part] is None  # what a tensor leaves in a list of values
-    elif isinstance(node, dict) and type(part) is str:
-        free = part not in node
-    else:
-        return False
-    if rest:
-        if free:
-            node[part] = [] if type(rest[0]) is int else {}
-        return _set_free(node[part], rest, tensor)
-    if free:
-        node[part] = tensor
-    return free
 
 
 def _torch_form(

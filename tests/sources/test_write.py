@@ -393,9 +393,11 @@ def test_what_is_neither_model_nor_optimizer_is_deepspeeds_client_state(tmp_path
     optimizer = torch.optim.AdamW(model.named_parameters())
     model(torch.ones(2, 3)).sum().backward()
     optimizer.step()
-    others = {"ema.weight": torch.arange(15.0).reshape(5, 3), "seen.0": torch.tensor([7]), "rng": torch.get_rng_state()}
-    state = {"ema": {"weight": others["ema.weight"], "decay": 0.9}, "seen": [others["seen.0"], "x"], "rng": others["rng"]}
-    torch.save({"model": model.state_dict(), "optim": optimizer.state_dict(), **state}, tmp_path / "in.pt")
+    ema, seen, rng = torch.arange(15.0).reshape(5, 3), torch.tensor([7]), torch.get_rng_state()
+    others = {"ema.weight": ema, "seen.0": seen, "rng": rng}
+    state = {"model": model.state_dict(), "optim": optimizer.state_dict()}
+    more = {"ema": {"weight": ema, "decay": 0.9}, "seen": [seen, "x"], "rng": rng}
+    torch.save({**state, **more}, tmp_path / "in.pt")
     if form == "universal":
         convert(tmp_path / "in.pt", tmp_path / "out", to="deepspeed-universal")
     else:

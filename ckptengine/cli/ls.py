@@ -16,6 +16,7 @@ from ckptengine.cli.text import number_text, size_text, table
 from ckptengine.errors import CheckpointError, NotFound
 from ckptengine.operations.levels.policy_record import read_policy
 from ckptengine.operations.levels.tier_listing import list_tier
+from ckptengine.sources.files import open_files
 from ckptengine.store.listing import StepEntry, list_steps
 from ckptengine.store.root import Root
 from ckptengine.tiers.redact import is_url
@@ -39,6 +40,7 @@ def main(argv: Sequence[str]) -> int:
     while True:
         rows, troubles = _listed(options.root, options.tier)
         if is_url(options.root) and not (rows or troubles or options.watch):
+            open_files(options.root).entries()  # raises where the place cannot be reached, which listing passes over
             raise NotFound(f"there are no checkpoints at {shown}; a root is named without its step")
         sys.stdout.write(_json(shown, rows, troubles) if options.json else _text(shown, rows, troubles))
         sys.stdout.flush()

@@ -211,3 +211,13 @@ def _keys(document: Any, free: set[str]) -> set[str]:
     if not isinstance(document, dict):
         return set()
     return set(document).union(*(_keys(value, free) for key, value in document.items() if key not in free))
+
+
+def test_a_place_that_cannot_be_reached_is_not_an_empty_one(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("aiohttp")
+    for url in ("http://127.0.0.1:9/run", "http://me:hunter2@127.0.0.1:9/run"):
+        assert main(["ls", url]) == 2
+        told = capsys.readouterr().err
+        assert "Cannot connect" in told
+        assert "no checkpoints" not in told
+        assert "hunter2" not in told

@@ -220,8 +220,9 @@ def _trained(job: Job, name: str, weights: Mapping[str, str], states: Mapping[st
     master = states.get(MASTER, weights.get(name))
     if master is None:
         remedy = (
-            "torch numbers parameters, and only the job knows their names: restore the checkpoint into its model and "
-            "optimizer (ce.load, or Checkpointer(start_from=)), save, and convert that"
+            "torch numbers parameters: say in a rule file which weights each group has (groups = [...]), or "
+            "restore the checkpoint into its model and optimizer (ce.load, or Checkpointer(start_from=)), save, and "
+            "convert that"
         )
         raise UnusableRequest(
             f"the optimizer's groups name {name!r}, whose weight and master copy are both missing"

@@ -34,7 +34,7 @@ VERSION = 1
 MAX_BYTES = 1 << 20
 MAX_EXTENDS = 8
 _PRESET = re.compile(r"([a-z0-9-]+)(?::(.*))?", re.ASCII)
-_TOP = {"version", "name", "about", "extends", "optional", "let", "rule"}
+_TOP = {"version", "name", "about", "extends", "optional", "groups", "let", "rule"}
 _LAYOUT = {"replicated", "averaged", "shard", "parts", "widths", "expert", "pieces"}
 _VIEW = {"unstack", "unpadded", "regroup", "split", "transpose", "rename", "join", "stack", "tied", "drop"}
 _RULE = {"match", "optional", "about"} | _LAYOUT | _VIEW
@@ -97,6 +97,7 @@ def parse_rules(text: str, name: str, folder: str = "", depth: int = 0) -> Rules
     optional = _typed(document, "optional", bool, name, False)
     rules = [_rule(entry, f"{name}, rule {number}", optional) for number, entry in _entries(document, name)]
     variables = {key: _variable(key, value, name) for key, value in _typed(document, "let", dict, name, {}).items()}
+    groups = tuple(_pattern(one, f"{name}, groups") for one in _typed(document, "groups", list, name, []))
     extends = document.get("extends")
     texts: tuple[str, ...] = (text,)
     if extends is not None:
@@ -107,7 +108,8 @@ def parse_rules(text: str, name: str, folder: str = "", depth: int = 0) -> Rules
         rules += [_lowered(rule) for rule in base.rules]
         variables = {**base.variables, **variables}
         texts += base.texts
-    return Rules(name, tuple(rules), variables, texts)
+        groups = groups or base.groups
+    return Rules(name, tuple(rules), variables, texts, groups)
 
 
 def _with_arguments(rules: Rules, text: str) -> Rules:
@@ -117,7 +119,7 @@ def _with_arguments(rules: Rules, text: str) -> Rules:
         if key not in variables or not re.fullmatch(r"\d{1,18}", value):
             raise RuleError(f"{rules.name}: {item!r} is not <variable>=<number>; variables: {', '.join(variables)}")
         variables[key] = Variable(int(value))
-    return Rules(rules.name, rules.rules, variables, (*rules.texts, text))
+    return replace(rules, variables=variables, texts=(*rules.texts, text))
 
 
 def _lowered(rule: Rule) -> Rule:
@@ -134,10 +136,7 @@ def _entries(document: Mapping[str, Any], name: str) -> list[tuple[int, dict[str
 def _rule(entry: dict[str, Any], where: str, optional: bool) -> Rule:
     _known(entry, _RULE, where)
     pattern = _typed(entry, "match", str, where)
-    try:
-        match = re.compile(pattern)
-    except (re.error, RecursionError) as error:
-        raise RuleError(f"{where}: match = {pattern!r} is not a regular expression: {error}") from None
+    match = _pattern(pattern, f"{where}: match")
     where = f"{where} ({entry['about']})" if isinstance(entry.get("about"), str) else where
     layout, view = _layout(entry, where), _view(entry, where, match)
     expert = _dim(entry, "expert", where) if "expert" in entry else None
@@ -149,6 +148,15 @@ def _rule(entry: dict[str, Any], where: str, optional: bool) -> Rule:
         if not pieces or sum(n == -1 for n in pieces) > 1 or (layout is None and expert is None):
             raise RuleError(f"{where}: pieces is a shape, with one -1 at most, and needs shard, replicated or expert")
     return Rule(match, where, _typed(entry, "optional", bool, where, optional), 0, layout, expert, view, pieces)
+
+
+def _pattern(pattern: object, where: str) -> re.Pattern[str]:
+    if not isinstance(pattern, str):
+        raise RuleError(f"{where} = {pattern!r} is not a regular expression: it is no text")
+    try:
+        return re.compile(pattern)
+    except (re.error, RecursionError) as error:
+        raise RuleError(f"{where} = {pattern!r} is not a regular expression: {error}") from None
 
 
 def _layout(entry: dict[str, Any], where: str) -> Layout | None:

@@ -15,6 +15,7 @@ from ckptengine.sources.port import Checksummed, Source, Verifying
 from ckptengine.sources.rules.algebra import Placed
 from ckptengine.sources.rules.captures import Captures
 from ckptengine.sources.rules.language import Rule, Rules, View
+from ckptengine.sources.rules.named import named
 from ckptengine.sources.rules.names import MODEL, Canonical, Names
 from ckptengine.sources.rules.shaping import Shaping, Shown, stacked
 from ckptengine.sources.wrapping import Wrapping
@@ -36,6 +37,8 @@ def present(source: Source, rules: Rules) -> Source:
     Raises `RuleError` for a rule that matches nothing, two rules that claim one tensor, two tensors that get one name,
     and parts or layers that are missing.
     """
+    if rules.groups:
+        source = named(source, rules.groups, rules.name)
     return _VerifyingView(source, rules) if isinstance(source, Verifying) else _View(source, rules)
 
 

@@ -1,0 +1,130 @@
+"""A numbered optimizer shown under the names of its weights, as the ``groups`` of a rule file say.
+
+torch's ``state_dict`` numbers parameters through all groups, each group's in the order of the model.  Which weights a
+group has is not recorded, so the file says it: a pattern for each group.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from ckptengine.errors import NotFound, RuleError
+from ckptengine.layout.tensor import LogicalTensor
+from ckptengine.sources.optimizers import Optimizer, optimizers_in, split_names
+from ckptengine.sources.port import Checksummed, Source, Verifying
+from ckptengine.sources.rules.names import MODEL
+from ckptengine.sources.wrapping import Wrapping
+
+_NUMBER = re.compile(r"\d+")
+
+
+def named(source: Source, groups: Sequence[re.Pattern[str]], where: str) -> Source:
+    """``source`` with its one numbered optimizer under names.
+
+    Raises `RuleError` where there is none, or several; where there are other numbers of groups or of parameters than
+    the patterns give; and where a state has another shape than the weight whose it would be.
+    """
+    return _VerifyingNamed(source, groups, where) if isinstance(source, Verifying) else _Named(source, groups, where)
+
+
+class _Named(Wrapping):
+    def __init__(self, base: Source, groups: Sequence[re.Pattern[str]], where: str) -> None:
+        super().__init__(base)
+        self._values = base.values()
+        found = [
+            optimizer
+            for optimizer in optimizers_in(self._values)
+            if optimizer.parameters and all(map(_NUMBER.fullmatch, optimizer.parameters))
+        ]
+        if len(found) != 1:
+            raise RuleError(
+                f"{where}: groups name the parameters of one optimizer that numbers them, and {base.files.root} has "
+                f"{len(found)}; leave groups out"
+            )
+        self._optimizer = found[0]
+        self._parameters = _parameters(base, self._optimizer, groups, where)
+        self._shown: dict[str, str] = {}
+        states = split_names(base.names(), found)
+        for name in base.names():
+            owner = states.get(name)
+            parameter = self._parameters.get(owner[1]) if owner is not None else None
+            if owner is None or parameter is None:
+                self._shown[name] = name
+                continue
+            _check_shape(base.tensor(name), base.tensor(f"{MODEL}.{parameter}"), where)
+            self._shown[f"{self._optimizer.prefix}{parameter}.{owner[2]}"] = name
+
+    def names(self) -> Sequence[str]:
+        return list(self._shown)
+
+    def tensor(self, name: str) -> LogicalTensor:
+        base = self._shown.get(name)
+        if base is None:
+            raise NotFound(f"{self._base.files.root} has no tensor {name!r}")
+        return replace(self._base.tensor(base), name=name)
+
+    def aliases(self) -> Mapping[str, str]:
+        back = {base: name for name, base in self._shown.items()}
+        return {back.get(alias, alias): back.get(owner, owner) for alias, owner in self._base.aliases().items()}
+
+    def checksums(self) -> Mapping[str, str]:
+        """See `ckptengine.sources.port.Checksummed`."""
+        return self._base.checksums() if isinstance(self._base, Checksummed) else {}
+
+    def values(self) -> object:
+        return self._with_names(self._values, self._optimizer.path)
+
+    def _with_names(self, values: object, path: Sequence[str]) -> object:
+        assert isinstance(values, dict)
+        if path:
+            return {**values, path[0]: self._with_names(values[path[0]], path[1:])}
+        groups = [
+            {**group, "params": [self._parameters[str(number)] for number in group["params"]]}
+            for group in self._optimizer.groups
+        ]
+        made = {**values, "param_groups": groups}
+        if isinstance(values.get("state"), dict):
+            made["state"] = {self._parameters.get(str(key), key): part for key, part in values["state"].items()}
+        return made
+
+
+class _VerifyingNamed(_Named):
+    def read_verified(self, path: str, offset: int, view: memoryview) -> None:
+        """See `ckptengine.sources.port.Verifying`."""
+        assert isinstance(self._base, Verifying)
+        self._base.read_verified(path, offset, view)
+
+
+def _parameters(base: Source, optimizer: Optimizer, groups: Sequence[re.Pattern[str]], where: str) -> dict[str, str]:
+    """The name of each number.  A weight belongs to the first group whose pattern it matches."""
+    if len(groups) != len(optimizer.groups):
+        raise RuleError(f"{where}: {len(groups)} groups, but the optimizer has {len(optimizer.groups)}")
+    aliases = base.aliases()
+    weights: list[list[str]] = [[] for _ in groups]
+    for name in base.names():
+        parameter = name.removeprefix(f"{MODEL}.")
+        if parameter != name and name not in aliases:
+            first = next((number for number, group in enumerate(groups) if group.fullmatch(parameter)), None)
+            if first is not None:
+                weights[first].append(parameter)
+    made: dict[str, str] = {}
+    for number, (found, group) in enumerate(zip(weights, optimizer.groups, strict=True)):
+        numbers = [str(one) for one in group["params"]]
+        if len(found) != len(numbers):
+            raise RuleError(
+                f"{where}: group {number} has {len(numbers)} parameters, and its pattern {groups[number].pattern!r} "
+                f"matches {len(found)} weights ({', '.join(found[:3])}{', ...' if len(found) > 3 else ''}); leave out "
+                "what the optimizer does not have: buffers, frozen weights, other groups'"
+            )
+        made |= zip(numbers, found, strict=True)
+    return made
+
+
+def _check_shape(state: LogicalTensor, weight: LogicalTensor, where: str) -> None:
+    if state.shape and state.shape != weight.shape:
+        raise RuleError(
+            f"{where}: {state.name} has shape {list(state.shape)} and {weight.name}, whose it would be, "
+            f"{list(weight.shape)}; the groups list other weights than the optimizer was given"
+        )

@@ -125,6 +125,13 @@ class KnowsPaths(Protocol):
 
 
 @runtime_checkable
+class KeepsOrder(Protocol):
+    """The optional ability of a source whose names come in the order in which the model's ``state_dict`` had them."""
+
+    keeps_order: bool
+
+
+@runtime_checkable
 class Checksummed(Protocol):
     """The optional ability of a source that records checksums of whole files."""
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import ckptengine as ce
@@ -94,7 +95,13 @@ def test_rules_rename_the_states_with_their_weights(tmp_path: Path) -> None:
     ("text", "told"),
     [
         ("groups = ['.*']", "1 groups, but the optimizer has 2"),
-        ("groups = ['.*weight', '.*bias']", r"group 0 has 2 parameters, and its pattern '.\*weight' matches 3 weights"),
+        ("groups = ['.*weight', '.*bias']", r"group 0 has 2 parameters in the checkpoint and 3 here \(embed.weight"),
+        ("groups = [['embed.weight', 'x'], '.*']", "group 0 lists 'x', and there is no such weight"),
+        (
+            "groups = [['embed.weight', 'middle.weight'], ['head.bias', 'head.bias', 'middle.bias', 'norm.bias']]",
+            "twice",
+        ),
+        ("groups = [['embed.weight', 1], '.*']", "a pattern, or a list of names"),
         (r"groups = ['(embed|norm)\.weight', 'middle.*|.*bias']", r"state.*|has shape \[4, 4\]"),
         ("groups = ['(', '.*']", "is not a regular expression"),
         ("groups = [1]", "is not a regular expression"),
@@ -111,3 +118,23 @@ def test_groups_without_a_numbered_optimizer_are_refused(tmp_path: Path) -> None
     torch.save({"model": Net().state_dict()}, tmp_path / "in.pt")
     with pytest.raises(RuleError, match="has 0; leave groups out"):
         ce.open(tmp_path / "in.pt", rules=rules(tmp_path, GROUPS))
+
+
+def test_where_the_order_is_lost_names_are_listed(tmp_path: Path) -> None:
+    """safetensors sorts: biases come before weights, and a norm's have one shape."""
+    net, optimizer = trained(tmp_path / "in.pt")
+    folder = tmp_path / "checkpoint-2"
+    folder.mkdir()
+    save_file(
+        {k: v.clone() for k, v in net.state_dict().items()}, folder / "model.safetensors", metadata={"format": "pt"}
+    )
+    (folder / "config.json").write_text("{}")
+    torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+    with pytest.raises(RuleError, match="does not keep the order of the model"):
+        ce.open(folder, rules=rules(tmp_path, GROUPS))
+    listed = [["embed.weight", "middle.weight"], ["norm.weight", "norm.bias", "head.bias", "middle.bias"]]
+    source = ce.open(folder, rules=rules(tmp_path, f"groups = {listed}"))
+    holds_states(source, expected(net, optimizer, "optim"))
+    convert(folder, tmp_path / "sorted.pt", to="torch")
+    with pytest.raises(RuleError, match="does not keep the order of the model"):
+        ce.open(tmp_path / "sorted.pt", rules=rules(tmp_path, GROUPS))

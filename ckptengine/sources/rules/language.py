@@ -131,18 +131,22 @@ class Variable:
     paths: tuple[tuple[str, ...], ...] = ()
 
 
+Group = re.Pattern[str] | tuple[str, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Rules:
     """One rule file with everything that it extends; ``texts`` is all that was read for it.
 
-    ``groups``: which weights each group of an optimizer has that numbers its parameters; none where nothing is said.
+    ``groups``: which weights each group of an optimizer has that numbers its parameters, by a pattern or by their names
+    in order; none where nothing is said.
     """
 
     name: str
     rules: tuple[Rule, ...]
     variables: Mapping[str, Variable] = field(default_factory=dict)
     texts: tuple[str, ...] = field(repr=False, default=())
-    groups: tuple[re.Pattern[str], ...] = ()
+    groups: tuple[Group, ...] = ()
     _layouts: tuple[Rule, ...] = field(init=False, repr=False, default=())
     _views: tuple[Rule, ...] = field(init=False, repr=False, default=())
 

@@ -1,7 +1,8 @@
 """A numbered optimizer shown under the names of its weights, as the ``groups`` of a rule file say.
 
-torch's ``state_dict`` numbers parameters through all groups, each group's in the order of the model.  Which weights a
-group has is not recorded, so the file says it: a pattern for each group.
+torch's ``state_dict`` numbers parameters through all groups.  Which weights a group has is not recorded, so the file
+says it: their names in order, or a pattern for those that follow one another in the order of the model, where that was
+kept (safetensors sorts names).
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ from dataclasses import replace
 from ckptengine.errors import NotFound, RuleError
 from ckptengine.layout.tensor import LogicalTensor
 from ckptengine.sources.optimizers import Optimizer, optimizers_in, split_names
-from ckptengine.sources.port import Checksummed, Source, Verifying
+from ckptengine.sources.port import Checksummed, KeepsOrder, Source, Verifying
+from ckptengine.sources.rules.language import Group
 from ckptengine.sources.rules.names import MODEL
 from ckptengine.sources.wrapping import Wrapping
 
 _NUMBER = re.compile(r"\d+")
 
 
-def named(source: Source, groups: Sequence[re.Pattern[str]], where: str) -> Source:
+def named(source: Source, groups: Sequence[Group], where: str) -> Source:
     """``source`` with its one numbered optimizer under names.
 
     Raises `RuleError` where there is none, or several; where there are other numbers of groups or of parameters than
@@ -30,7 +32,7 @@ def named(source: Source, groups: Sequence[re.Pattern[str]], where: str) -> Sour
 
 
 class _Named(Wrapping):
-    def __init__(self, base: Source, groups: Sequence[re.Pattern[str]], where: str) -> None:
+    def __init__(self, base: Source, groups: Sequence[Group], where: str) -> None:
         super().__init__(base)
         self._values = base.values()
         found = [
@@ -97,28 +99,39 @@ class _VerifyingNamed(_Named):
         self._base.read_verified(path, offset, view)
 
 
-def _parameters(base: Source, optimizer: Optimizer, groups: Sequence[re.Pattern[str]], where: str) -> dict[str, str]:
+def _parameters(base: Source, optimizer: Optimizer, groups: Sequence[Group], where: str) -> dict[str, str]:
     """The name of each number.  A weight belongs to the first group whose pattern it matches."""
     if len(groups) != len(optimizer.groups):
         raise RuleError(f"{where}: {len(groups)} groups, but the optimizer has {len(optimizer.groups)}")
+    patterns = [group for group in groups if isinstance(group, re.Pattern)]
+    if patterns and not (isinstance(base, KeepsOrder) and base.keeps_order):
+        raise RuleError(
+            f"{where}: groups has the pattern {patterns[0].pattern!r}, and {base.files.root} does not keep the order "
+            "of the model; list each group's weights by name, as [name for name, _ in model.named_parameters()] has them"
+        )
     aliases = base.aliases()
-    weights: list[list[str]] = [[] for _ in groups]
-    for name in base.names():
-        parameter = name.removeprefix(f"{MODEL}.")
-        if parameter != name and name not in aliases:
-            first = next((number for number, group in enumerate(groups) if group.fullmatch(parameter)), None)
-            if first is not None:
-                weights[first].append(parameter)
+    weights = [name.removeprefix(f"{MODEL}.") for name in base.names() if name.startswith(f"{MODEL}.")]
+    free = [name for name in weights if f"{MODEL}.{name}" not in aliases]
     made: dict[str, str] = {}
-    for number, (found, group) in enumerate(zip(weights, optimizer.groups, strict=True)):
-        numbers = [str(one) for one in group["params"]]
+    for number, (group, saved) in enumerate(zip(groups, optimizer.groups, strict=True)):
+        if isinstance(group, tuple):
+            found = list(group)
+            absent = next((name for name in found if name not in set(weights)), None)
+            if absent is not None:
+                raise RuleError(f"{where}: group {number} lists {absent!r}, and there is no such weight")
+        else:
+            found = [name for name in free if group.fullmatch(name)]
+        free = [name for name in free if name not in set(found)]
+        numbers = [str(one) for one in saved["params"]]
         if len(found) != len(numbers):
             raise RuleError(
-                f"{where}: group {number} has {len(numbers)} parameters, and its pattern {groups[number].pattern!r} "
-                f"matches {len(found)} weights ({', '.join(found[:3])}{', ...' if len(found) > 3 else ''}); leave out "
-                "what the optimizer does not have: buffers, frozen weights, other groups'"
+                f"{where}: group {number} has {len(numbers)} parameters in the checkpoint and {len(found)} here "
+                f"({', '.join(found[:3])}{', ...' if len(found) > 3 else ''}); leave out what the optimizer does not "
+                "have: buffers, frozen weights, other groups'"
             )
         made |= zip(numbers, found, strict=True)
+    if len(set(made.values())) != len(made):
+        raise RuleError(f"{where}: groups lists a weight twice")
     return made
 
 

@@ -16,6 +16,7 @@ from ckptengine.sources.rules.expression import Expression
 from ckptengine.sources.rules.language import (
     INDEXES,
     Averaged,
+    Group,
     Join,
     Layout,
     Part,
@@ -97,7 +98,7 @@ def parse_rules(text: str, name: str, folder: str = "", depth: int = 0) -> Rules
     optional = _typed(document, "optional", bool, name, False)
     rules = [_rule(entry, f"{name}, rule {number}", optional) for number, entry in _entries(document, name)]
     variables = {key: _variable(key, value, name) for key, value in _typed(document, "let", dict, name, {}).items()}
-    groups = tuple(_pattern(one, f"{name}, groups") for one in _typed(document, "groups", list, name, []))
+    groups = tuple(_group(one, f"{name}, groups") for one in _typed(document, "groups", list, name, []))
     extends = document.get("extends")
     texts: tuple[str, ...] = (text,)
     if extends is not None:
@@ -148,6 +149,14 @@ def _rule(entry: dict[str, Any], where: str, optional: bool) -> Rule:
         if not pieces or sum(n == -1 for n in pieces) > 1 or (layout is None and expert is None):
             raise RuleError(f"{where}: pieces is a shape, with one -1 at most, and needs shard, replicated or expert")
     return Rule(match, where, _typed(entry, "optional", bool, where, optional), 0, layout, expert, view, pieces)
+
+
+def _group(entry: object, where: str) -> Group:
+    if not isinstance(entry, list):
+        return _pattern(entry, where)
+    if not all(isinstance(name, str) for name in entry):
+        raise RuleError(f"{where}: a group is a pattern, or a list of names")
+    return tuple(entry)
 
 
 def _pattern(pattern: object, where: str) -> re.Pattern[str]:

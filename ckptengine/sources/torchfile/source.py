@@ -52,6 +52,7 @@ class TorchSource:
         own = _own(files, paths)
         self.metrics: Mapping[str, float] = {}
         self._roots = [load_torch(files, path) for path in paths]
+        self.keeps_order = own is None  # a conversion has its source's order
         if own is None:
             step = next((found for root in self._roots if (found := lightning_step(root)) is not None), step)
             self._roots = [rearranged(root) for root in self._roots]

@@ -106,8 +106,8 @@ def _parameters(base: Source, optimizer: Optimizer, groups: Sequence[Group], whe
     patterns = [group for group in groups if isinstance(group, re.Pattern)]
     if patterns and not (isinstance(base, KeepsOrder) and base.keeps_order):
         raise RuleError(
-            f"{where}: groups has the pattern {patterns[0].pattern!r}, and {base.files.root} does not keep the order "
-            "of the model; list each group's weights by name, as [name for name, _ in model.named_parameters()] has them"
+            f"{where}: groups has a pattern, {patterns[0].pattern!r}, and {base.files.root} does not keep the order "
+            "of the model; list each group's weights by name, as [name for name, _ in model.named_parameters()] has it"
         )
     aliases = base.aliases()
     weights = [name.removeprefix(f"{MODEL}.") for name in base.names() if name.startswith(f"{MODEL}.")]

@@ -40,6 +40,29 @@ class LazySet:
                 self.by_owner.setdefault(owner, []).append(place)
             if not leaf.owners:
                 self.unowned.append(place)
+        self._members: dict[int, tuple[list[int], list[int]]] = {}
+
+    def touched(self, optimizer: Optimizer) -> list[int]:
+        """Places of the leaves whose storage belongs to a parameter or state of ``optimizer``.
+
+        Its groups are looked at: another one's parameter may have come to it since the walk.
+        """
+        owned = self.by_owner.get(id(optimizer))
+        if owned is None:
+            return self._on(_tensors_of(optimizer))
+        members = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        ids = list(map(id, members))
+        known = self._members.get(id(optimizer))
+        if known is None or known[0] != ids:
+            known = ids, list(dict.fromkeys((*owned, *self._on(members))))
+            self._members[id(optimizer)] = known
+        return known[1]
+
+    def _on(self, tensors: Iterable[torch.Tensor]) -> list[int]:
+        found: list[int] = []
+        for tensor in tensors:
+            found.extend(self.by_storage.get(storage_of(tensor), ()))
+        return found
 
 
 class Capture:
@@ -106,7 +129,7 @@ class Capture:
     def after_update(self, optimizer: Optimizer) -> None:
         """An update has happened: whatever of it was not released is torn."""
         if not self._released:
-            torn = [self._lazy.leaves[place].name for place in self._touched(optimizer) if self._waiting[place]]
+            torn = [self._lazy.leaves[place].name for place in self._lazy.touched(optimizer) if self._waiting[place]]
             if torn:
                 self._tear(
                     TornCapture(
@@ -130,19 +153,9 @@ class Capture:
         if optimizer is None:
             return np.flatnonzero(self._waiting)
         wanted = np.zeros(len(self._waiting), np.bool_)
-        wanted[self._touched(optimizer)] = True
+        wanted[self._lazy.touched(optimizer)] = True
         wanted[self._lazy.unowned] = True
         return np.flatnonzero(wanted & self._waiting)
-
-    def _touched(self, optimizer: Optimizer) -> list[int]:
-        """Places of the leaves whose storage belongs to a parameter or state of ``optimizer``."""
-        owned = self._lazy.by_owner.get(id(optimizer))
-        if owned is not None:
-            return owned
-        found: list[int] = []
-        for tensor in _tensors_of(optimizer):
-            found.extend(self._lazy.by_storage.get(storage_of(tensor), ()))
-        return found
 
     def _release(self, places: Places) -> None:
         """Run the tripwires over captured leaves, once each, and let go of them."""

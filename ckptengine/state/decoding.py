@@ -6,6 +6,7 @@ import base64
 import binascii
 import dataclasses
 import enum
+import importlib
 import json
 import struct
 from collections import Counter, OrderedDict, defaultdict, deque
@@ -33,7 +34,9 @@ class DecodeHook(Protocol):
 
 Decode = Callable[["Decoder", dict[str, Json]], object]
 DECODERS: dict[str, Decode] = {}
-"""How each tag is read; `ckptengine.state.scalars` adds the types of numpy and torch."""
+"""How each tag is read; those of numpy, torch and more of the standard library come with `ckptengine.state.scalars`."""
+_OF_LIVE_STATE = frozenset({"tensor", "module", "optimizer", "object", "per_rank"})
+"""Tags of what is no plain value: the hook's."""
 
 _BAD_DATA = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, MemoryError, struct.error)
 _PARTS_DEPTH = 2 * MAX_DEPTH  # a tagged container uses two levels
@@ -71,7 +74,7 @@ class Decoder:
         if "$" not in node:
             return {checked(key, str): self.decode(part) for key, part in node.items()}
         tag = node["$"]
-        decode = DECODERS.get(tag) if isinstance(tag, str) else None
+        decode = _decoder_of(tag) if isinstance(tag, str) else None
         try:
             if decode is not None:
                 return decode(self, node)
@@ -236,6 +239,13 @@ def _range(decoder: Decoder, node: dict[str, Json]) -> object:
 def _deque(decoder: Decoder, node: dict[str, Json]) -> object:
     maxlen = node["maxlen"]
     return deque(decoder.sequence(node["v"]), None if maxlen is None else checked(maxlen, int))
+
+
+def _decoder_of(tag: str) -> Decode | None:
+    """How ``tag`` is read; loads torch where that takes it, which a conversion of plain values starts without."""
+    if tag not in DECODERS and tag not in _OF_LIVE_STATE:
+        importlib.import_module("ckptengine.state.scalars")
+    return DECODERS.get(tag)
 
 
 DECODERS |= {

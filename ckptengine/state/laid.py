@@ -28,7 +28,10 @@ def laid_of(tensor: torch.Tensor | Sharded) -> Laid:
 
 
 def lies_elsewhere(tensor: torch.Tensor | Sharded, laid: Laid) -> bool:
-    """Whether a tensor lies otherwise than it did, or is read otherwise."""
+    """Whether a tensor lies otherwise than it did, or is read otherwise.
+
+    One whose memory holds the conjugates or negatives of its elements always is: its leaf is a copy, good once.
+    """
     local, address, shape, dtype, strides = laid
     return (
         local.data_ptr() != address
@@ -36,6 +39,8 @@ def lies_elsewhere(tensor: torch.Tensor | Sharded, laid: Laid) -> bool:
         or local.dtype is not dtype
         or (local is not tensor and local_of(tensor) is not local)
         or (strides is not None and local.stride() != strides)
+        or local.is_conj()
+        or local.is_neg()
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ckptengine.state.decoding import Decoder
+from ckptengine.state.decoding import Decoder, malformed
 from ckptengine.state.encoding import Json
 
 _DROPPED = object()
@@ -32,7 +32,9 @@ def readable(data: Json, array: ReadArray) -> Any:
             return decoder.decode(node["state"])
         if tag == "ndarray":
             return array(node["tensor"], node["dtype"], tuple(node["shape"]))
-        return _DROPPED  # a tensor, or what each rank keeps for itself
+        if tag not in ("tensor", "per_rank"):  # what each rank keeps for itself
+            raise malformed(f"unknown tag {tag!r}; written by a newer version?")
+        return _DROPPED
 
     value = _without_dropped(Decoder(leaf=leaf).decode(data))
     return {} if value is _DROPPED else value

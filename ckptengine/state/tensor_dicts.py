@@ -49,6 +49,8 @@ class TensorDict:
             and [tensor.shape for tensor in self._tensors] == self._shapes
             and [tensor.dtype for tensor in self._tensors] == self._dtypes
             and all(tensor.stride() == strides for tensor, strides in self._turning)
+            and not any(map(torch.Tensor.is_conj, self._tensors))
+            and not any(map(torch.Tensor.is_neg, self._tensors))
         )
 
     def _has_keys(self, keys: list[Any]) -> bool:

@@ -161,6 +161,28 @@ def test_the_step_blocks_until_the_latch_opens(tmp_path: Path, latch: Held) -> N
     assert_holds(tmp_path, 1, wanted)
 
 
+def test_a_parameter_that_has_come_to_another_optimizer_is_fenced_by_that_one(tmp_path: Path, latch: Held) -> None:
+    first, second, stays = (nn.Parameter(torch.zeros(5000)) for _ in range(3))
+    one = torch.optim.SGD([first, stays], lr=1.0, fused=True)
+    other = torch.optim.SGD([second], lr=1.0, fused=True)
+    state = {"first": first, "second": second, "stays": stays, "one": one, "other": other}
+    with ce.Checkpointer(state, tmp_path, file_ops=latch) as checkpointer:
+        latch.shut()
+        handle = checkpointer.save(1)
+        assert latch.reached.wait(WITHIN_S)
+        other.add_param_group({"params": [one.param_groups[0]["params"].pop(0)]})
+        first.grad = torch.ones_like(first)
+        stepping = threading.Thread(target=other.step)
+        stepping.start()
+        stepping.join(0.2)
+        assert not first.any()
+        latch.open()
+        stepping.join(WITHIN_S)
+        assert first.all()
+        assert handle.result(WITHIN_S) == 1
+    assert_holds(tmp_path, 1, {"first": torch.zeros(5000)})
+
+
 def test_closures_gradient_accumulation_and_several_optimizers(tmp_path: Path) -> None:
     model, _ = model_and(torch.optim.SGD)
     first = torch.optim.LBFGS(model[0].parameters(), max_iter=3)  # type: ignore[index]

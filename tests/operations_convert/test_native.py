@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +15,11 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import get_state_dict
 
 import ckptengine as ce
+from ckptengine.errors import UnreadableFormat
 from ckptengine.operations.diff import diff
 from ckptengine.operations.opening import open_any
 from ckptengine.operations.read import read_tensor
+from ckptengine.state.readable import readable
 
 
 def save(root: Path) -> dict[str, object]:
@@ -94,6 +97,31 @@ def test_conversion_starts_without_torch(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+OF_LIBRARIES = [np.arange(3), np.float32(1.5), torch.Size([1, 2]), datetime.date(2026, 11, 29)]
+
+
+@pytest.mark.parametrize("value", OF_LIBRARIES, ids=lambda value: type(value).__name__)
+def test_values_are_read_where_nothing_has_loaded_their_types(tmp_path: Path, value: object) -> None:
+    ce.save({"t": torch.zeros(2), "v": value}, tmp_path / "root", 1)
+    script = (
+        "import sys; from ckptengine.operations.opening import open_any; "
+        "(found,) = open_any(sys.argv[1]).values().values(); print(type(found), found)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "root")],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == f"{type(value)} {value}\n", done.stderr
+
+
+def test_a_tag_of_a_newer_version_is_refused_and_not_left_out() -> None:
+    with pytest.raises(UnreadableFormat, match="newer version"):
+        readable({"v": {"$": "later", "v": 1}}, lambda *_: None)
 
 
 def state_dicts() -> dict[str, object]:

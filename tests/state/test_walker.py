@@ -191,6 +191,40 @@ def test_random_streams_are_captured_anew():
     assert walker.flatten().rank_values["random"] != first
 
 
+def lazy(value: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Tensors whose memory holds the conjugates or negatives of what they are."""
+    return {"conj": value.conj(), "neg": value.conj().imag}
+
+
+def first_of(flat: FlatState) -> torch.Tensor:
+    return flat.tensors[0].tensor
+
+
+@pytest.mark.parametrize("others", [0, 9])
+@pytest.mark.parametrize("kind", ["conj", "neg"])
+def test_elements_that_a_view_turns_are_read_anew(kind, others):
+    memory = torch.complex(torch.arange(4.0), torch.ones(4))
+    state = {kind: lazy(memory)[kind], **{str(i): torch.zeros(2) for i in range(others)}}
+    walker = Walker(state, random=False)
+    walker.flatten()
+    memory.mul_(2)
+    assert first_of(walker.flatten()).equal(state[kind].resolve_conj().resolve_neg())
+
+
+@pytest.mark.parametrize("others", [0, 9])
+@pytest.mark.parametrize("kind", ["conj", "neg"])
+def test_a_parameter_that_becomes_such_a_view_of_its_memory_is_described_anew(kind, others):
+    memory = torch.complex(torch.arange(4.0), torch.ones(4))
+    parameter = nn.Parameter(memory.clone() if kind == "conj" else memory.imag)
+    state = {"p": parameter, **{str(i): torch.zeros(2) for i in range(others)}}
+    walker = Walker(state, random=False)
+    walker.flatten()
+    address = parameter.data_ptr()
+    parameter.data = parameter.data.conj() if kind == "conj" else memory.conj().imag
+    assert parameter.data_ptr() == address
+    assert first_of(walker.flatten()).equal(parameter.data.resolve_conj().resolve_neg())
+
+
 def test_a_second_flatten_is_much_faster():
     layers = nn.ModuleList([nn.Linear(1, 1) for _ in range(2500)])
     optimizer = torch.optim.Adam(layers.parameters(), foreach=True)

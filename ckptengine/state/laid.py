@@ -39,7 +39,7 @@ def lies_elsewhere(tensor: torch.Tensor | Sharded, laid: Laid) -> bool:
         or local.dtype is not dtype
         or (local is not tensor and local_of(tensor) is not local)
         or (strides is not None and local.stride() != strides)
-        or local.is_conj()
+        or (dtype.is_complex and local.is_conj())
         or local.is_neg()
     )
 

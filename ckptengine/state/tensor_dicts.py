@@ -23,7 +23,7 @@ def is_tensor_dict(value: dict[Any, Any]) -> bool:
 class TensorDict:
     """A dict of plain tensors as a walk found it, and the encoding of its entries."""
 
-    __slots__ = ("_addresses", "_dtypes", "_keys", "_shapes", "_tensors", "_turning", "items")
+    __slots__ = ("_addresses", "_complex", "_dtypes", "_keys", "_shapes", "_tensors", "_turning", "items")
 
     def __init__(self, value: dict[Any, Any], items: Json) -> None:
         self.items = items
@@ -33,6 +33,7 @@ class TensorDict:
         shared: dict[torch.Size, torch.Size] = {}
         self._shapes = [shared.setdefault(tensor.shape, tensor.shape) for tensor in self._tensors]
         self._dtypes = [tensor.dtype for tensor in self._tensors]
+        self._complex = [tensor for tensor in self._tensors if tensor.dtype.is_complex]
         turning = {shape for shape in shared if can_turn(shape)}
         self._turning = [(tensor, tensor.stride()) for tensor in self._tensors if tensor.shape in turning]
 
@@ -49,7 +50,7 @@ class TensorDict:
             and [tensor.shape for tensor in self._tensors] == self._shapes
             and [tensor.dtype for tensor in self._tensors] == self._dtypes
             and all(tensor.stride() == strides for tensor, strides in self._turning)
-            and not any(map(torch.Tensor.is_conj, self._tensors))
+            and not any(map(torch.Tensor.is_conj, self._complex))
             and not any(map(torch.Tensor.is_neg, self._tensors))
         )
 

@@ -15,7 +15,7 @@ from ckptengine.errors import CheckpointError, NotFound
 from ckptengine.layout.tensor import LogicalTensor
 from ckptengine.sources.optimizers import optimizers_in
 from ckptengine.sources.port import HoldsEncodedValues, Source, Verifying
-from ckptengine.sources.wrapping import Wrapping
+from ckptengine.sources.wrapping import Wrapping, WrappingVerifying
 from ckptengine.state import names as canonical
 
 STATE = ".state."
@@ -97,8 +97,5 @@ class _Spelled(Wrapping):
             return None
 
 
-class _VerifyingSpelled(_Spelled):
-    def read_verified(self, path: str, offset: int, view: memoryview) -> None:
-        """See `ckptengine.sources.port.Verifying`."""
-        assert isinstance(self._base, Verifying)
-        self._base.read_verified(path, offset, view)
+class _VerifyingSpelled(_Spelled, WrappingVerifying):
+    """Of a source whose files carry checksums."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ckptengine.sources.port import Files, Source
+from ckptengine.sources.port import Checksummed, Files, Source, Verifying
 
 
 class Wrapping:
@@ -28,3 +28,16 @@ class Wrapping:
     @property
     def files(self) -> Files:
         return self._base.files
+
+    def checksums(self) -> Mapping[str, str]:
+        """See `ckptengine.sources.port.Checksummed`."""
+        return self._base.checksums() if isinstance(self._base, Checksummed) else {}
+
+
+class WrappingVerifying(Wrapping):
+    """What it is where the base is `Verifying`."""
+
+    def read_verified(self, path: str, offset: int, view: memoryview) -> None:
+        """See `ckptengine.sources.port.Verifying`."""
+        assert isinstance(self._base, Verifying)
+        self._base.read_verified(path, offset, view)

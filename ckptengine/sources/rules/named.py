@@ -14,10 +14,10 @@ from dataclasses import replace
 from ckptengine.errors import NotFound, RuleError
 from ckptengine.layout.tensor import LogicalTensor
 from ckptengine.sources.optimizers import Optimizer, optimizers_in, split_names
-from ckptengine.sources.port import Checksummed, KeepsOrder, Source, Verifying
+from ckptengine.sources.port import KeepsOrder, Source, Verifying
 from ckptengine.sources.rules.language import Group
 from ckptengine.sources.rules.names import MODEL
-from ckptengine.sources.wrapping import Wrapping
+from ckptengine.sources.wrapping import Wrapping, WrappingVerifying
 
 _NUMBER = re.compile(r"\d+")
 
@@ -71,10 +71,6 @@ class _Named(Wrapping):
         back = {base: name for name, base in self._shown.items()}
         return {back.get(alias, alias): back.get(owner, owner) for alias, owner in self._base.aliases().items()}
 
-    def checksums(self) -> Mapping[str, str]:
-        """See `ckptengine.sources.port.Checksummed`."""
-        return self._base.checksums() if isinstance(self._base, Checksummed) else {}
-
     def values(self) -> object:
         return self._with_names(self._values, self._optimizer.path)
 
@@ -92,11 +88,8 @@ class _Named(Wrapping):
         return made
 
 
-class _VerifyingNamed(_Named):
-    def read_verified(self, path: str, offset: int, view: memoryview) -> None:
-        """See `ckptengine.sources.port.Verifying`."""
-        assert isinstance(self._base, Verifying)
-        self._base.read_verified(path, offset, view)
+class _VerifyingNamed(_Named, WrappingVerifying):
+    """Of a source whose files carry checksums."""
 
 
 def _parameters(base: Source, optimizer: Optimizer, groups: Sequence[Group], where: str) -> dict[str, str]:

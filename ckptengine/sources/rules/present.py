@@ -11,14 +11,14 @@ from dataclasses import dataclass, field, replace
 from ckptengine.errors import NotFound, RuleError
 from ckptengine.layout.dtypes import itemsize
 from ckptengine.layout.tensor import LogicalTensor
-from ckptengine.sources.port import Checksummed, Source, Verifying
+from ckptengine.sources.port import Source, Verifying
 from ckptengine.sources.rules.algebra import Placed
 from ckptengine.sources.rules.captures import Captures
 from ckptengine.sources.rules.language import Rule, Rules, View
 from ckptengine.sources.rules.named import named
 from ckptengine.sources.rules.names import MODEL, Canonical, Names
 from ckptengine.sources.rules.shaping import Shaping, Shown, stacked
-from ckptengine.sources.wrapping import Wrapping
+from ckptengine.sources.wrapping import Wrapping, WrappingVerifying
 
 _Place = tuple[tuple[int, ...], int]
 
@@ -100,10 +100,6 @@ class _View(Wrapping):
             shown for recipe in pair if recipe is not None and not recipe.gathered for shown in recipe.pieces.values()
         ]
         return len(single) == 2 and single[0].moves == single[1].moves
-
-    def checksums(self) -> Mapping[str, str]:
-        """See `ckptengine.sources.port.Checksummed`."""
-        return self._base.checksums() if isinstance(self._base, Checksummed) else {}
 
     def values(self) -> object:
         return _with_groups(self._values, self._renamed)
@@ -291,11 +287,8 @@ class _View(Wrapping):
         return bytes(data)
 
 
-class _VerifyingView(_View):
-    def read_verified(self, path: str, offset: int, view: memoryview) -> None:
-        """See `ckptengine.sources.port.Verifying`."""
-        assert isinstance(self._base, Verifying)
-        self._base.read_verified(path, offset, view)
+class _VerifyingView(_View, WrappingVerifying):
+    """Of a source whose files carry checksums."""
 
 
 def _nth(number: int, extents: Sequence[int]) -> tuple[int, ...]:

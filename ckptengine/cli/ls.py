@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -40,7 +41,8 @@ def main(argv: Sequence[str]) -> int:
     while True:
         rows, troubles = _listed(options.root, options.tier)
         if is_url(options.root) and not (rows or troubles or options.watch):
-            open_files(options.root).entries()  # raises where the place cannot be reached, which listing passes over
+            with contextlib.closing(open_files(options.root)) as files:
+                files.entries()  # raises where the place cannot be reached, which listing passes over
             raise NotFound(f"there are no checkpoints at {shown}; a root is named without its step")
         sys.stdout.write(_json(shown, rows, troubles) if options.json else _text(shown, rows, troubles))
         sys.stdout.flush()

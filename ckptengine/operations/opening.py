@@ -30,7 +30,9 @@ def open_any(
 def tell_of_foreign(root: str | os.PathLike[str]) -> None:
     """Say in the log where a root without a checkpoint of ours holds another's: its job would begin anew unawares."""
     try:
-        told = f"is of format {open_any(root).format}"
+        source = open_any(root)
+        told = f"is of format {source.format}"
+        source.files.close()
     except (NotFound, UnreadableFormat):
         return
     except CheckpointError as error:

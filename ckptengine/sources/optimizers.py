@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,14 +107,15 @@ def with_groups(values: object) -> object:
     flat = [optimizer for optimizer in optimizers_in(values) if optimizer.flat]
     made: Any = values
     for optimizer in flat:
-        made = _with(made, optimizer.path, list(optimizer.groups))
+        made = changed(made, optimizer.path, {"param_groups": list(optimizer.groups)})
     return made
 
 
-def _with(values: dict[str, Any], path: tuple[str, ...], groups: list[Any]) -> dict[str, Any]:
+def changed(values: Mapping[str, Any], path: Sequence[str], entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Values with other ``entries`` in the dict at ``path``; the given ones stay as they are."""
     if not path:
-        return {**values, "param_groups": groups}
-    return {**values, path[0]: _with(values[path[0]], path[1:], groups)}
+        return {**values, **entries}
+    return {**values, path[0]: changed(values[path[0]], path[1:], entries)}
 
 
 def numbered_groups(tensors: Iterable[str], values: object) -> dict[str, list[list[str]]]:

@@ -24,14 +24,14 @@ def as_plain(tensor: StoredTensor, files: Files) -> object:
 
     Elements of types that numpy lacks are unsigned numbers of the same bytes.
     """
-    held = _held(tensor.dtype)
+    held = _element_type(tensor.dtype)
     if held is None or tensor.nbytes > MAX_BYTES:
         return DROPPED
     elements = np.frombuffer(tensor.read(files), held).reshape(tensor.shape)
     return {"__class__": CLASS, "dtype": f"torch.{tensor.dtype}", "data": elements}
 
 
-def _held(dtype: str) -> np.dtype | None:
+def _element_type(dtype: str) -> np.dtype | None:
     """The numpy type of a tensor's elements as values; None for an unknown dtype."""
     return NUMPY_DTYPES.get(dtype) or (np.dtype(f"<u{ITEMSIZE[dtype]}") if dtype in ITEMSIZE else None)
 
@@ -41,7 +41,7 @@ def is_plain_tensor(value: object) -> bool:
     return (
         isinstance(value, dict)
         and value.get("__class__") == CLASS
-        and _held(str(value.get("dtype")).removeprefix("torch.")) is not None
+        and _element_type(str(value.get("dtype")).removeprefix("torch.")) is not None
         and isinstance(value.get("data"), HELD)
     )
 
@@ -53,7 +53,7 @@ def as_stored(value: object, first: int = 0) -> tuple[Any, list[bytes]]:
     def convert(item: Any) -> Any:
         if is_plain_tensor(item):
             dtype = item["dtype"].removeprefix("torch.")
-            return _tensor(dtype, np.asarray(item["data"], _held(dtype)), first, data)
+            return _tensor(dtype, np.asarray(item["data"], _element_type(dtype)), first, data)
         if isinstance(item, dict):
             return {key: convert(part) for key, part in item.items()}
         if isinstance(item, list | tuple):

@@ -34,11 +34,10 @@ def restored(
     """What each rank then holds of its own, or the error of its restore; it began with -1."""
 
     def job(rank: int) -> Any:
-        state = {"w": torch.zeros(4), "own": ce.PerRank({"seen": -1, "t": torch.full((2,), -1.0)})}
+        state: dict[str, Any] = {"w": torch.zeros(4), "own": ce.PerRank({"seen": -1, "t": torch.full((2,), -1.0)})}
         with ce.Checkpointer(state, root, random=streams, on_world_change=policy) as checkpointer:
             found = outcome(checkpointer.restore)
-        own: Any = state["own"]
-        whole = bool(state["w"][3] == 3)  # type: ignore[index]
+        own, whole = state["own"], bool(state["w"][3] == 3)
         return found if found != 1 else (whole, own.value["seen"], own.value["t"].tolist())
 
     with monkeypatch.context() as patch, ranks_in_process(world, patch) as ranks:
@@ -76,7 +75,6 @@ def test_derived_streams_are_another_s_on_each_rank_and_the_same_every_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     random.seed(5)
-    ce.Checkpointer({"w": torch.zeros(4)}, tmp_path).close()
     save(2, tmp_path, monkeypatch, streams=True)
     drawn = []
     for policy in ("derive", "derive", "exact"):

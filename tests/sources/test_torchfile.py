@@ -173,11 +173,11 @@ class OwnState:
     def __setstate__(self, state: object) -> None: ...
 
 
-class Items(list):  # type: ignore[type-arg]
+class Items(list[object]):
     pass
 
 
-class Pairs(dict):  # type: ignore[type-arg]
+class Pairs(dict[str, object]):
     pass
 
 
@@ -209,7 +209,7 @@ def test_tensors_in_objects_of_unknown_classes_are_not_lost(tmp_path: Path) -> N
 
 def test_an_object_may_be_all_of_a_file_and_refer_to_itself(tmp_path: Path) -> None:
     root = Attributes(model={"w": torch.arange(3.0)}, step=5)
-    root.parent, root.again = root, [root, Attributes(of=root)]  # type: ignore[attr-defined]
+    root.__dict__.update(parent=root, again=[root, Attributes(of=root)])
     torch.save(root, tmp_path / "x.pt")
     holds(open_source(tmp_path / "x.pt"), {"model.w": torch.arange(3.0)})
 

@@ -7,19 +7,19 @@ kept (safetensors sorts names).
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from ckptengine.errors import NotFound, RuleError
 from ckptengine.layout.tensor import LogicalTensor
-from ckptengine.sources.optimizers import Optimizer, optimizers_in, split_names
+from ckptengine.sources.optimizers import Optimizer, changed, optimizers_in, split_names
 from ckptengine.sources.port import KeepsOrder, Source, Verifying
 from ckptengine.sources.rules.language import Group
 from ckptengine.sources.rules.names import MODEL
 from ckptengine.sources.wrapping import Wrapping, WrappingVerifying
-
-_NUMBER = re.compile(r"\d+")
 
 
 def named(source: Source, groups: Sequence[Group], where: str) -> Source:
@@ -38,7 +38,7 @@ class _Named(Wrapping):
         found = [
             optimizer
             for optimizer in optimizers_in(self._values)
-            if optimizer.parameters and all(map(_NUMBER.fullmatch, optimizer.parameters))
+            if optimizer.parameters and all(map(str.isdecimal, optimizer.parameters))
         ]
         if len(found) != 1:
             raise RuleError(
@@ -72,20 +72,16 @@ class _Named(Wrapping):
         return {back.get(alias, alias): back.get(owner, owner) for alias, owner in self._base.aliases().items()}
 
     def values(self) -> object:
-        return self._with_names(self._values, self._optimizer.path)
-
-    def _with_names(self, values: object, path: Sequence[str]) -> object:
-        assert isinstance(values, dict)
-        if path:
-            return {**values, path[0]: self._with_names(values[path[0]], path[1:])}
+        values: Any = self._values
+        state = functools.reduce(lambda inner, key: inner[key], self._optimizer.path, values).get("state")
         groups = [
             {**group, "params": [self._parameters[str(number)] for number in group["params"]]}
             for group in self._optimizer.groups
         ]
-        made = {**values, "param_groups": groups}
-        if isinstance(values.get("state"), dict):
-            made["state"] = {self._parameters.get(str(key), key): part for key, part in values["state"].items()}
-        return made
+        entries: dict[str, object] = {"param_groups": groups}
+        if isinstance(state, dict):
+            entries["state"] = {self._parameters.get(str(key), key): part for key, part in state.items()}
+        return changed(values, self._optimizer.path, entries)
 
 
 class _VerifyingNamed(_Named, WrappingVerifying):
@@ -104,17 +100,19 @@ def _parameters(base: Source, optimizer: Optimizer, groups: Sequence[Group], whe
         )
     aliases = base.aliases()
     weights = [name.removeprefix(f"{MODEL}.") for name in base.names() if name.startswith(f"{MODEL}.")]
+    there = set(weights)
     free = [name for name in weights if f"{MODEL}.{name}" not in aliases]
     made: dict[str, str] = {}
     for number, (group, saved) in enumerate(zip(groups, optimizer.groups, strict=True)):
         if isinstance(group, tuple):
             found = list(group)
-            absent = next((name for name in found if name not in set(weights)), None)
+            absent = next((name for name in found if name not in there), None)
             if absent is not None:
                 raise RuleError(f"{where}: group {number} lists {absent!r}, and there is no such weight")
         else:
             found = [name for name in free if group.fullmatch(name)]
-        free = [name for name in free if name not in set(found)]
+        taken = set(found)
+        free = [name for name in free if name not in taken]
         numbers = [str(one) for one in saved["params"]]
         if len(found) != len(numbers):
             raise RuleError(

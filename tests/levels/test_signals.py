@@ -22,29 +22,31 @@ CAP = 600_000
 """Bytes per second at which a step of the job takes about half a second."""
 
 
-def start(*arguments: object, ranks: int = 1) -> subprocess.Popen[str]:
+def start(script: Path, *arguments: object, ranks: int = 1) -> subprocess.Popen[bytes]:
+    """Its output is read without a buffer: `until` takes no more than the lines it returns, the rest is `finish`'s."""
     command = [sys.executable]
     if ranks > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
-        [*command, str(JOB), *map(str, arguments)],
+        [*command, str(script), *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
+        bufsize=0,
         env=environment,
     )
 
 
-def until(job: subprocess.Popen[str], wanted: Callable[[str], bool]) -> list[str]:
+def until(job: subprocess.Popen[bytes], wanted: Callable[[str], bool]) -> list[str]:
     """The lines that the job has said up to the first that is wanted."""
     assert job.stdout is not None
     said = []
     for line in job.stdout:
-        said.append(line.strip())
+        said.append(line.decode().strip())
         if wanted(said[-1]):
             return said
-    pytest.fail(f"the job ended without it: {said[-5:]} {job.stderr.read()[-3000:] if job.stderr else ''}")
+    errors = job.stderr.read().decode() if job.stderr else ""
+    pytest.fail(f"the job ended without it: {said[-5:]} {errors[-3000:]}")
 
 
 def last_steps(errors: str) -> list[int]:
@@ -52,14 +54,14 @@ def last_steps(errors: str) -> list[int]:
     return [int(step) for step in re.findall(r"SIGTERM: step (\d+) is durable", errors)]
 
 
-def finish(job: subprocess.Popen[str], within_s: float) -> tuple[list[str], str]:
+def finish(job: subprocess.Popen[bytes], within_s: float) -> tuple[list[str], str]:
     try:
         out, err = job.communicate(timeout=within_s)
     except subprocess.TimeoutExpired:
         job.kill()
         out, err = job.communicate()
-        pytest.fail(f"the job did not end in {within_s} s: {err[-3000:]}")
-    return [line.strip() for line in out.splitlines()], err
+        pytest.fail(f"the job did not end in {within_s} s: {err.decode()[-3000:]}")
+    return [line.strip() for line in out.decode().splitlines()], err.decode()
 
 
 def stage_is(root: Path, memory: Path, disk: Path, stage: str) -> bool:
@@ -75,7 +77,7 @@ def stage_is(root: Path, memory: Path, disk: Path, stage: str) -> bool:
 def test_sigterm_in_each_stage(tmp_path: Path, memory: str, stage: str) -> None:
     root, disk = tmp_path / "root", tmp_path / "disk"
     arguments = [root, 100_000, "--tier", f"{memory},2", "--tier", f"{disk},2,{CAP}", "--every", 2, "--pause", 0.05]
-    job = start(*arguments, "--sigterm", 30)
+    job = start(JOB, *arguments, "--sigterm", 30)
     said = until(job, lambda line: line.startswith("trained"))
     deadline_s = time.monotonic() + 20
     while stage != "training" and not stage_is(root, folder_of(memory), disk, stage):
@@ -98,7 +100,7 @@ def test_sigterm_in_each_stage(tmp_path: Path, memory: str, stage: str) -> None:
 def test_a_deadline_that_is_too_short_leaves_the_rest_to_the_next_job(tmp_path: Path, memory: str) -> None:
     root = tmp_path / "root"
     tiers = ["--tier", memory, "--tier", f"{tmp_path / 'disk'},,20000"]
-    job = start(root, 100_000, *tiers, "--every", 1000, "--pause", 0.05, "--sigterm", 2.5)
+    job = start(JOB, root, 100_000, *tiers, "--every", 1000, "--pause", 0.05, "--sigterm", 2.5)
     said = until(job, lambda line: line.startswith("trained"))
     job.send_signal(signal.SIGTERM)
     more, errors = finish(job, 20)
@@ -118,7 +120,7 @@ def test_a_deadline_that_is_too_short_leaves_the_rest_to_the_next_job(tmp_path: 
 def test_sigterm_under_torchrun(tmp_path: Path, memory: str) -> None:
     """Signalled through the launcher, which passes it on to both ranks: they end at one step, which is durable."""
     root = tmp_path / "root"
-    job = start(root, 100_000, "--tier", memory, "--every", 5, "--pause", 0.05, "--sigterm", 20, ranks=2)
+    job = start(JOB, root, 100_000, "--tier", memory, "--every", 5, "--pause", 0.05, "--sigterm", 20, ranks=2)
     until(job, lambda line: line.startswith("durable"))
     job.send_signal(signal.SIGTERM)
     said, errors = finish(job, 60)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import subprocess
-import sys
 import uuid
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from ckptengine.operations.stopping.last_save import Pace, weights_root, without
 from ckptengine.operations.stopping.stopping import Stopping
 
 from .jobs import folder_of
-from .test_signals import finish, until
+from .test_signals import finish, start, until
 from .weights_job import make, moments_of, set_all, weights_of
 
 JOB = Path(__file__).with_name("weights_job.py")
@@ -41,14 +39,7 @@ def holds(state: dict[str, Any], step: int, *, moments: bool) -> bool:
 
 def test_weights_come_before_moments(tmp_path: Path, memory: str) -> None:
     root, disk = tmp_path / "root", tmp_path / "disk"
-    arguments = [root, memory, disk, 90_000, 4]  # the whole state takes about 5 s to the disk
-    job = subprocess.Popen(
-        [sys.executable, str(JOB), *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    job = start(JOB, root, memory, disk, 90_000, 4)  # the whole state takes about 5 s to the disk
     said = until(job, lambda line: line == "durable 1")
     job.send_signal(signal.SIGTERM)
     more, errors = finish(job, WITHIN_S)
@@ -80,14 +71,7 @@ def test_weights_come_before_moments(tmp_path: Path, memory: str) -> None:
 
 def test_all_ranks_bring_their_weights_first(tmp_path: Path, memory: str) -> None:
     root = tmp_path / "root"
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    job = subprocess.Popen(
-        [sys.executable, *launcher, str(JOB), *map(str, [root, memory, tmp_path / "disk", 45_000, 5])],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    job = start(JOB, root, memory, tmp_path / "disk", 45_000, 5, ranks=2)
     until(job, lambda line: line == "durable 1")
     job.send_signal(signal.SIGTERM)
     _, errors = finish(job, 2 * WITHIN_S)

@@ -224,20 +224,9 @@ def _manifest(job: Job, plan: _Plan, results: Mapping[str, Document]) -> Manifes
         layouts=[layout_json.to_json(replicated([rank])) for rank in range(len(plan.groups))],
         tensors=tensors,
         aliases=dict(job.aliases),
-        values=encoded if encoded is not None else {"$": FOREIGN, "v": encode(_plain(job.values), "values")},
+        values=encoded if encoded is not None else {"$": FOREIGN, "v": encode(job.values, "values")},
         files=[FileRecord(*results[f"rank-{rank:05d}"]["file"]) for rank in range(len(plan.groups))],
     )
-
-
-def _plain(value: object) -> object:
-    """Foreign values with every array as nested lists: what a manifest holds is small."""
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    if isinstance(value, dict):
-        return {key: _plain(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_plain(part) for part in value]
-    return value
 
 
 def _put(target: Target, path: str, data: bytes) -> None:

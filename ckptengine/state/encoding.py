@@ -14,6 +14,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import enum
+import importlib
 import json
 import math
 import struct
@@ -118,6 +119,10 @@ class Encoder:
         if dataclasses.is_dataclass(kind):
             fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(kind) if hasattr(value, f.name)}
             return self._encode_fields("dataclass", kind, value, fields, name)
+        importlib.import_module("ckptengine.state.scalars")  # loads torch, which values of a conversion do without
+        encode = ENCODERS.get(kind)
+        if encode is not None:
+            return encode(self, value, name)
         raise UnsupportedValue(
             f"{where(name)} is a {kind.__module__}.{kind.__qualname__}, which has no typed encoding (nothing is "
             f"pickled); convert it to plain values, give it state_dict and load_state_dict, or register a codec: "

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import tarfile
 import warnings
 from pathlib import Path
@@ -17,6 +19,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 import ckptengine as ce
 from ckptengine.errors import Damaged, NotFound, StateMismatch, UnreadableFormat
+from ckptengine.operations.diff import diff
+from ckptengine.operations.opening import open_any
 from ckptengine.sources.detect import open_source
 
 from .test_deepspeed import ARCHIVE
@@ -52,7 +56,9 @@ def save_trainer(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Op
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
     torch.save(optimizer.state_dict(), folder / "optimizer.pt")
     torch.save({"last_epoch": 2}, folder / "scheduler.pt")
-    torch.save({"cpu": torch.get_rng_state(), "python": (3, None)}, folder / "rng_state.pth")
+    numpy_state = ("MT19937", np.arange(624, dtype=np.uint32), 5)
+    rng = {"cpu": torch.get_rng_state(), "python": (3, None), "numpy": numpy_state}
+    torch.save(rng, folder / "rng_state.pth")
     (folder / "trainer_state.json").write_text(json.dumps({"global_step": 500, "epoch": 0.5}))
 
 
@@ -65,7 +71,36 @@ def test_a_trainers_folder(tmp_path: Path) -> None:
     values: Any = source.values()
     assert values["scheduler"] == {"last_epoch": 2}
     assert [group["weight_decay"] for group in values["optim"]["param_groups"]] == [0.1, 0.01]
-    assert np.array_equal(values["rng_state"]["cpu"], torch.get_rng_state().numpy())
+    assert np.array_equal(values["rng_state"]["cpu"]["data"], torch.get_rng_state().numpy())
+
+
+@pytest.mark.parametrize("to", ["native", "zarr", "dcp", "safetensors", "torch"])
+def test_states_of_random_streams_stay_what_they_are(tmp_path: Path, to: str) -> None:
+    """Arrays in tuples and small tensors among the values, in a process that has loaded no types of live state."""
+    save_trainer(tmp_path / "in", *trained())
+    command = [sys.executable, "-m", "ckptengine", "convert", str(tmp_path / "in"), str(tmp_path / "out"), "--to", to]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    if to == "torch":  # what torch.load(weights_only=True) accepts: tensors, and arrays as lists
+        rng = torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)["rng_state"]
+        assert torch.equal(rng["cpu"], torch.get_rng_state())
+        assert rng["numpy"] == ("MT19937", list(range(624)), 5)
+    before, after = open_any(tmp_path / "in"), open_any(tmp_path / "out")
+    differing = [value.path for value in diff(before, after).values]
+    assert differing == (["rng_state.numpy.1"] if to == "torch" else [])
+    values: Any = after.values()
+    assert values["rng_state"]["cpu"]["data"].dtype == np.uint8
+
+
+def test_a_large_tensor_in_a_tools_own_file_is_a_tensor(tmp_path: Path) -> None:
+    save_trainer(tmp_path / "in", *trained())
+    order = torch.arange(300_000)
+    torch.save({"order": order, "epoch": 3}, tmp_path / "in" / "sampler.bin")
+    with ce.open(tmp_path / "in") as checkpoint:
+        assert torch.equal(checkpoint.read("sampler.order"), order)
+        values: Any = checkpoint.values()
+        assert values["sampler"] == {"epoch": 3}
+        assert "rng_state" in values
 
 
 @pytest.mark.parametrize("to", [None, "native", "zarr", "dcp", "torch"])

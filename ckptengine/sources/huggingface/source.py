@@ -2,7 +2,7 @@
 
 Weights are ``model.<name>`` (of further models ``model_1.<name>`` and so on), optimizers ``optim``, ``optim_1`` and so
 on.  Each other file's content goes under its name without suffix (``scheduler``, ``random_states_0``,
-``trainer_state``): what the user registered as tensors and values, the tools' own as values, small tensors as arrays.
+``trainer_state``): what the user registered as tensors and values, the tools' own as values, small tensors among them.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from ckptengine.errors import UnreadableFormat
 from ckptengine.sources.dcp.source import FORMAT as DCP
 from ckptengine.sources.deepspeed.source import FORMAT as DEEPSPEED
@@ -22,6 +20,7 @@ from ckptengine.sources.joined import JoinedSource, Part
 from ckptengine.sources.plain import DROPPED, plain
 from ckptengine.sources.port import Files, Format, Opening, Source
 from ckptengine.sources.safetensors.source import SafetensorsSource, json_of, members
+from ckptengine.sources.smalltensors import as_plain
 from ckptengine.sources.stored import StoredTensor
 from ckptengine.sources.torchfile.source import TorchSource
 from ckptengine.sources.torchfile.source import members as torch_members
@@ -44,7 +43,6 @@ _JSON = ("trainer_state.json", "config.json", "generation_config.json", "adapter
 _MARKS = re.compile(r"random_states_\d+\.pkl|trainer_state\.json")
 _MARKER = "latest"
 _MAX_MARKER_BYTES = 4096
-_MAX_ARRAY_BYTES = 1 << 20
 
 
 @dataclass(slots=True)
@@ -118,13 +116,12 @@ def _open(opening: Opening) -> Source:
         )
     found = _look(files)
     inline = InlineFiles(files)
+    states = _states(files, found)
     parts = list(_parts(opening, found, inline))
     values: dict[Any, Any] = {}
     for part in parts:
         values |= _values(part)
-    for name in found.state:
-        if is_torch_file(files, name):
-            values[_stem(name)] = plain(load_torch(files, name), lambda tensor: _array(files, tensor))
+    values |= states
     for name in _JSON:
         if name in files.entries() and (read := json_of(files, name)) is not None:
             values[name.removesuffix(".json")] = read
@@ -134,6 +131,28 @@ def _open(opening: Opening) -> Source:
     return JoinedSource(
         "huggingface", inline, parts, values, step if type(step) is int else next(iter(known), opening.step)
     )
+
+
+def _states(files: Files, found: _Found) -> dict[str, object]:
+    """What the tools' own files hold, as values; a file with a tensor too large for that is taken for the user's."""
+    values: dict[str, object] = {}
+    for name in found.state:
+        if not is_torch_file(files, name):
+            continue
+        large: list[StoredTensor] = []
+
+        def small(tensor: StoredTensor, large: list[StoredTensor] = large) -> object:
+            made = as_plain(tensor, files)
+            if made is DROPPED:
+                large.append(tensor)
+            return made
+
+        held = plain(load_torch(files, name), small)
+        if large:
+            found.custom.append(name)
+        else:
+            values[_stem(name)] = held
+    return values
 
 
 def _parts(opening: Opening, found: _Found, inline: InlineFiles) -> Iterator[Part]:
@@ -169,19 +188,6 @@ def _dcp(files: Files, folder: str) -> Source:
 
 def _stem(name: str) -> str:
     return name.rpartition(".")[0]
-
-
-def _array(files: Files, tensor: StoredTensor) -> object:
-    """A small tensor among values, such as a random stream's state, as an array where numpy has its type."""
-    try:
-        dtype = np.dtype(tensor.dtype)
-    except TypeError:
-        return DROPPED
-    if not tensor.is_contiguous or tensor.nbytes > _MAX_ARRAY_BYTES:
-        return DROPPED
-    file, offset = tensor.at()
-    data = files.read(file, offset, tensor.nbytes) if tensor.size else b""
-    return np.frombuffer(data, dtype).reshape(tensor.shape).copy()
 
 
 def _numbered(name: str, at: int) -> str:

@@ -12,8 +12,9 @@ from ckptengine.layout.tensor import LogicalTensor
 from ckptengine.sources.files import InlineFiles
 from ckptengine.sources.held import Number, number
 from ckptengine.sources.optimizers import FLAT_STATE, is_flat
-from ckptengine.sources.plain import is_module, plain, walk_leaves
+from ckptengine.sources.plain import DROPPED, is_module, plain, walk_leaves
 from ckptengine.sources.port import Files, Format, Opening, Source
+from ckptengine.sources.smalltensors import as_plain
 from ckptengine.sources.stored import StoredTensor
 from ckptengine.sources.torchfile.lightning import lightning_step, rearranged
 from ckptengine.sources.torchzip import is_torch_file, load_torch, own_record
@@ -65,11 +66,14 @@ class TorchSource:
         self._tensors: dict[str, StoredTensor | Placeholder] = {}
         self._paths: dict[str, tuple[object, ...]] = {}
         self._aliases: dict[str, str] = {}
+        self._logical = None if own is None else own.get("tensors")
         first: dict[tuple[object, ...], str] = {}
         for root in self._roots:
             if own is None:
                 self._numbers |= _counters(root, (), inline)
             for name, path, tensor in _named(root, own is not None):
+                if self._is_value(tensor):
+                    continue
                 if name in self._tensors:
                     raise Damaged(f"tensor {name!r} occurs twice in {files.root}")
                 self._tensors[name] = tensor
@@ -115,10 +119,19 @@ class TorchSource:
 
         The groups of an optimizer that was given names list their ``params`` by name.
         """
-        made = [_with_names(plain(root), 0, bare=bool(self._numbers)) for root in self._roots]
+        made = [_with_names(plain(root, self._value), 0, bare=bool(self._numbers)) for root in self._roots]
         if len(made) == 1:
             return {} if made[0] is None else made[0]
         return {key: value for part in made if isinstance(part, dict) for key, value in part.items()}
+
+    def _is_value(self, tensor: StoredTensor | Placeholder) -> bool:
+        """Whether a tensor of a file that we wrote was among the values of what it was made of."""
+        if self._logical is None or not isinstance(tensor, StoredTensor):
+            return False
+        return tensor.storage.key.isdigit() and int(tensor.storage.key) >= self._logical
+
+    def _value(self, tensor: StoredTensor) -> object:
+        return as_plain(tensor, self.files) if self._is_value(tensor) else DROPPED
 
 
 def _own(files: Files, paths: Sequence[str]) -> dict[str, Any] | None:
@@ -129,6 +142,8 @@ def _own(files: Files, paths: Sequence[str]) -> dict[str, Any] | None:
     try:
         own = json.loads(data)
         if own["version"] != 1 or not (own["step"] is None or type(own["step"]) is int):
+            raise ValueError
+        if type(own.get("tensors", 0)) is not int:
             raise ValueError
     except (ValueError, KeyError, TypeError, RecursionError):
         raise UnreadableFormat(

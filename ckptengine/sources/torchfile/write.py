@@ -3,7 +3,8 @@
 The file holds what the source held, nested as it was.  Where the source does not say how, the first part of a tensor's
 name is a key and the rest a key of the dict under it, so that ``load_state_dict(file["model"])`` works.  An optimizer
 whose groups are among the values is written as torch's own optimizers give themselves, parameters numbered, with their
-names under ``param_names``.  Values that torch would refuse to load are an error; numpy arrays become lists.
+names under ``param_names``.  Values that torch would refuse to load are an error; numpy arrays become lists, small
+tensors among the values are tensors again.
 
 Options: ``weights_only`` (default False): only what lies under ``model.``, as a plain state dict.
 """
@@ -22,6 +23,7 @@ from ckptengine.layout.dtypes import itemsize
 from ckptengine.sources.emit import Tensor, dumps, storage_of
 from ckptengine.sources.nesting import put_tensors
 from ckptengine.sources.optimizers import FLAT_STATE, Optimizer, optimizers_in, split_names
+from ckptengine.sources.smalltensors import as_stored
 from ckptengine.sources.stream import stream_boxes, stream_memory_bytes
 from ckptengine.sources.torchfile.source import OWN_RECORD, SUFFIXES
 from ckptengine.sources.typed import plain_values
@@ -49,8 +51,9 @@ class TorchWriter:
         """One: the format is one file, written from its first byte to its last."""
         names = _stored(job)
         nbytes = [job.tensor(name).nbytes for name in names]
-        records = _records(job, names)
-        size = zip_bytes([*records, *(f"data/{i}" for i in range(len(names)))], [*map(len, records.values()), *nbytes])
+        records, small = _records(job, names)
+        sizes = [*map(len, records.values()), *nbytes, *map(len, small)]
+        size = zip_bytes([*records, *(f"data/{i}" for i in range(len(names) + len(small)))], sizes)
         return [Unit(FILE, tuple(names), sum(nbytes), size, stream_memory_bytes(job), (FILE,))]
 
     def write(self, job: Job, unit: Unit, target: Target) -> Document:
@@ -58,10 +61,13 @@ class TorchWriter:
         names = _stored(job)
         with target.create(FILE) as sink:
             zipped = ZipWriter(sink)
-            for name, data in _records(job, names).items():
+            records, small = _records(job, names)
+            for name, data in records.items():
                 zipped.add(name, data)
             boxes = [(name, Box.whole(job.tensor(name).shape)) for name in names]
             stream_boxes(job, boxes, zipped.write, lambda number: zipped.begin(f"data/{number}"))
+            for number, data in enumerate(small, len(names)):
+                zipped.add(f"data/{number}", data)
             zipped.finish()
         return {}
 
@@ -75,14 +81,16 @@ def _stored(job: Job) -> list[str]:
     return [name for name in job.names if name not in job.aliases and (not only or name.startswith(_WEIGHTS))]
 
 
-def _records(job: Job, names: Sequence[str]) -> dict[str, bytes]:
-    """Everything but tensor data."""
+def _records(job: Job, names: Sequence[str]) -> tuple[dict[str, bytes], list[bytes]]:
+    """Everything but tensor data, and the storages of the small tensors that are among the values."""
+    small: list[bytes] = []
     tensors = {name: _tensor(job, name, number) for number, name in enumerate(names)}
     tensors |= {alias: tensors[name] for alias, name in job.aliases.items() if name in tensors}
     if job.flag("weights_only"):
         root: dict[Any, Any] = {name.removeprefix(_WEIGHTS): tensor for name, tensor in tensors.items()}
     else:
-        root = _nested(job, tensors)
+        values, small = as_stored(plain_values(job), len(names))
+        root = _nested(job, _loadable(values, "values"), tensors)
     records = {
         "data.pkl": dumps(root),
         ".format_version": b"1",
@@ -91,9 +99,9 @@ def _records(job: Job, names: Sequence[str]) -> dict[str, bytes]:
         "version": b"3\n",
     }
     if not job.flag("weights_only"):
-        own = {"version": VERSION, "step": job.step, "provenance": dict(job.provenance)}
+        own = {"version": VERSION, "step": job.step, "tensors": len(names), "provenance": dict(job.provenance)}
         records[OWN_RECORD] = json.dumps(own).encode()
-    return records
+    return records, small
 
 
 def _tensor(job: Job, name: str, number: int) -> Tensor:
@@ -102,8 +110,7 @@ def _tensor(job: Job, name: str, number: int) -> Tensor:
     return Tensor(storage, tensor.dtype, tensor.shape, row_major_strides(tensor.shape))
 
 
-def _nested(job: Job, tensors: Mapping[str, Tensor]) -> dict[Any, Any]:
-    values = _loadable(plain_values(job), "values")
+def _nested(job: Job, values: Any, tensors: Mapping[str, Tensor]) -> dict[Any, Any]:
     root: dict[Any, Any] = values if isinstance(values, dict) else {} if values is None else {"values": values}
     found = optimizers_in(root)
     states = split_names(tensors, found)

@@ -13,6 +13,7 @@ from torch.optim.optimizer import Optimizer
 from ckptengine.errors import CheckpointError, SaveFailed, Stalled, TornCapture
 from ckptengine.snapshot.port import Progress, WriteJob
 from ckptengine.snapshot.witness import Witnesses
+from ckptengine.state.laid import local_of
 from ckptengine.state.leaves import TensorLeaf
 
 Places = npt.NDArray[np.int64]
@@ -199,9 +200,8 @@ class Capture:
 
 
 def storage_of(tensor: torch.Tensor) -> int:
-    """Address of the storage behind a tensor, the local one of a DTensor."""
-    local = getattr(tensor, "_local_tensor", tensor)
-    return int(local.untyped_storage().data_ptr())
+    """Address of the storage behind a tensor: the local one of a DTensor, what a wrapper holds."""
+    return int(local_of(tensor).untyped_storage().data_ptr())
 
 
 def _tensors_of(optimizer: Optimizer) -> Iterable[torch.Tensor]:

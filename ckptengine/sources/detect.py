@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import posixpath
 import re
 from collections.abc import Sequence
 
-from ckptengine.errors import NotFound, UnreadableFormat
+from ckptengine.errors import CheckpointError, NotFound, UnreadableFormat
 from ckptengine.sources.dcp.source import FORMAT as DCP
 from ckptengine.sources.deepspeed.source import FORMAT as DEEPSPEED
 from ckptengine.sources.files import LocalFiles, is_url, open_files
@@ -23,9 +24,10 @@ FORMATS: tuple[Format, ...] = (DEEPSPEED, MEGATRON, HUGGINGFACE, DCP, SAFETENSOR
 """In the order in which they are tried: what also holds files of a plainer format comes first."""
 
 LATEST = {"latest": "", "latest_checkpointed_iteration.txt": "iter_", "latest_universal": ""}
-_STEP_FOLDER = re.compile(r"(?:iter_|checkpoint[-_]|step-|step_|global_step)0*(\d{1,18})/")
+_STEP_FOLDER = re.compile(r"(?:iter_|checkpoint[-_]|step[-_]?|global_step)0*(\d{1,18})/")
 _AT = re.compile(r"(.+)@(\d{1,18}|latest)", re.DOTALL)
 _MAX_LATEST_BYTES = 4096
+_MOST_FOLDERS = 16
 
 
 def open_source(
@@ -121,7 +123,23 @@ def _open_at(
         return _open_at(files.sub(folder), None, number, rules, formats, depth + 1)
     names = files.entries()
     what = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") if names else "nothing"
-    raise UnreadableFormat(f"{files.root} holds no checkpoint of a known format ({_known(formats)}); it has {what}")
+    inside = _checkpoints_inside(files, formats)
+    hint = f"; open one of its folders: {inside}" if inside else ""
+    raise UnreadableFormat(
+        f"{files.root} holds no checkpoint of a known format ({_known(formats)}); it has {what}{hint}"
+    )
+
+
+def _checkpoints_inside(files: Files, formats: Sequence[Format]) -> str:
+    """The first folders that are checkpoints: NeMo's ``weights``, OLMo's ``model_and_optim``, parts of a pipeline."""
+    found = []
+    for name in [name for name in files.entries() if name.endswith("/")][:_MOST_FOLDERS]:
+        with contextlib.suppress(CheckpointError):
+            opening = Opening(files.sub(name.rstrip("/")), None, None, None)
+            known = next((format_.name for format_ in formats if format_.probe(opening)), None)
+            if known is not None:
+                found.append(f"{name} ({known})")
+    return ", ".join(found)
 
 
 def _other_step(files: Files, entry: str | None, found: int | None, wanted: int | None) -> str:

@@ -13,11 +13,42 @@ Laid = tuple[torch.Tensor, int, torch.Size, torch.dtype, tuple[int, ...] | None]
 """The local tensor, its address, shape and element type, and its strides where the shape does not tell them apart."""
 
 
+PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}
+_DISABLED = torch.Tensor.__torch_dispatch__
+
+
 def local_of(tensor: torch.Tensor | Sharded) -> torch.Tensor:
     """The tensor that has this rank's memory."""
+    if type(tensor) in PLAIN_TYPES:
+        return tensor  # type: ignore[return-value]
     if isinstance(tensor, Sharded):
         return tensor.tensor
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    return held_by(tensor._local_tensor if isinstance(tensor, DTensor) else tensor)
+
+
+def held_by(tensor: torch.Tensor) -> torch.Tensor:
+    """What a wrapper holds where that is all it is: one tensor of its shape, type and device (torchao's weights that
+    are cast to float8 when FSDP2 gathers them).  Else ``tensor`` itself."""
+    while (kind := type(tensor)) not in PLAIN_TYPES and not is_plain_subclass(kind):
+        # Torch's own wrappers mean more: one waits for a collective, others are of its compiler.
+        if kind.__module__.startswith("torch.") or not hasattr(kind, "__tensor_flatten__"):
+            break
+        names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+        inner = getattr(tensor, names[0]) if len(names) == 1 else None
+        if not isinstance(inner, torch.Tensor) or _kind(inner) != _kind(tensor):
+            break
+        tensor = inner
+    return tensor
+
+
+def is_plain_subclass(kind: type) -> bool:
+    """Whether tensors of a class compute as any other, from memory of their own."""
+    dispatch: object = kind.__torch_dispatch__  # type: ignore[attr-defined]
+    return dispatch is _DISABLED
+
+
+def _kind(tensor: torch.Tensor) -> tuple[object, ...]:
+    return tensor.shape, tensor.dtype, tensor.device
 
 
 def laid_of(tensor: torch.Tensor | Sharded) -> Laid:

@@ -18,6 +18,7 @@ from torch import nn
 
 from ckptengine.errors import UnsupportedValue
 from ckptengine.state import fsdp1, names
+from ckptengine.state.laid import local_of
 from ckptengine.state.sharded import Sharded
 
 _WRAPPERS: dict[tuple[str, str], str] = {
@@ -256,7 +257,7 @@ def canonical_prefix(module: nn.Module, raw: str) -> str:
 
 def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
     """What two aliases of the same elements have in common."""
-    local = getattr(tensor, "_local_tensor", tensor)
+    local = local_of(tensor)
     if local.is_meta or local.layout is not torch.strided:
         return (id(tensor),)
     if local.numel() == 0:

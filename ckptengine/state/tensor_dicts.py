@@ -8,16 +8,15 @@ from typing import Any
 import torch
 
 from ckptengine.state.encoding import Json
-from ckptengine.state.laid import can_turn
+from ckptengine.state.laid import PLAIN_TYPES, can_turn
 
 FEW = 8
 """Dicts with fewer entries are walked entry by entry."""
-_PLAIN = {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}
 
 
 def is_tensor_dict(value: dict[Any, Any]) -> bool:
     """Whether a dict holds plain tensors only, and enough of them."""
-    return len(value) >= FEW and set(map(type, value.values())) <= _PLAIN
+    return len(value) >= FEW and set(map(type, value.values())) <= PLAIN_TYPES
 
 
 class TensorDict:

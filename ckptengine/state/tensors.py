@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -22,11 +22,10 @@ from ckptengine.layout.placement import Placement, Replicate, Shard, StridedShar
 from ckptengine.layout.sharding import Irregular, Layout, Sharding
 from ckptengine.state.dtypes import TORCH_DTYPES
 from ckptengine.state.encoding import where
+from ckptengine.state.laid import PLAIN_TYPES, held_by, is_plain_subclass
 from ckptengine.state.sharded import Sharded
 
 _DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-_PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}
-_DISABLED = torch.Tensor.__torch_dispatch__
 ON_META = "is on the meta device and has no memory; materialise it first, for instance with to_empty(device=...)"
 _UNINITIALIZED = (torch.nn.UninitializedParameter, torch.nn.UninitializedBuffer)
 
@@ -53,7 +52,7 @@ def describe(value: torch.Tensor | Sharded, name: str, *, meta_ok: bool = False)
 
     ``meta_ok``: describe tensors without memory too, so that a restore can report them beside all other differences.
     """
-    if not isinstance(value, Sharded) and type(value) in _PLAIN_TYPES:  # first: there may be a hundred thousand
+    if not isinstance(value, Sharded) and type(value) in PLAIN_TYPES:  # first: there may be a hundred thousand
         local = _local(value, name, meta_ok)
         shape = tuple(local.shape)
         return Described(local, _dtype(local, name), shape, None, whole(shape))
@@ -101,7 +100,10 @@ def _dtype(tensor: torch.Tensor, name: str) -> str:
 def _local(tensor: torch.Tensor, name: str, meta_ok: bool) -> torch.Tensor:
     """A detached alias of a plain strided tensor; a resolved copy of a lazily conjugated or negated one."""
     kind = type(tensor)
-    if kind not in _PLAIN_TYPES and not _is_plain_subclass(tensor):
+    if kind not in PLAIN_TYPES:
+        tensor = held_by(tensor)
+        kind = type(tensor)
+    if kind not in PLAIN_TYPES and (isinstance(tensor, _UNINITIALIZED) or not is_plain_subclass(kind)):
         if isinstance(tensor, _UNINITIALIZED):
             raise UnsupportedValue(f"{where(name)} is not initialised yet; run one forward pass before checkpointing")
         raise UnsupportedValue(
@@ -117,13 +119,6 @@ def _local(tensor: torch.Tensor, name: str, meta_ok: bool) -> torch.Tensor:
     if local.is_conj() or local.is_neg():
         return local.resolve_conj().resolve_neg()
     return local
-
-
-def _is_plain_subclass(tensor: torch.Tensor) -> bool:
-    kind: Any = type(tensor)
-    if isinstance(tensor, _UNINITIALIZED):
-        return False
-    return kind.__torch_dispatch__ is _DISABLED
 
 
 def sharding_of(tensor: DTensor | DTensorSpec, name: str) -> Sharding:

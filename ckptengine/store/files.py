@@ -21,6 +21,7 @@ T = TypeVar("T")
 _REMEDY = {
     errno.ENOSPC: "free space on that file system or point the root elsewhere",
     errno.EDQUOT: "free space within the quota or point the root elsewhere",
+    errno.EFBIG: "the file system or a limit of the process (ulimit -f) takes no file of that size; raise it",
     errno.EROFS: "the file system is read-only; remount it or point the root elsewhere",
     errno.EMFILE: "raise the limit on open files (ulimit -n)",
     errno.ENFILE: "the machine is out of file handles",

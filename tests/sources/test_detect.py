@@ -22,7 +22,7 @@ def step_folder(folder: Path, value: int) -> None:
     save_file({"a": counting(3, start=value)}, folder / "model.safetensors")
 
 
-@pytest.mark.parametrize("pattern", ["checkpoint-{}", "step-{:09d}", "global_step{}", "iter_{:07d}"])
+@pytest.mark.parametrize("pattern", ["checkpoint-{}", "step-{:09d}", "step{}", "global_step{}", "iter_{:07d}"])
 def test_folders_of_steps(tmp_path: Path, pattern: str) -> None:
     for step in (2, 10, 9):
         step_folder(tmp_path / pattern.format(step), step)
@@ -34,6 +34,13 @@ def test_folders_of_steps(tmp_path: Path, pattern: str) -> None:
     assert open_source(tmp_path, 2).step == 2
     with pytest.raises(NotFound, match="no step 3; the last ones are 2, 9, 10"):
         open_source(f"{tmp_path}@3")
+
+
+def test_a_folder_around_a_checkpoint_says_where_it_is(tmp_path: Path) -> None:
+    step_folder(tmp_path / "weights", 1)
+    (tmp_path / "context").mkdir()
+    with pytest.raises(UnreadableFormat, match=r"it has context/, weights/; open one of its folders: weights/ \(safe"):
+        open_source(tmp_path)
 
 
 def test_latest_files_decide(tmp_path: Path) -> None:

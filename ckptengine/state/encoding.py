@@ -236,20 +236,24 @@ def _items(encoder: Encoder, value: dict[Any, Any], name: str) -> Json:
     return items_of(encoder, value, name) if encoder.mapping is None else encoder.mapping(value, name)
 
 
-def items_of(encoder: Encoder, value: dict[Any, Any], name: str) -> Json:
-    """The shared form of mappings: a plain object where sorting its keys changes nothing, else a list of pairs."""
+def items_of(encoder: Encoder, value: dict[Any, Any], name: str, encode: LeafHook | None = None) -> Json:
+    """The shared form of mappings: a plain object where sorting its keys changes nothing, else a list of pairs.
+
+    ``encode``: of the values, where all are leaves.
+    """
+    encode = encode or encoder.encode
     encoder.enter(value, name)
     try:
         if _keys_are_simple(value):
-            encode, prefix, escape = encoder.encode, f"{name}." if name else "", names.escape
+            prefix, escape = f"{name}." if name else "", names.escape
             return {key: encode(part, prefix + escape(key)) for key, part in value.items()}
         pairs: list[Json] = []
         for key, part in value.items():
             if type(key) is str:
-                pairs.append([_str(encoder, key, name), encoder.encode(part, names.join(name, names.escape(key)))])
+                pairs.append([_str(encoder, key, name), encode(part, names.join(name, names.escape(key)))])
                 continue
             component = encoder.key_component(key, name)
-            pairs.append([encoder.plain(key, f"{name} (a key)"), encoder.encode(part, names.join(name, component))])
+            pairs.append([encoder.plain(key, f"{name} (a key)"), encode(part, names.join(name, component))])
         return pairs
     finally:
         encoder.exit(value)

@@ -9,7 +9,7 @@ through ``load_state_dict``.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from torch import nn
 from ckptengine.errors import UnsupportedValue
 from ckptengine.state import fsdp1, names
 from ckptengine.state.laid import local_of
+from ckptengine.state.leaves import Role
 from ckptengine.state.sharded import Sharded
 
 _WRAPPERS: dict[tuple[str, str], str] = {
@@ -38,8 +39,7 @@ _saves_plainly: dict[type, bool] = {}
 _loads_plainly: dict[type, bool] = {}
 
 
-@dataclass(frozen=True, slots=True)
-class ModuleTensor:
+class ModuleTensor(NamedTuple):
     """One entry: ``value`` is the live parameter or buffer itself, or a tensor that a hook made (not ``in_place``).
 
     ``stored`` is the dtype under which it is kept, where that is not its own.
@@ -48,7 +48,7 @@ class ModuleTensor:
     key: str
     raw_key: str
     value: torch.Tensor | Sharded
-    role: str
+    role: Role
     in_place: bool
     stored: torch.dtype | None = None
 
@@ -207,9 +207,11 @@ def _lowered(tree: list[tuple[str, str, nn.Module]]) -> dict[str, tuple[torch.dt
 def _view_state_dict(found: ModuleView, tree: list[tuple[str, str, nn.Module]]) -> None:
     state = found.module.state_dict()
     found.state_dict = state
-    live: dict[tuple[Any, ...], tuple[torch.Tensor, str]] = {}
+    live: dict[tuple[Any, ...], tuple[torch.Tensor, Role]] = {}
     for raw, _, part in tree:
-        for role, holder in (("parameter", part._parameters), ("buffer", part._buffers)):
+        holders: list[tuple[Role, Mapping[str, torch.Tensor | None]]]
+        holders = [("parameter", part._parameters), ("buffer", part._buffers)]
+        for role, holder in holders:
             for name, tensor in holder.items():
                 if tensor is not None:
                     live.setdefault(_identity(tensor), (tensor, role))
@@ -222,8 +224,8 @@ def _view_state_dict(found: ModuleView, tree: list[tuple[str, str, nn.Module]]) 
         key = prefixes[head] + names.escape(tail)
         if isinstance(value, Sharded):
             same = live.get(_identity(value.tensor))
-            role = same[1] if same else "other"
-            found.tensors.append(ModuleTensor(key, raw_key, value, role, same is not None))
+            kind: Role = same[1] if same else "other"
+            found.tensors.append(ModuleTensor(key, raw_key, value, kind, same is not None))
         elif isinstance(value, torch.Tensor):
             identity = _identity(value)
             same = live.get((raw_key, *identity)) or live.get(identity)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.optim import Optimizer
@@ -21,8 +21,7 @@ HOW_NOT_WHAT = frozenset({"foreach", "fused", "capturable"})
 """Hyper-parameters that say how this process computes, not what: the live ones are kept on restore."""
 
 
-@dataclass(frozen=True, slots=True)
-class ParameterEntry:
+class ParameterEntry(NamedTuple):
     """A parameter of the state: its full name, the name of the module (or top-level key) it is in, and its name there.
 
     ``described`` is its layout, which its optimizer state follows.  ``cut`` and ``here``: see
@@ -165,3 +164,22 @@ def describe_state(value: torch.Tensor, name: str, parameter: Described, *, meta
     if found.global_shape != tuple(parameter.tensor.shape):
         return found
     return Described(found.tensor, found.dtype, parameter.global_shape, parameter.sharding, parameter.pieces)
+
+
+def bare_entry(tensor: torch.Tensor, name: str, described: Described) -> ParameterEntry:
+    """A parameter that hangs in a container: its root is the top-level key."""
+    head, _, tail = _split_head(name)
+    return ParameterEntry(tensor, name, head if tail else "", tail or head, described)
+
+
+def _split_head(name: str) -> tuple[str, str, str]:
+    """The first component of a name, and the rest."""
+    position = 0
+    while position < len(name):
+        if name[position] == "\\":
+            position += 2
+        elif name[position] == ".":
+            return name[:position], ".", name[position + 1 :]
+        else:
+            position += 1
+    return name, "", ""

@@ -77,6 +77,17 @@ def describe(value: torch.Tensor | Sharded, name: str, *, meta_ok: bool = False)
     return Described(local, _dtype(local, name), shape, None, whole(shape))
 
 
+def describe_plain(value: torch.Tensor) -> Described | None:
+    """As `describe`, of a tensor of a plain class with memory of its own; None where more must be looked at."""
+    if value.layout is not torch.strided or value.is_quantized or value.is_nested or value.is_meta:
+        return None
+    local = value.detach()
+    dtype, shape = _DTYPE_NAMES.get(local.dtype), tuple(local.shape)
+    if dtype is None or 0 in shape or local.is_conj() or local.is_neg():
+        return None
+    return Described(local, dtype, shape, None, whole(shape))
+
+
 def converted(described: Described, dtype: torch.dtype) -> Described:
     """A copy of it in another dtype."""
     return described._replace(tensor=described.tensor.to(dtype), dtype=_DTYPE_NAMES[dtype])

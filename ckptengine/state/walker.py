@@ -112,6 +112,9 @@ class _Remembered:
         self.optimizers = {name: _optimizer_probes(view) for name, view in walk.optimizers.items()}
         self.count = len(walk.in_containers) + sum(map(len, walk.tensor_dicts.values()))
         self.contained = {name: (live, laid_of(live)) for name, live in walk.in_containers.items()}
+        # What is not asked for again; very many objects, which the collector would look at.
+        walk.found = {name: walk.found[name] for name in self.dynamic}
+        walk.parameters = {}
 
 
 def _module_probes(view: modules.ModuleView) -> _Probes:

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 import ckptengine as ce
 from ckptengine.errors import CheckpointError
 
-TIMEOUT_S = 1.5
+TIMEOUT_S = 3.0
 
 
 def tell(**facts: object) -> None:

@@ -42,7 +42,7 @@ from .memory_folder import memory_folder
 from .ops import Fault, FaultyOps
 from .states import blank, differences, engine_threads, load_exactly, set_state, state_of
 
-WITHIN_S = 5.0
+WITHIN_S = 60.0
 
 
 # ---- roots

@@ -24,7 +24,7 @@ from ckptengine.store.files import FileOps
 
 from ..descriptors import open_descriptors
 
-WITHIN_S = 10.0
+WITHIN_S = 60.0
 
 
 class Latch(FileOps):

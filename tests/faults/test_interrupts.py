@@ -25,7 +25,7 @@ from ckptengine.snapshot.capture import Capture
 from .test_guard import Held, latch, tensors  # noqa: F401
 from .test_witness import registered
 
-WITHIN_S = 10.0
+WITHIN_S = 60.0
 
 
 @contextmanager

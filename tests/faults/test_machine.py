@@ -26,7 +26,7 @@ from ckptengine.errors import CheckpointError, NotFound, SaveFailed
 from .memory_folder import memory_folder
 from .powerlog import Event, PowerLog, rebuild
 
-WITHIN_S = 10.0
+WITHIN_S = 60.0
 COUNT = 5000
 
 

@@ -22,7 +22,7 @@ from ..descriptors import open_descriptors
 from .states import debris, engine_threads
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the native library is not built")
-WITHIN_S = 10.0
+WITHIN_S = 60.0
 COUNT = 3_000_000
 
 

@@ -15,7 +15,7 @@ from .ops import Fault, FaultyOps
 from .powerlog import Event, PowerLog, Survivors, rebuild
 from .states import blank, differences, load_exactly, set_state, state_of
 
-WITHIN_S = 5.0
+WITHIN_S = 60.0
 
 
 def record(parent: Path, saves: list[int]) -> list[Event]:

@@ -24,7 +24,7 @@ import ckptengine as ce
 from .ops import Fault, FaultyOps
 from .states import blank, differences, load_exactly, set_state, state_of
 
-WITHIN_S = 10.0
+WITHIN_S = 60.0
 _SHUTDOWN = 0x8004587D
 """_IOR('X', 125, __u32): the same request for ext4 and XFS."""
 NAMES_KEPT, NOTHING_KEPT = 1, 2

@@ -19,7 +19,7 @@ from .states import set_state, state_of
 from .test_two_ranks import restore_exactly
 
 WORLD = 2
-PROMPT_S = 5.0
+PROMPT_S = 20.0
 """The others must know long before `TIMEOUT_S`."""
 TIMEOUT_S = 60.0
 

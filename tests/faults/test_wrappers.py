@@ -13,6 +13,8 @@ import ckptengine as ce
 from ckptengine.errors import TornCapture, UnsupportedValue
 from ckptengine.store.files import FileOps
 
+from .test_guard import WITHIN_S, Held
+
 
 class Wrapper(torch.Tensor):
     """A tensor whose elements another one has; every operation is that one's."""
@@ -98,12 +100,16 @@ def test_a_wrapper_is_what_it_holds(tmp_path: Path, portable: bool) -> None:
 
 
 def test_a_write_through_a_wrapper_is_found(tmp_path: Path) -> None:
-    net = model(0)
+    net, disk = model(0), Held()
+    disk.threshold_bytes = 1
+    disk.shut()
     told = pytest.raises(TornCapture, match=r"net\.b\.weight changed")
-    with told, ce.Checkpointer({"net": net}, tmp_path, paranoid=True) as checkpointer:
+    with told, ce.Checkpointer({"net": net}, tmp_path, file_ops=disk) as checkpointer:
         handle = checkpointer.save(1)
+        assert disk.reached.wait(WITHIN_S)
         with torch.no_grad():
             net["b"].weight.add_(1.0)
+        disk.open()
         handle.wait("durable")
     assert ce.steps(tmp_path) == []
 

@@ -120,6 +120,47 @@ class CapturedJob:
         return []
 
 
+class Meanwhile:
+    """An object of the state that has a function run on another thread while its state is read."""
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        self.call: Callable[[], object] | None = call
+
+    def state_dict(self) -> dict[str, int]:
+        if self.call is not None:
+            thread = threading.Thread(target=self.call)
+            self.call = None
+            thread.start()
+            thread.join()
+        return {}
+
+    def load_state_dict(self, state: dict[str, int]) -> None: ...
+
+
+def test_an_update_on_another_thread_while_a_save_is_registered(tmp_path: Path) -> None:
+    """What was read before the update must not be committed beside what is read after it."""
+    weights, others = (torch.nn.Parameter(torch.zeros(5000)) for _ in range(2))
+    mine, foreign = (torch.optim.SGD([one], lr=1.0, foreach=True) for one in (weights, others))
+    state: dict[str, Any] = {"w": weights, "updates": 0, "meanwhile": None}
+
+    def update(optimizer: torch.optim.Optimizer) -> None:
+        for parameter in (weights, others):
+            parameter.grad = torch.ones(5000)
+        optimizer.step()
+        state["updates"] += 1
+
+    with ce.Checkpointer(state, tmp_path, on_failure=ce.Tolerate(), random=False) as checkpointer:
+        for step, optimizer in enumerate((mine, foreign, mine), 1):
+            state["meanwhile"] = Meanwhile(lambda by=optimizer: update(by))  # type: ignore[misc]
+            error = checkpointer.save(step).exception(WITHIN_S)
+            assert isinstance(error, TornCapture) if optimizer is mine else error is None
+        state["meanwhile"] = None
+        checkpointer.save(4).wait("durable", WITHIN_S)
+        update(mine)  # after it, as ever
+    with ce.open(tmp_path, 4) as checkpoint:
+        assert checkpoint.read("w").unique().tolist() == [-2.0]
+
+
 def test_an_interrupt_does_not_lose_that_a_capture_is_torn(monkeypatch: pytest.MonkeyPatch) -> None:
     state = {"t": torch.zeros(9)}
     taken = Capture(CapturedJob(), *registered(state))  # type: ignore[arg-type]

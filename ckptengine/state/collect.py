@@ -38,6 +38,7 @@ class Found:
     role: Role
     eager: bool
     owners: tuple[int, ...] = ()
+    follows: bool = False
 
 
 @dataclass(slots=True)
@@ -147,6 +148,7 @@ class Collector:
         eager: bool,
         *,
         in_container: bool = False,
+        follows: bool = False,
     ) -> str:
         """Record a tensor; the name it is stored under."""
         if self._rank is not None:
@@ -155,7 +157,7 @@ class Collector:
         if name in walk.found or name in walk.aliases:
             raise UnsupportedValue(f"{where(name)}: two tensors of the state have this name; rename one of the keys")
         eager = eager or (not described.global_shape and tensor.is_cpu)
-        found = Found(name, described, live, role, eager, self._owned)
+        found = Found(name, described, live, role, eager, self._owned, follows)
         if in_container and live is not None:
             walk.in_containers[name] = live
         if tensor.is_meta:
@@ -166,6 +168,7 @@ class Collector:
             owner = self._owner(tensor.data_ptr() if filled else -id(_tensor_of(live)), found)
             if owner is not found and owner.described.pieces == described.pieces:
                 owner.eager = owner.eager or eager
+                owner.follows = owner.follows or follows
                 if role == "parameter":
                     owner.role = role
                 walk.aliases[name] = owner.name
@@ -202,7 +205,8 @@ class Collector:
             described = describe(entry.value, prefix + entry.key, meta_ok=self._meta_ok)
             described = described if entry.stored is None else converted(described, entry.stored)
             live = entry.value if entry.in_place else None
-            self._add(prefix + entry.key, described, live, entry.role, entry.role != "parameter")  # type: ignore[arg-type]
+            follows = id(entry.value) in view.led
+            self._add(prefix + entry.key, described, live, entry.role, entry.role != "parameter", follows=follows)  # type: ignore[arg-type]
             by_id[id(_tensor_of(entry.value))] = described
         for one in view.live:
             known = by_id.get(id(_tensor_of(one.value)))

@@ -27,6 +27,7 @@ class TensorLeaf(NamedTuple):  # quick to make: there may be a hundred thousand
     ``eager``: must be copied before `save` returns, because something other than an optimizer may change or free it
     (buffers, CPU scalars, memory shared with numpy, tensors of objects).
     ``owners``: ``id`` of each optimizer whose step overwrites it.
+    ``follows``: another rank's elements are to overwrite these (`ckptengine.state.ddp`); those are the ones to keep.
     """
 
     name: str
@@ -38,6 +39,7 @@ class TensorLeaf(NamedTuple):  # quick to make: there may be a hundred thousand
     role: Role
     eager: bool
     owners: tuple[int, ...]
+    follows: bool = False
 
     @property
     def local_bytes(self) -> int:

@@ -169,6 +169,8 @@ class Collector:
             if owner is not found and owner.described.pieces == described.pieces:
                 owner.eager = owner.eager or eager
                 owner.follows = owner.follows or follows
+                if owner.owners:  # what nobody owns waits for every update
+                    owner.owners = _union(owner.owners, self._owned)
                 if role == "parameter":
                     owner.role = role
                 walk.aliases[name] = owner.name

@@ -161,6 +161,37 @@ def test_an_update_on_another_thread_while_a_save_is_registered(tmp_path: Path) 
         assert checkpoint.read("w").unique().tolist() == [-2.0]
 
 
+class Halves(torch.optim.Optimizer):
+    """Its step changes one parameter, waits, and changes the other."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
+        super().__init__(parameters, {})
+        self.half, self.go_on = threading.Event(), threading.Event()
+
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        first, second = self.param_groups[0]["params"]
+        first.data.add_(1)
+        self.half.set()
+        self.go_on.wait(WITHIN_S)
+        second.data.add_(1)
+
+
+def test_a_save_in_the_middle_of_an_update_on_another_thread(tmp_path: Path) -> None:
+    weights = [torch.nn.Parameter(torch.zeros(5000)) for _ in range(2)]
+    optimizer = Halves(weights)
+    with ce.Checkpointer({"w": weights}, tmp_path, on_failure=ce.Tolerate(), random=False) as checkpointer:
+        thread = threading.Thread(target=optimizer.step)
+        thread.start()
+        assert optimizer.half.wait(WITHIN_S)
+        error = checkpointer.save(1).exception(WITHIN_S)
+        optimizer.go_on.set()
+        thread.join(WITHIN_S)
+        assert isinstance(error, TornCapture)
+        checkpointer.save(2).wait("durable", WITHIN_S)
+    assert not fence.under_way_elsewhere()
+    assert not fence._under_way
+
+
 def test_an_interrupt_does_not_lose_that_a_capture_is_torn(monkeypatch: pytest.MonkeyPatch) -> None:
     state = {"t": torch.zeros(9)}
     taken = Capture(CapturedJob(), *registered(state))  # type: ignore[arg-type]

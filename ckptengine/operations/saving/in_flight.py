@@ -14,6 +14,7 @@ from ckptengine.operations.saving.handle import SaveHandle
 from ckptengine.operations.saving.rank_writer import RankWriter
 from ckptengine.operations.saving.structure import Structure
 from ckptengine.snapshot.capture import Capture
+from ckptengine.snapshot.fence import under_way_elsewhere
 from ckptengine.snapshot.register import Registered
 from ckptengine.snapshot.waiting import Waiting
 from ckptengine.state.leaves import FlatState
@@ -81,7 +82,7 @@ class InFlight:
 
     @contextlib.contextmanager
     def registering(self) -> Iterator[None]:
-        """Around the registration of a job and `add`: updates that end meanwhile, on other threads, are the job's.
+        """Around the registration of a job and `add`: updates that other threads are at meanwhile are the job's.
 
         What was read of the state before such an update does not belong to what is read after it.
         """
@@ -106,7 +107,7 @@ class InFlight:
                 raise UnusableRequest("this Checkpointer is closed; make a new one")
             self._jobs = [known for known in self._jobs if not known.handle.done()]
             if self._meanwhile is not None:
-                job.updates = self._meanwhile
+                job.updates = [*self._meanwhile, *under_way_elsewhere()]
             self._jobs.append(job)
             put(job)
 

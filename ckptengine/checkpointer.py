@@ -196,7 +196,8 @@ class Checkpointer:
             if not admitted:
                 handle.advance("skipped")
                 return handle
-            self._saver.submit(self._register(handle, metrics, all_the_way))
+            with self._saver.registering():
+                self._saver.submit(self._register(handle, metrics, all_the_way))
         except BaseException as error:
             if handle is not None:
                 handle.advance("skipped")  # nobody will ever see it, and from now on no fence waits for it

@@ -117,8 +117,11 @@ class Saver:
             job.handle.event("fence", started_s, thread="training")
 
     def after_update(self, optimizer: Optimizer) -> None:
-        for job in self.in_flight():
-            job.updated(optimizer)
+        self._flight.updated(optimizer)
+
+    def registering(self) -> contextlib.AbstractContextManager[None]:
+        """Around the registration of a job and its `submit`."""
+        return self._flight.registering()
 
     def give_up(self, error: CheckpointError, *, superseded: bool = False) -> None:
         """Cancel what is in flight, for ``error``; ``superseded``: on purpose, so that the saves end as skipped."""

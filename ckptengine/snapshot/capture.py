@@ -135,7 +135,8 @@ class Capture:
                 self._tear(
                     TornCapture(
                         f"{type(optimizer).__name__} changed {_some(torn)} while it was being captured; the fence did "
-                        "not run before that update: call Checkpointer.fence() in front of it"
+                        "not run before that update: call Checkpointer.fence() in front of it, and save on another "
+                        "thread only while no update is under way"
                     )
                 )
 

@@ -32,6 +32,8 @@ class Fenced(Protocol):
 
 _watched: tuple[weakref.ref[Fenced], ...] = ()
 """Replaced as a whole, never changed: an update looks through it while another thread watches something new."""
+_under_way: dict[int, tuple[int, weakref.ref[Optimizer]]] = {}
+"""By ``id``, the optimizers that are in their step, and on which thread; one whose step raised, until its next step."""
 _guard = threading.Lock()
 _handles: list[Any] = []
 _pid = os.getpid()
@@ -45,6 +47,7 @@ def watch(target: Fenced) -> None:
         if not _handles or _pid != os.getpid():
             _handles[:] = [register_optimizer_step_pre_hook(_before), register_optimizer_step_post_hook(_after)]
             _pid = os.getpid()
+            _under_way.clear()  # of steps that ended unwatched, or that are another process's
 
 
 def unwatch(target: Fenced) -> None:
@@ -68,6 +71,13 @@ def before_any_update() -> None:
         target.before_update(None)
 
 
+def under_way_elsewhere() -> list[Optimizer]:
+    """Optimizers that other threads are in the middle of an update of."""
+    mine = threading.get_ident()
+    stepping = [known() for thread, known in list(_under_way.values()) if thread != mine]
+    return [optimizer for optimizer in stepping if optimizer is not None]
+
+
 def _not_traced(hook: T) -> T:
     """Have torch.compile call the hook as it is, as `torch.compiler.disable` does, without importing the compiler."""
     for mark, value in (("", True), ("_recursive", True), ("_msg", "waits for captures in flight")):
@@ -78,11 +88,13 @@ def _not_traced(hook: T) -> T:
 def _before_all(optimizer: Optimizer) -> None:
     for target in _live():
         target.before_update(optimizer)
+    _under_way[id(optimizer)] = threading.get_ident(), weakref.ref(optimizer)
 
 
 def _after_all(optimizer: Optimizer) -> None:
     for target in _live():
         target.after_update(optimizer)
+    _under_way.pop(id(optimizer), None)  # afterwards: whoever registers a save sees one or the other
 
 
 @functools.cache

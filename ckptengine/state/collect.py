@@ -39,6 +39,7 @@ class Found:
     role: Role
     eager: bool
     owners: tuple[int, ...] = ()
+    follows: bool = False
 
 
 @dataclass(slots=True)
@@ -182,6 +183,7 @@ class Collector:
         eager: bool,
         *,
         in_container: bool = False,
+        follows: bool = False,
     ) -> str:
         """Record a tensor; the name it is stored under."""
         if self._rank is not None:
@@ -190,7 +192,7 @@ class Collector:
         if name in walk.found or name in walk.aliases:
             raise UnsupportedValue(f"{where(name)}: two tensors of the state have this name; rename one of the keys")
         eager = eager or (not described.global_shape and tensor.is_cpu)
-        found = Found(name, described, live, role, eager, self._owned)
+        found = Found(name, described, live, role, eager, self._owned, follows)
         if in_container and live is not None:
             walk.in_containers[name] = live
         if tensor.is_meta:
@@ -201,6 +203,9 @@ class Collector:
             owner = self._owner(tensor.data_ptr() if filled else -id(_tensor_of(live)), found)
             if owner is not found and owner.described.pieces == described.pieces:
                 owner.eager = owner.eager or eager
+                owner.follows = owner.follows or follows
+                if owner.owners:  # what nobody owns waits for every update
+                    owner.owners = _union(owner.owners, self._owned)
                 if role == "parameter":
                     owner.role = role
                 walk.aliases[name] = owner.name
@@ -234,15 +239,14 @@ class Collector:
         prefix = f"{name}." if name else ""
         by_id: dict[int, Described] = {}
         for entry in view.tensors:
-            if entry.stored is None and entry.in_place:
-                known = self._quick(prefix + entry.key, entry.value, entry.role, entry.role != "parameter")
-                if known is not None:
-                    by_id[id(entry.value)] = known
-                    continue
-            described = describe(entry.value, prefix + entry.key, meta_ok=self._meta_ok)
-            described = described if entry.stored is None else converted(described, entry.stored)
-            live = entry.value if entry.in_place else None
-            self._add(prefix + entry.key, described, live, entry.role, entry.role != "parameter")
+            follows, eager = id(entry.value) in view.led, entry.role != "parameter"
+            ordinary = entry.stored is None and entry.in_place and not follows
+            described = self._quick(prefix + entry.key, entry.value, entry.role, eager) if ordinary else None
+            if described is None:
+                described = describe(entry.value, prefix + entry.key, meta_ok=self._meta_ok)
+                described = described if entry.stored is None else converted(described, entry.stored)
+                live = entry.value if entry.in_place else None
+                self._add(prefix + entry.key, described, live, entry.role, eager, follows=follows)
             by_id[id(_tensor_of(entry.value))] = described
         for one in view.live:
             known = by_id.get(id(_tensor_of(one.value)))

@@ -52,11 +52,12 @@ def leaf_of(found: Found) -> TensorLeaf:
         found.role,
         found.eager,
         found.owners,
+        found.follows,
     )
 
 
 def structure_key(leaves: tuple[TensorLeaf, ...], aliases: dict[str, str]) -> str:
-    """A digest of names, dtypes, shapes, shardings and ties; equal in every process for equal structures."""
+    """A digest of names, dtypes, shapes, shardings, ties and who follows; equal everywhere for equal structures."""
     texts: dict[int, str] = {}
 
     def text(sharding: Layout | None) -> str:
@@ -66,4 +67,5 @@ def structure_key(leaves: tuple[TensorLeaf, ...], aliases: dict[str, str]) -> st
 
     lines = [f"{leaf.name}\0{leaf.dtype}\0{leaf.global_shape}\0{text(leaf.sharding)}" for leaf in leaves]
     lines += [f"{alias}\0{owner}" for alias, owner in aliases.items()]
+    lines += [f"\0{leaf.name}" for leaf in leaves if leaf.follows]
     return hashlib.blake2b("\n".join(lines).encode("utf-8", "backslashreplace"), digest_size=16).hexdigest()

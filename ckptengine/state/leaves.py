@@ -27,6 +27,7 @@ class TensorLeaf(NamedTuple):  # quick to make: there may be a hundred thousand
     ``eager``: must be copied before `save` returns, because something other than an optimizer may change or free it
     (buffers, CPU scalars, memory shared with numpy, tensors of objects).
     ``owners``: ``id`` of each optimizer whose step overwrites it.
+    ``follows``: those of another rank are kept where one leads, or comes first (`ckptengine.state.led`).
     """
 
     name: str
@@ -38,6 +39,7 @@ class TensorLeaf(NamedTuple):  # quick to make: there may be a hundred thousand
     role: Role
     eager: bool
     owners: tuple[int, ...]
+    follows: bool = False
 
     @property
     def local_bytes(self) -> int:

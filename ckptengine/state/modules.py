@@ -20,6 +20,7 @@ from ckptengine.errors import UnsupportedValue
 from ckptengine.state import fsdp1, names
 from ckptengine.state.laid import local_of
 from ckptengine.state.leaves import Role
+from ckptengine.state.led import led_buffers
 from ckptengine.state.sharded import Sharded
 
 _WRAPPERS: dict[tuple[str, str], str] = {
@@ -78,7 +79,7 @@ class ModuleView:
 
     ``extras`` are the entries that are no tensors, by canonical key; ``extra_owner`` says which sub-module's
     ``set_extra_state`` takes one back.  ``loads``: restoring must call ``load_state_dict`` (with ``state_dict``).
-    ``live`` are its parameters, each under the first of its names.  ``handles``: FSDP1's.
+    ``live`` are its parameters, each under the first of its names.  ``handles``: FSDP1's.  ``led``: `led_buffers`.
     """
 
     module: nn.Module
@@ -88,6 +89,7 @@ class ModuleView:
     extra_owner: dict[str, nn.Module] = field(default_factory=dict)
     live: list[Hanging] = field(default_factory=list)
     handles: list[Any] = field(default_factory=list)
+    led: frozenset[int] = frozenset()
     state_dict: dict[str, Any] | None = None
     loads: bool = False
     saves_plainly: bool = True
@@ -129,7 +131,8 @@ def view(module: nn.Module) -> ModuleView:
     for raw, _, part in tree:
         for hook in pre_hooks(part):
             hook(part, raw, False)
-    found = ModuleView(module, handles=fsdp1.handles_of(part for _, _, part in tree))
+    parts = [part for _, _, part in tree]
+    found = ModuleView(module, handles=fsdp1.handles_of(parts), led=led_buffers(parts))
     found.loads = not all(_part_loads_plainly(part) for _, _, part in tree)
     found.saves_plainly = all(_part_saves_plainly(part) for _, _, part in tree)
     if found.handles and (found.loads or not found.saves_plainly):

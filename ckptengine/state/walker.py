@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ckptengine.state import modules, names, random
@@ -16,6 +17,7 @@ from ckptengine.state.encoding import Json, items_of
 from ckptengine.state.flatten import collect, freeze, leaf_of
 from ckptengine.state.laid import Laid, laid_of, lies_elsewhere
 from ckptengine.state.leaves import FlatState
+from ckptengine.state.led import is_led
 from ckptengine.state.optimizers import OptimizerView
 
 
@@ -78,6 +80,7 @@ class _Probes:
     pre_hooked: list[tuple[nn.Module, str]] = field(default_factory=list)
     members: list[tuple[dict[str, Any], list[int]]] = field(default_factory=list)
     plain: list[tuple[str, dict[Any, Any], int]] = field(default_factory=list)
+    led: list[tuple[nn.Module, bool]] = field(default_factory=list)
 
     def watch(self, holder: dict[Any, Any], key: Any, tensor: torch.Tensor) -> None:
         self.tensors.append((holder, key, tensor, laid_of(tensor)))
@@ -89,6 +92,9 @@ class _Probes:
                 raise _Changed
         for module, names_of_buffers in self.transient:
             if module._non_persistent_buffers_set != names_of_buffers:
+                raise _Changed
+        for module, was in self.led:
+            if is_led(module) is not was:
                 raise _Changed
         for holder, key, part in self.parts:
             if holder.get(key) is not part:
@@ -122,6 +128,8 @@ def _module_probes(view: modules.ModuleView) -> _Probes:
     for raw, _, part in modules.walk(view.module):
         if modules.pre_hooks(part):
             probes.pre_hooked.append((part, raw))
+        if isinstance(part, DistributedDataParallel):
+            probes.led.append((part, is_led(part)))
         dicts = (part._parameters, part._buffers, part._modules, part._state_dict_hooks, part._state_dict_pre_hooks)
         probes.sizes += [(sized, len(sized)) for sized in dicts]
         probes.transient.append((part, set(part._non_persistent_buffers_set)))

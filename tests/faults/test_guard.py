@@ -183,6 +183,33 @@ def test_a_parameter_that_has_come_to_another_optimizer_is_fenced_by_that_one(tm
     assert_holds(tmp_path, 1, {"first": torch.zeros(5000)})
 
 
+def test_moments_that_two_optimizers_share_are_fenced_by_both(tmp_path: Path, latch: Held) -> None:
+    """``load_state_dict`` makes no copies: whoever takes over another optimizer's state writes to the same memory."""
+    parameters = [nn.Parameter(torch.full((5000,), float(i))) for i in range(2)]
+    optimizers = [torch.optim.SGD([one], lr=0.1, momentum=0.9, foreach=True) for one in parameters]
+    for parameter in parameters:
+        parameter.grad = torch.ones(5000)
+    optimizers[0].step()
+    optimizers[1].load_state_dict(optimizers[0].state_dict())
+    shared = optimizers[0].state[parameters[0]]["momentum_buffer"]
+    assert optimizers[1].state[parameters[1]]["momentum_buffer"] is shared
+    state = {"p": parameters, "optim": optimizers}
+    with ce.Checkpointer(state, tmp_path, file_ops=latch, random=False, on_failure=ce.Tolerate()) as checkpointer:
+        checkpointer.save(1).wait("durable", WITHIN_S)
+        wanted = shared.clone()
+        latch.shut()
+        handle = checkpointer.save(2)
+        latch.reached.wait(WITHIN_S)
+        stepping = threading.Thread(target=optimizers[1].step)
+        stepping.start()
+        stepping.join(0.2)
+        assert stepping.is_alive()  # it waits
+        latch.open()
+        stepping.join(WITHIN_S)
+        handle.wait("durable", WITHIN_S)
+    assert_holds(tmp_path, 2, {"optim.0.0.momentum_buffer": wanted})
+
+
 def test_closures_gradient_accumulation_and_several_optimizers(tmp_path: Path) -> None:
     model, _ = model_and(torch.optim.SGD)
     first = torch.optim.LBFGS(model[0].parameters(), max_iter=3)  # type: ignore[index]

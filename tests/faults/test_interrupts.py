@@ -120,6 +120,78 @@ class CapturedJob:
         return []
 
 
+class Meanwhile:
+    """An object of the state that has a function run on another thread while its state is read."""
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        self.call: Callable[[], object] | None = call
+
+    def state_dict(self) -> dict[str, int]:
+        if self.call is not None:
+            thread = threading.Thread(target=self.call)
+            self.call = None
+            thread.start()
+            thread.join()
+        return {}
+
+    def load_state_dict(self, state: dict[str, int]) -> None: ...
+
+
+def test_an_update_on_another_thread_while_a_save_is_registered(tmp_path: Path) -> None:
+    """What was read before the update must not be committed beside what is read after it."""
+    weights, others = (torch.nn.Parameter(torch.zeros(5000)) for _ in range(2))
+    mine, foreign = (torch.optim.SGD([one], lr=1.0, foreach=True) for one in (weights, others))
+    state: dict[str, Any] = {"w": weights, "updates": 0, "meanwhile": None}
+
+    def update(optimizer: torch.optim.Optimizer) -> None:
+        for parameter in (weights, others):
+            parameter.grad = torch.ones(5000)
+        optimizer.step()
+        state["updates"] += 1
+
+    with ce.Checkpointer(state, tmp_path, on_failure=ce.Tolerate(), random=False) as checkpointer:
+        for step, optimizer in enumerate((mine, foreign, mine), 1):
+            state["meanwhile"] = Meanwhile(lambda by=optimizer: update(by))  # type: ignore[misc]
+            error = checkpointer.save(step).exception(WITHIN_S)
+            assert isinstance(error, TornCapture) if optimizer is mine else error is None
+        state["meanwhile"] = None
+        checkpointer.save(4).wait("durable", WITHIN_S)
+        update(mine)  # after it, as ever
+    with ce.open(tmp_path, 4) as checkpoint:
+        assert checkpoint.read("w").unique().tolist() == [-2.0]
+
+
+class Halves(torch.optim.Optimizer):
+    """Its step changes one parameter, waits, and changes the other."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
+        super().__init__(parameters, {})
+        self.half, self.go_on = threading.Event(), threading.Event()
+
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        first, second = self.param_groups[0]["params"]
+        first.data.add_(1)
+        self.half.set()
+        self.go_on.wait(WITHIN_S)
+        second.data.add_(1)
+
+
+def test_a_save_in_the_middle_of_an_update_on_another_thread(tmp_path: Path) -> None:
+    weights = [torch.nn.Parameter(torch.zeros(5000)) for _ in range(2)]
+    optimizer = Halves(weights)
+    with ce.Checkpointer({"w": weights}, tmp_path, on_failure=ce.Tolerate(), random=False) as checkpointer:
+        thread = threading.Thread(target=optimizer.step)
+        thread.start()
+        assert optimizer.half.wait(WITHIN_S)
+        error = checkpointer.save(1).exception(WITHIN_S)
+        optimizer.go_on.set()
+        thread.join(WITHIN_S)
+        assert isinstance(error, TornCapture)
+        checkpointer.save(2).wait("durable", WITHIN_S)
+    assert not fence.under_way_elsewhere()
+    assert not fence._under_way
+
+
 def test_an_interrupt_does_not_lose_that_a_capture_is_torn(monkeypatch: pytest.MonkeyPatch) -> None:
     state = {"t": torch.zeros(9)}
     taken = Capture(CapturedJob(), *registered(state))  # type: ignore[arg-type]

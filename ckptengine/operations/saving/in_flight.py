@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch.optim.optimizer import Optimizer
@@ -13,6 +14,7 @@ from ckptengine.operations.saving.handle import SaveHandle
 from ckptengine.operations.saving.rank_writer import RankWriter
 from ckptengine.operations.saving.structure import Structure
 from ckptengine.snapshot.capture import Capture
+from ckptengine.snapshot.fence import under_way_elsewhere
 from ckptengine.snapshot.register import Registered
 from ckptengine.snapshot.waiting import Waiting
 from ckptengine.state.leaves import FlatState
@@ -35,7 +37,7 @@ class SaveJob:
     """Its capture is there, or never will be."""
     capture: Capture | None = None
     updates: list[Optimizer] = field(default_factory=list)
-    """Optimizers whose update ended before the capture was there."""
+    """Optimizers whose update ended before the capture was there, during the registration or after it."""
     held: list[tuple[int, int]] = field(default_factory=list)
     writer: RankWriter | None = None
     structure: Structure | None = None
@@ -75,7 +77,28 @@ class InFlight:
         self._guard = threading.RLock()
         self._changed = Waiting()
         self._jobs: list[SaveJob] = []
+        self._meanwhile: list[Optimizer] | None = None
         self._closed = False
+
+    @contextlib.contextmanager
+    def registering(self) -> Iterator[None]:
+        """Around the registration of a job and `add`: updates that other threads are at meanwhile are the job's.
+
+        What was read of the state before such an update does not belong to what is read after it.
+        """
+        self._meanwhile = []
+        try:
+            yield
+        finally:
+            self._meanwhile = None
+
+    def updated(self, optimizer: Optimizer) -> None:
+        """An update has happened: what is being registered hears of it, and what is in flight."""
+        meanwhile = self._meanwhile
+        if meanwhile is not None:
+            meanwhile.append(optimizer)
+        for job in self.jobs():  # afterwards: what is added in between hears of it in one way at least
+            job.updated(optimizer)
 
     def add(self, job: SaveJob, put: Callable[[SaveJob], None]) -> None:
         """Take ``job`` in and ``put`` it on its way.  `UnusableRequest` once closed."""
@@ -83,6 +106,8 @@ class InFlight:
             if self._closed:
                 raise UnusableRequest("this Checkpointer is closed; make a new one")
             self._jobs = [known for known in self._jobs if not known.handle.done()]
+            if self._meanwhile is not None:
+                job.updates = [*self._meanwhile, *under_way_elsewhere()]
             self._jobs.append(job)
             put(job)
 

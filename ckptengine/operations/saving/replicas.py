@@ -72,7 +72,8 @@ def check_replicas(structure: Structure, notes: Sequence[Mapping[str, Any]]) -> 
         raise ReplicasDiffer(
             f"replicas that must be equal differ: {'; '.join(wrong[:_SHOWN])}{more}. The ranks have drifted apart "
             "(a missing reduction, a different seed), or the values belong to each rank alone: then wrap them in "
-            "ckptengine.PerRank"
+            "ckptengine.PerRank. Of buffers that DistributedDataParallel broadcasts its first rank's are kept where "
+            "the DDP module itself is in the state, not its .module"
         )
 
 

@@ -86,6 +86,10 @@ class Structure:
             proven.add(key)
 
 
+_FOLLOWS = "follows"
+"""In the place of a layout: what others hold of the tensor counts, or what the first rank does where all follow."""
+
+
 def describe(flat: FlatState, members: Sequence[int] | None = None) -> list[Any]:
     """The local description of a rank's tensors, as JSON.
 
@@ -100,7 +104,7 @@ def _describe_leaf(leaf: TensorLeaf, members: Sequence[int] | None) -> list[Any]
     layout = leaf.sharding
     if layout is not None and members is not None:
         layout = _within(leaf.name, layout, {rank: number for number, rank in enumerate(members)})
-    document = None if layout is None else layout_json.to_json(layout)
+    document = _FOLLOWS if leaf.follows else None if layout is None else layout_json.to_json(layout)
     return [leaf.name, leaf.dtype, list(leaf.global_shape), document]
 
 
@@ -122,8 +126,8 @@ def _within(name: str, layout: Layout, numbers: Mapping[int, int]) -> Layout:
 def merge(descriptions: Sequence[Sequence[Any]]) -> Structure:
     """One structure from the descriptions of ranks 0..n-1.
 
-    A tensor without a layout of its own is a replica on every rank that has it.  Raises `RanksDisagree` or
-    `LayoutError`.
+    A tensor without a layout of its own is a replica on every rank that has it, or on those of them that do not follow
+    others (on the first, where all do).  Raises `RanksDisagree` or `LayoutError`.
     """
     found: dict[str, dict[int, Sequence[Any]]] = {}
     for rank, description in enumerate(descriptions):
@@ -179,6 +183,10 @@ def _replicated(ranks: tuple[int, ...]) -> Sharding:
 
 
 def _common_layout(name: str, shape: tuple[int, ...], by_rank: Mapping[int, Sequence[Any]]) -> Layout:
+    leading = {rank: row for rank, row in by_rank.items() if row[3] != _FOLLOWS}
+    if not leading:
+        return _replicated((min(by_rank),))
+    by_rank = leading
     if all(row[3] is None for row in by_rank.values()):
         return _replicated(tuple(sorted(by_rank)))
     documents = {rank: row[3] for rank, row in by_rank.items()}

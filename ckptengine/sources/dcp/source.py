@@ -154,7 +154,7 @@ class DcpSource:
         return {}
 
     def values(self) -> object:
-        """Every object, nested as it was saved."""
+        """Every object, nested as it was saved; None in the place of a tensor in a list, as elsewhere."""
         root: dict[object, object] = {}
         for key, item in self._metadata.objects.items():
             if item is None:
@@ -164,6 +164,8 @@ class DcpSource:
             except CheckpointError as error:
                 raise type(error)(f"value {key!r}: {error}") from error
             put(root, self._metadata.paths.get(key) or (key,), value)
+        for key in self._metadata.tensors:
+            _reserve(root, self._metadata.paths.get(key, ()))
         return with_lists(root)
 
 
@@ -194,6 +196,23 @@ def put(root: dict[object, object], path: tuple[object, ...], value: object) -> 
         if not isinstance(inner, dict):
             raise Damaged(f"the path {path!r} of a value leads through another value")
     inner[_Index(path[-1]) if type(path[-1]) is int else path[-1]] = value
+
+
+def _reserve(root: dict[object, object], path: tuple[object, ...]) -> None:
+    """None at the last list position on a tensor's path, so that a list of which only tensors are left is a list."""
+    last = max((at for at, part in enumerate(path) if type(part) is int), default=-1)
+    inner = root
+    for at, part in enumerate(path[: last + 1]):
+        key = _Index(part) if type(part) is int else part
+        if at == last:
+            inner.setdefault(key, None)
+            return
+        if inner.get(key) is None:
+            inner[key] = {}
+        found = inner[key]
+        if not isinstance(found, dict):
+            return
+        inner = found
 
 
 def with_lists(value: object) -> object:

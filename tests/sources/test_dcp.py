@@ -72,6 +72,13 @@ def test_one_process(tmp_path: Path, kind: Any) -> None:
     assert source.values() == {"deep": {"list": [None, None], "text": "t", "": 1}, "number": 5}
 
 
+def test_a_lazy_view_is_named_as_one(tmp_path: Path) -> None:
+    """torch writes its bytes as they lie, before they are conjugated: nothing is damaged."""
+    save({"w": torch.complex(counting(3), counting(3)).conj()}, tmp_path)
+    with pytest.raises(UnreadableFormat, match=r"chunk of 'w' is a torch.Tensor as a lazy view \(conj\).*resolve"):
+        open_source(tmp_path).tensor("w")
+
+
 def test_a_transposed_tensor_keeps_its_strides(tmp_path: Path) -> None:
     save({"w": counting(5, 3).t()}, tmp_path)
     source = open_source(tmp_path)

@@ -15,6 +15,7 @@ from ckptengine.sources.safetensors.header import Header, read_header
 from ckptengine.sources.smalltensors import as_plain
 from ckptengine.sources.stored import StoredTensor
 from ckptengine.sources.torchzip import TorchZip
+from ckptengine.sources.unpickle import Placeholder
 
 GROUPS = ".param_groups."
 STATE = ".state."
@@ -53,6 +54,11 @@ class DcpItems:
             return Fragment(box, item.path, item.offset + len(form.head), form.strides)
         if self._is_zip(item):
             stored = TorchZip(self._files, item.path, item.offset, item.nbytes).load()
+            if isinstance(stored, Placeholder):
+                raise UnreadableFormat(
+                    f"{self._shown(item)}: a chunk of {key!r} is a {stored.class_name}, whose elements are not simply "
+                    "bytes of the file; save it dense, and a lazy view by resolve_conj() or resolve_neg()"
+                )
             if not isinstance(stored, StoredTensor):
                 raise Damaged(f"{self._shown(item)} holds no tensor, but should hold a chunk of {key!r}")
             self._check(key, record, chunk, item, stored.dtype, stored.shape)

@@ -97,7 +97,8 @@ class TorchSource:
         if isinstance(stored, Placeholder):
             raise UnreadableFormat(
                 f"{name!r} in {self.files.root} is a {stored.class_name}, whose elements are not simply bytes of the "
-                "file (sharded, sparse, quantized or a lazy view); save it with torch.distributed.checkpoint, or dense"
+                "file (sharded, sparse, quantized or a lazy view); save it with torch.distributed.checkpoint if it is "
+                "sharded, else dense, and a lazy view by resolve_conj() or resolve_neg()"
             )
         try:
             fragments = [stored.fragment()] if stored.size else []

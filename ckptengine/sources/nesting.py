@@ -16,16 +16,44 @@ def copied(value: Any) -> Any:
     """Plain values whose dicts and lists may be changed."""
     if isinstance(value, dict):
         return {key: copied(item) for key, item in value.items()}
-    return [copied(item) for item in value] if isinstance(value, list) else value
+    if isinstance(value, list | tuple):
+        return type(value)(copied(item) for item in value)
+    return value
 
 
-def put_tensors(job: Job, root: dict[Any, Any], tensors: Mapping[str, Tensor]) -> None:
+def place_in(values: object, path: Sequence[object]) -> tuple[object, ...]:
+    """Where a tensor goes among values that are nested already: what of its path is a place in a list is a number.
+
+    Its whole name where the path leads through something that is no container.
+    """
+    made: list[object] = []
+    node, rest = values, list(path)
+    while rest:
+        part = rest.pop(0)
+        if isinstance(node, list | tuple) and type(part) is str:  # a source that does not know keys from positions
+            first, dot, more = part.partition(".")
+            if first.isascii() and first.isdecimal() and len(first) < 10:
+                part = int(first)
+                rest[:0] = [more] if dot else []
+        made.append(part)
+        if node is None:
+            continue
+        if not isinstance(node, list | tuple if type(part) is int else dict):
+            return (".".join(map(str, path)),)
+        if isinstance(node, dict):
+            node = node.get(part)
+        else:
+            node = node[part] if type(part) is int and part < len(node) else None
+    return tuple(made)
+
+
+def put_tensors(job: Job, root: dict[Any, Any] | list[Any], tensors: Mapping[str, Tensor]) -> None:
     """Tensors at their places; where something else is there or on the way, under their whole names.
 
     `UnusableRequest` where that is taken too: nothing replaces anything here.
     """
     for name, tensor in sorted(tensors.items(), key=lambda item: "." in item[0]):  # what has one place only comes first
-        if not _set_free(root, job.place(name), tensor) and not _set_free(root, (name,), tensor):
+        if not _set_free(root, place_in(root, job.place(name)), tensor) and not _set_free(root, (name,), tensor):
             raise UnusableRequest(
                 f"{name!r} is both a tensor and a value, and a nested state has one place for them; convert to dcp"
             )
@@ -34,8 +62,6 @@ def put_tensors(job: Job, root: dict[Any, Any], tensors: Mapping[str, Tensor]) -
 def _set_free(node: Any, path: Sequence[Any], tensor: Tensor) -> bool:
     """Put a tensor at a path of keys and list positions, if nothing is there; containers on the way are made."""
     part, rest = path[0], path[1:]
-    if isinstance(node, list) and type(part) is str and part.isdecimal() and int(part) < len(node):
-        part = int(part)  # a source that does not know keys from positions
     if isinstance(node, list) and type(part) is int and part < MAX_LIST_ITEMS:
         node += [None] * (part + 1 - len(node))
         free = node[part] is None  # what a tensor leaves in a list of values
@@ -46,7 +72,13 @@ def _set_free(node: Any, path: Sequence[Any], tensor: Tensor) -> bool:
     if rest:
         if free:
             node[part] = [] if type(rest[0]) is int else {}
-        return _set_free(node[part], rest, tensor)
+        if not isinstance(node[part], tuple):
+            return _set_free(node[part], rest, tensor)
+        opened = list(node[part])
+        free = _set_free(opened, rest, tensor)
+        if free:
+            node[part] = tuple(opened)
+        return free
     if free:
         node[part] = tensor
     return free

@@ -18,12 +18,13 @@ FLAT_GROUPS, FLAT_STATE = "param_groups.", "state."
 
 @dataclass(frozen=True, slots=True)
 class Optimizer:
-    """An optimizer by its path in the values.  ``parameters`` are the names in its groups, in their order.
+    """An optimizer by its path of keys and list positions in the values.
 
-    ``flat``: its values are flattened, and its groups made from what they say of each parameter.
+    ``parameters`` are the names in its groups, in their order.  ``flat``: its values are flattened, and its groups made
+    from what they say of each parameter.
     """
 
-    path: tuple[str, ...]
+    path: tuple[str | int, ...]
     groups: tuple[Mapping[str, Any], ...]
     parameters: tuple[str, ...]
     flat: bool = False
@@ -31,7 +32,12 @@ class Optimizer:
     @property
     def prefix(self) -> str:
         """What the names of its tensors begin with."""
-        return ".".join((*self.path, ""))
+        return f"{self.name}."
+
+    @property
+    def name(self) -> str:
+        """Its path as names of tensors have it."""
+        return ".".join(map(str, self.path))
 
 
 def optimizers_in(values: object) -> list[Optimizer]:
@@ -41,8 +47,13 @@ def optimizers_in(values: object) -> list[Optimizer]:
     return found
 
 
-def _walk(values: object, path: tuple[str, ...], found: list[Optimizer]) -> None:
-    if not isinstance(values, dict) or len(path) > MAX_DEPTH:
+def _walk(values: object, path: tuple[str | int, ...], found: list[Optimizer]) -> None:
+    if len(path) > MAX_DEPTH:
+        return
+    if isinstance(values, list):
+        for number, item in enumerate(values):
+            _walk(item, (*path, number), found)
+    if not isinstance(values, dict):
         return
     groups: Any = values.get("param_groups")
     proper = isinstance(groups, list) and all(
@@ -111,11 +122,13 @@ def with_groups(values: object) -> object:
     return made
 
 
-def changed(values: Mapping[str, Any], path: Sequence[str], entries: Mapping[str, Any]) -> dict[str, Any]:
+def changed(values: Any, path: Sequence[str | int], entries: Mapping[str, Any]) -> Any:
     """Values with other ``entries`` in the dict at ``path``; the given ones stay as they are."""
     if not path:
         return {**values, **entries}
-    return {**values, path[0]: changed(values[path[0]], path[1:], entries)}
+    made: Any = list(values) if isinstance(values, list) else dict(values)
+    made[path[0]] = changed(values[path[0]], path[1:], entries)
+    return made
 
 
 def numbered_groups(tensors: Iterable[str], values: object) -> dict[str, list[list[str]]]:
@@ -126,7 +139,7 @@ def numbered_groups(tensors: Iterable[str], values: object) -> dict[str, list[li
     if values is None or not any(_NUMBERED.search(name) for name in tensors):
         return {}
     return {
-        ".".join(optimizer.path): [[str(name) for name in group["params"]] for group in optimizer.groups]
+        optimizer.name: [[str(name) for name in group["params"]] for group in optimizer.groups]
         for optimizer in optimizers_in(values)
         if all(_NUMBER.fullmatch(name) for name in optimizer.parameters)
     }

@@ -52,7 +52,7 @@ def spelled(source: Source) -> Source:
     """``source`` under plain names where it holds a live state with escaped ones, else itself."""
     if not any(map(is_escaped, source.names())) or not is_live(source):
         return source
-    optimizers = [".".join(optimizer.path) for optimizer in optimizers_in(source.values())]
+    optimizers = [optimizer.name for optimizer in optimizers_in(source.values())]
     renamed = plain_names(source.names(), optimizers)
     if not renamed:
         return source

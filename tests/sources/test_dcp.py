@@ -69,7 +69,14 @@ def test_one_process(tmp_path: Path, kind: Any) -> None:
     save(tensors | nested, tmp_path, serialization_format=kind)
     source = open_source(tmp_path)
     holds(source, tensors | {"deep.list.0": counting(2, 2), "deep.list.1.x": counting(3)})
-    assert source.values() == {"deep": {"text": "t", "": 1}, "number": 5}
+    assert source.values() == {"deep": {"list": [None, None], "text": "t", "": 1}, "number": 5}
+
+
+def test_a_lazy_view_is_named_as_one(tmp_path: Path) -> None:
+    """torch writes its bytes as they lie, before they are conjugated: nothing is damaged."""
+    save({"w": torch.complex(counting(3), counting(3)).conj()}, tmp_path)
+    with pytest.raises(UnreadableFormat, match=r"chunk of 'w' is a torch.Tensor as a lazy view \(conj\).*resolve"):
+        open_source(tmp_path).tensor("w")
 
 
 def test_a_transposed_tensor_keeps_its_strides(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from ckptengine.sources.safetensors.header import Header, read_header
 from ckptengine.sources.smalltensors import as_plain
 from ckptengine.sources.stored import StoredTensor
 from ckptengine.sources.torchzip import TorchZip
+from ckptengine.sources.unpickle import Placeholder
 
 GROUPS = ".param_groups."
 STATE = ".state."
@@ -53,6 +54,11 @@ class DcpItems:
             return Fragment(box, item.path, item.offset + len(form.head), form.strides)
         if self._is_zip(item):
             stored = TorchZip(self._files, item.path, item.offset, item.nbytes).load()
+            if isinstance(stored, Placeholder):
+                raise UnreadableFormat(
+                    f"{self._shown(item)}: a chunk of {key!r} is a {stored.class_name}, whose elements are not simply "
+                    "bytes of the file; save it dense, and a lazy view by resolve_conj() or resolve_neg()"
+                )
             if not isinstance(stored, StoredTensor):
                 raise Damaged(f"{self._shown(item)} holds no tensor, but should hold a chunk of {key!r}")
             self._check(key, record, chunk, item, stored.dtype, stored.shape)
@@ -154,7 +160,7 @@ class DcpSource:
         return {}
 
     def values(self) -> object:
-        """Every object, nested as it was saved."""
+        """Every object, nested as it was saved; None in the place of a tensor in a list, as elsewhere."""
         root: dict[object, object] = {}
         for key, item in self._metadata.objects.items():
             if item is None:
@@ -164,6 +170,8 @@ class DcpSource:
             except CheckpointError as error:
                 raise type(error)(f"value {key!r}: {error}") from error
             put(root, self._metadata.paths.get(key) or (key,), value)
+        for key in self._metadata.tensors:
+            _reserve(root, self._metadata.paths.get(key, ()))
         return with_lists(root)
 
 
@@ -194,6 +202,23 @@ def put(root: dict[object, object], path: tuple[object, ...], value: object) -> 
         if not isinstance(inner, dict):
             raise Damaged(f"the path {path!r} of a value leads through another value")
     inner[_Index(path[-1]) if type(path[-1]) is int else path[-1]] = value
+
+
+def _reserve(root: dict[object, object], path: tuple[object, ...]) -> None:
+    """None at the last list position on a tensor's path, so that a list of which only tensors are left is a list."""
+    last = max((at for at, part in enumerate(path) if type(part) is int), default=-1)
+    inner = root
+    for at, part in enumerate(path[: last + 1]):
+        key = _Index(part) if type(part) is int else part
+        if at == last:
+            inner.setdefault(key, None)
+            return
+        if inner.get(key) is None:
+            inner[key] = {}
+        found = inner[key]
+        if not isinstance(found, dict):
+            return
+        inner = found
 
 
 def with_lists(value: object) -> object:

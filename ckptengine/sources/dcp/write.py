@@ -15,7 +15,8 @@ from __future__ import annotations
 import functools
 import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
 from ckptengine.errors import UnusableRequest
@@ -24,6 +25,7 @@ from ckptengine.layout.dtypes import itemsize
 from ckptengine.layout.tensor import LogicalTensor
 from ckptengine.sources.dcp.metadata import METADATA
 from ckptengine.sources.emit import Call, Global, Instance, Pairs, Tensor, dumps, size, storage_of
+from ckptengine.sources.nesting import place_in
 from ckptengine.sources.optimizers import FLAT_STATE, Optimizer, optimizers_in, split_names
 from ckptengine.sources.smalltensors import as_stored, is_plain_tensor
 from ckptengine.sources.stream import in_file_order, stream_boxes, stream_memory_bytes
@@ -55,6 +57,7 @@ class DcpWriter:
 
     def units(self, job: Job) -> Sequence[Unit]:
         """One unit per file."""
+        self._check_keys(job)
         return [_unit(job, path, parts) for path, parts in _files(job).items()]
 
     def write(self, job: Job, unit: Unit, target: Target) -> Document:
@@ -83,7 +86,7 @@ class DcpWriter:
                 for number, (offsets, _, path, offset, nbytes) in enumerate(chunks)
             ]
         path = f"__{len(results)}_0.distcp"
-        for key, nesting, place in _write_values(job, path, target, self._nested):
+        for key, nesting, place in _write_values(path, target, self._leaves(job, paths)):
             records.append((key, Instance(Global(_METADATA, "BytesStorageMetadata"), {})))
             storage.append((_index(key), place))
             paths[key] = nesting
@@ -96,6 +99,25 @@ class DcpWriter:
         }
         with target.create(METADATA) as sink:
             sink.write(dumps(Instance(Global(_METADATA, "Metadata"), state), METADATA))
+
+    def _leaves(self, job: Job, paths: Mapping[str, Path]) -> list[tuple[Path, object]]:
+        """The values that are items, flattened around the ``paths`` of tensors or each key at the top whole."""
+        values = plain_values(job)
+        if self._nested:
+            held = {path[:size] for path in paths.values() for size in range(1, len(path) + 1)}
+            return list(_leaves(values, (), held))
+        return [((key,), value) for key, value in values.items()] if isinstance(values, dict) else []
+
+    def _check_keys(self, job: Job) -> None:
+        """Refuse what torch refuses to save: of two things under one key only one would be left."""
+        keys, paths = _keys(job)
+        counts = Counter(keys.values()) + Counter(_key(path) for path, _ in self._leaves(job, paths))
+        twice = [key for key, count in counts.items() if count > 1]
+        if twice:
+            raise UnusableRequest(
+                f"{twice[0]!r} would be the key of two tensors or values, and dcp has one place for them; convert to "
+                "native or zarr, or rename the tensor with rules"
+            )
 
 
 class _ItemWriter:
@@ -219,33 +241,35 @@ def _slabs(tensor: LogicalTensor, most: int) -> Iterator[Box]:
 
 def _keys(job: Job) -> tuple[dict[str, str], dict[str, Path]]:
     """Each name's key in torch's terms, aliases included, and each key's path in the nested state."""
-    states = split_names(job.names, optimizers_in(plain_values(job)))
+    values = plain_values(job)
+    states = split_names(job.names, optimizers_in(values))
     keys: dict[str, str] = {}
     paths: dict[str, Path] = {}
     for name in job.names:
         state: tuple[Optimizer, str, str] | None = states.get(name)
-        path = job.place(name)
+        path = place_in(values, job.place(name))
         if state is not None:
             optimizer, parameter, kind = state
             state_path = (f"{FLAT_STATE}{parameter}.{kind}",) if optimizer.flat else ("state", parameter, kind)
             path = (*optimizer.path, *state_path)
-        keys[name] = ".".join(map(str, path))
+        keys[name] = _key(path)
         paths[keys[name]] = path
     return keys, paths
 
 
-def _write_values(job: Job, file: str, target: Target, nested: bool) -> list[tuple[str, Path, Instance]]:
+def _key(path: Path) -> str:
+    return ".".join(map(str, path))
+
+
+def _write_values(file: str, target: Target, leaves: Sequence[tuple[Path, object]]) -> list[tuple[str, Path, Instance]]:
     """Write one item per value; their keys, paths and places."""
-    values = plain_values(job)
-    whole = {} if nested or not isinstance(values, dict) else values
-    leaves = list(_leaves(values, ())) if nested else [((key,), value) for key, value in whole.items()]
     made: list[tuple[str, Path, Instance]] = []
     if not leaves:
         return made
     with target.create(file) as sink:
         for path, value in leaves:
             start = sink.position
-            key = ".".join(map(str, path))
+            key = _key(path)
             zipped = ZipWriter(sink)
             shown, data = as_stored(value)
             for record, small in _wrapped(dumps(shown, key)).items():
@@ -257,14 +281,18 @@ def _write_values(job: Job, file: str, target: Target, nested: bool) -> list[tup
     return made
 
 
-def _leaves(value: object, path: Path) -> Iterator[tuple[Path, object]]:
-    """Values as torch flattens them: dicts always, lists where a dict is in them."""
+def _leaves(value: object, path: Path, held: Set[Path]) -> Iterator[tuple[Path, object]]:
+    """Values as torch flattens them: dicts always, lists and tuples where a dict or a tensor is in them.
+
+    ``held`` are the paths of tensors and of what they are in: None there is only what a tensor left.
+    """
     if isinstance(value, dict) and (value or not path) and not is_plain_tensor(value):
         for key, item in value.items():
-            yield from _leaves(item, (*path, str(key)))
-    elif isinstance(value, list) and _holds_dict(value):
+            yield from _leaves(item, (*path, str(key)), held)
+    elif isinstance(value, list | tuple) and (path in held or (isinstance(value, list) and _holds_dict(value))):
         for number, item in enumerate(value):
-            yield from _leaves(item, (*path, number))
+            if item is not None or (*path, number) not in held:
+                yield from _leaves(item, (*path, number), held)
     elif path or value is not None:
         yield path or ("values",), value
 

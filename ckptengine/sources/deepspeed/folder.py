@@ -39,8 +39,10 @@ class StepFolder:
         wanted = count if count is not None else max(held, default=-1) + 1
         missing = [dp for dp in range(wanted) if dp not in held]
         if missing:
+            kind = next((path.partition("zero_")[0] for path in held.values()), "")
+            name = f"{kind}zero_pp_rank_{missing[0]}_mp_rank_{mp:02d}_optim_states.pt"
             raise NotFound(
-                f"{self.files.root} has no optimizer file zero_pp_rank_{missing[0]}_mp_rank_{mp:02d}_optim_states.pt; "
+                f"{self.files.root} has no optimizer file {name}; "
                 f"{wanted} data-parallel ranks wrote this checkpoint and {len(missing)} file(s) are missing"
             )
         return [held[dp] for dp in range(wanted)]

@@ -113,7 +113,7 @@ def training_of(job: Job) -> Training:
         if alias.startswith(_MODEL) and owner.startswith(_MODEL)
     }
     taken = {*weights.values(), *(name for parts in states.values() for name in parts.values())}
-    optim = values.pop(optimizer.path[0], {}) if optimizer is not None else values.pop("optim", {})
+    optim = values.pop(optimizer.name, {}) if optimizer is not None else values.pop("optim", {})
     return Training(
         weights=weights,
         groups=tuple(groups),
@@ -164,7 +164,7 @@ def _scalar_bytes(job: Job, name: str) -> bytes:
 def _optimizer(values: Mapping[str, Any]) -> Optimizer | None:
     found = [optimizer for optimizer in optimizers_in(dict(values)) if len(optimizer.path) == 1]
     if len(found) > 1:
-        names = ", ".join(".".join(optimizer.path) for optimizer in found)
+        names = ", ".join(optimizer.name for optimizer in found)
         raise UnusableRequest(f"a DeepSpeed checkpoint holds one optimizer and this has {names}; drop one by rules")
     return found[0] if found and any(found[0].parameters) else None
 

@@ -77,7 +77,8 @@ class TorchSource:
                 if name in self._tensors:
                     raise Damaged(f"tensor {name!r} occurs twice in {files.root}")
                 self._tensors[name] = tensor
-                self._paths[name] = path
+                if _is_told(root, path):
+                    self._paths[name] = path
                 if isinstance(tensor, StoredTensor) and tensor.size and first.setdefault(tensor.identity, name) != name:
                     self._aliases[name] = first[tensor.identity]
 
@@ -96,7 +97,8 @@ class TorchSource:
         if isinstance(stored, Placeholder):
             raise UnreadableFormat(
                 f"{name!r} in {self.files.root} is a {stored.class_name}, whose elements are not simply bytes of the "
-                "file (sharded, sparse, quantized or a lazy view); save it with torch.distributed.checkpoint, or dense"
+                "file (sharded, sparse, quantized or a lazy view); save it with torch.distributed.checkpoint if it is "
+                "sharded, else dense, and a lazy view by resolve_conj() or resolve_neg()"
             )
         try:
             fragments = [stored.fragment()] if stored.size else []
@@ -110,9 +112,7 @@ class TorchSource:
 
     def path(self, name: str) -> tuple[object, ...] | None:
         """See `ckptengine.sources.port.KnowsPaths`."""
-        path = self._paths.get(name)
-        known = path is not None and all(type(part) is str for part in path)  # a number may be a key or a position
-        return path if known else None
+        return self._paths.get(name)
 
     def values(self) -> object:
         """What is no tensor, nested as it was; of several files, the dicts merged.
@@ -186,16 +186,28 @@ def _named(root: object, own: bool) -> list[Named]:
     return [(name, path, tensor) for name, (path, tensor) in zip(names, named, strict=True)]
 
 
+def _is_told(root: Any, path: tuple[object, ...]) -> bool:
+    """Whether a path says where its tensor is nested: every number in it is a position, every other part a text."""
+    for part in path:
+        listed = isinstance(root, list | tuple)
+        if type(part) is not (int if listed else str):
+            return False
+        root = root[part] if listed else root.get(part) if isinstance(root, dict) else None
+    return True
+
+
 def _counters(root: Any, key: tuple[str, ...], inline: InlineFiles) -> dict[str, Number]:
     """The counters of optimizers that are plain numbers, by canonical name."""
-    if not isinstance(root, dict) or len(key) > MAX_OPTIMIZER_DEPTH:
+    if not isinstance(root, dict | list) or len(key) > MAX_OPTIMIZER_DEPTH:
         return {}
-    if not isinstance(root.get("param_groups"), list) or not isinstance(root.get("state"), dict):
-        inner = ((str(part), item) for part, item in root.items() if isinstance(item, dict))
+    parts: Any = enumerate(root) if isinstance(root, list) else root.items()
+    inside: dict[Any, Any] = dict(parts)
+    if not isinstance(inside.get("param_groups"), list) or not isinstance(inside.get("state"), dict):
+        inner = ((str(part), item) for part, item in inside.items() if isinstance(item, dict | list))
         return {k: v for part, item in inner for k, v in _counters(item, (*key, part), inline).items()}
     names = _parameter_names(root, ())
     found: dict[str, Number] = {}
-    for parameter, state in root["state"].items() if names else ():
+    for parameter, state in inside["state"].items() if names else ():
         held = number(state.get("step"), inline) if isinstance(state, dict) else None
         if held is not None:
             found[".".join((*key, str(names.get(parameter, parameter)), "step"))] = held
@@ -233,6 +245,8 @@ def _with_names(value: Any, depth: int, *, bare: bool) -> Any:
 
     ``bare``: without counters, which are shown as tensors.
     """
+    if isinstance(value, list) and depth <= MAX_OPTIMIZER_DEPTH:
+        return [_with_names(item, depth + 1, bare=bare) for item in value]
     if not isinstance(value, dict) or depth > MAX_OPTIMIZER_DEPTH:
         return value
     groups: Any = value.get("param_groups")

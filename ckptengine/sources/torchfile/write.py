@@ -87,7 +87,7 @@ def _records(job: Job, names: Sequence[str]) -> tuple[dict[str, bytes], list[byt
     tensors = {name: _tensor(job, name, number) for number, name in enumerate(names)}
     tensors |= {alias: tensors[name] for alias, name in job.aliases.items() if name in tensors}
     if job.flag("weights_only"):
-        root: dict[Any, Any] = {name.removeprefix(_WEIGHTS): tensor for name, tensor in tensors.items()}
+        root: dict[Any, Any] | list[Any] = {name.removeprefix(_WEIGHTS): tensor for name, tensor in tensors.items()}
     else:
         values, small = as_stored(plain_values(job), len(names))
         root = _nested(job, _loadable(values, "values"), tensors)
@@ -110,8 +110,8 @@ def _tensor(job: Job, name: str, number: int) -> Tensor:
     return Tensor(storage, tensor.dtype, tensor.shape, row_major_strides(tensor.shape))
 
 
-def _nested(job: Job, values: Any, tensors: Mapping[str, Tensor]) -> dict[Any, Any]:
-    root: dict[Any, Any] = values if isinstance(values, dict) else {} if values is None else {"values": values}
+def _nested(job: Job, values: Any, tensors: Mapping[str, Tensor]) -> dict[Any, Any] | list[Any]:
+    root = values if isinstance(values, dict | list) else {} if values is None else {"values": values}
     found = optimizers_in(root)
     states = split_names(tensors, found)
     for optimizer in found:
@@ -122,7 +122,7 @@ def _nested(job: Job, values: Any, tensors: Mapping[str, Tensor]) -> dict[Any, A
 
 def _torch_form(
     optimizer: Optimizer,
-    root: dict[Any, Any],
+    root: dict[Any, Any] | list[Any],
     tensors: Mapping[str, Tensor],
     states: Mapping[str, tuple[Optimizer, str, str]],
 ) -> dict[Any, Any]:
@@ -149,7 +149,7 @@ def _torch_form(
     return {**node, "state": state, "param_groups": groups}
 
 
-def _set(root: dict[Any, Any], path: Sequence[str], value: object) -> None:
+def _set(root: Any, path: Sequence[str | int], value: object) -> None:
     for key in path[:-1]:
         root = root[key]
     root[path[-1]] = value

@@ -1,5 +1,4 @@
-"""Buffers that each rank has of its own: those that DDP broadcasts, and running statistics, are kept as the first rank has
-them."""
+"""Buffers that each rank has of its own: the first rank's are kept of statistics, and of what DDP broadcasts."""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ class Checkpoint:
 
     def verify(self) -> None:
         """Check every byte against its digest and every tensor's cover; raises the first `Damaged` or `LayoutError`."""
-        problems = verify(self._source)
+        problems, _ = verify(self._source)
         if problems:
             raise problems[0]
 

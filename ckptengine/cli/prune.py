@@ -91,7 +91,7 @@ def _damage_of(root: str, found: dict[int, str], progress: Progress, step: int) 
         try:
             source = open_any(root, step)
             try:
-                problems = verify(source, progress)
+                problems, _ = verify(source, progress)
             finally:
                 source.files.close()
         except CheckpointError as problem:

@@ -12,7 +12,6 @@ from ckptengine.cli.text import counted
 from ckptengine.errors import CheckpointError, Damaged
 from ckptengine.operations.opening import open_any
 from ckptengine.operations.verify import verify
-from ckptengine.sources.port import Checksummed, Source
 from ckptengine.tiers.redact import redacted_url
 
 
@@ -24,31 +23,25 @@ def main(argv: Sequence[str]) -> int:
     options = arguments.parse_args(argv)
     step: int | None = None
     kind, shown = "unknown", redacted_url(options.path)
-    tensors, digests = 0, True
+    tensors = unproven = 0
     problems: list[CheckpointError]
     try:
         source = open_any(options.path, None, options.rules)
         step, kind, tensors = source.step, source.format, len(source.names())
         with Meter("verifying") as meter:
-            problems = verify(source, meter.progress)
-        digests = bool(problems) or not tensors or _records_digests(source)
+            problems, unproven = verify(source, meter.progress)
     except Damaged as damage:  # found before the first tensor could be looked at
         problems = [damage]
     if options.json:
         told = [{"code": problem.code, "message": str(problem)} for problem in problems]
-        document = {"path": shown, "format": kind, "step": step, "good": not problems, "problems": told}
-        sys.stdout.write(json.dumps(document) + "\n")
+        document = {"path": shown, "format": kind, "step": step, "good": not problems, "unproven": unproven}
+        sys.stdout.write(json.dumps({**document, "problems": told}) + "\n")
     elif problems:
         sys.stdout.write("".join(f"{problem.code}: {problem}\n" for problem in problems))
         sys.stdout.write(f"{shown}: DAMAGED, {counted(len(problems), 'problem')}\n")
     else:
         which = "" if step is None else f" step {step}"
-        proven = "" if digests else "; it records no digests: all that can be told is that its bytes can be read"
+        many = "it records no digests" if unproven == tensors else f"of {unproven} it records no digests"
+        proven = f"; {many}: all that can be told is that their bytes can be read" if unproven else ""
         sys.stdout.write(f"{shown}:{which} holds: {counted(tensors, 'tensor')} of a {kind} checkpoint{proven}\n")
     return 1 if problems else 0
-
-
-def _records_digests(source: Source) -> bool:
-    if isinstance(source, Checksummed) and source.checksums():
-        return True
-    return any(source.tensor(name).digest is not None for name in source.names())

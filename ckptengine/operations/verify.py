@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 from ckptengine import native
 from ckptengine.errors import CheckpointError, DigestMismatch
 from ckptengine.layout.box import Box
 from ckptengine.layout.cover import prove_cover
+from ckptengine.layout.tensor import LogicalTensor
 from ckptengine.operations.digests import digest_of
 from ckptengine.operations.read import BoxReader
+from ckptengine.operations.zipcheck import ZipCheck
 from ckptengine.sources.native import NativeSource
 from ckptengine.sources.port import Checksummed, Files, Source
 from ckptengine.store import rankfile
@@ -21,33 +24,66 @@ Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
 
 
-def verify(source: Source, progress: Progress | None = None) -> list[CheckpointError]:
-    """Every problem of a checkpoint; an empty list says that it holds.
+class Verdict(NamedTuple):
+    """``problems``: empty where a checkpoint holds.  ``unproven``: how many tensors have nothing to compare with."""
+
+    problems: list[CheckpointError]
+    unproven: int
+
+
+def verify(source: Source, progress: Progress | None = None) -> Verdict:
+    """Every problem of a checkpoint.
 
     Of our own format every byte is checked: attempt records, headers, extents, padding, granule tables, indexes, the
-    tensors' digests and their cover.  Of a foreign one: cover, and that every byte can be read (and its digest where
-    one is recorded, of a tensor or of a whole file).
+    tensors' digests and their cover.  Of a foreign one: cover, every record of torch.save's files against its CRC-32,
+    tensors and whole files against the digests that are recorded of them, and that all other bytes can be read.
     """
-    problems: list[CheckpointError] = []
     if isinstance(source, NativeSource):
-        if source.of_root:
-            problems += History(source.files).damaged_records()
-        done = 0
-        for rank, record in enumerate(source.manifest.files):
-            problems += _verify_rank_file(source, rank, progress, done)
-            done += record.nbytes
-        if problems:
-            return problems
-    if isinstance(source, Checksummed):
-        problems += _verify_files(source.files, source.checksums(), progress)
+        return Verdict(_verify_native(source, progress), 0)
+    return _verify_foreign(source, progress)
+
+
+def _verify_native(source: NativeSource, progress: Progress | None) -> list[CheckpointError]:
+    problems: list[CheckpointError] = []
+    if source.of_root:
+        problems += History(source.files).damaged_records()
+    done = 0
+    for rank, record in enumerate(source.manifest.files):
+        problems += _verify_rank_file(source, rank, progress, done)
+        done += record.nbytes
+    if problems:
+        return problems
     for name in source.names():
         try:
-            _verify_tensor(source, name, recompute=not isinstance(source, NativeSource))
+            tensor = source.tensor(name)
+            prove_cover(name, tensor.shape, [fragment.box for fragment in tensor.fragments])
         except CheckpointError as error:
             problems.append(error)
-    if isinstance(source, NativeSource) and not problems:
-        problems += _verify_digests(source)
-    return problems
+    return problems or _verify_digests(source)
+
+
+def _verify_foreign(source: Source, progress: Progress | None) -> Verdict:
+    problems: list[CheckpointError] = []
+    tensors: list[LogicalTensor] = []
+    for name in source.names():
+        try:
+            tensors.append(source.tensor(name))
+        except CheckpointError as error:
+            problems.append(error)
+    whole = source.checksums() if isinstance(source, Checksummed) else {}
+    problems += _verify_files(source.files, whole, progress)
+    zips = ZipCheck(source, [fragment for tensor in tensors for fragment in tensor.fragments])
+    problems += zips.run(progress)
+    unproven = 0
+    for tensor in tensors:
+        checked = all(zips.covers(fragment) for fragment in tensor.fragments)
+        try:
+            _verify_tensor(source, tensor, recompute=not checked and tensor.name not in source.aliases())
+        except CheckpointError as error:
+            problems.append(error)
+        listed = all(fragment.file in whole for fragment in tensor.fragments)
+        unproven += tensor.digest is None and not checked and not listed
+    return Verdict(problems, unproven)
 
 
 def _verify_files(files: Files, checksums: Mapping[str, str], progress: Progress | None) -> list[CheckpointError]:
@@ -108,15 +144,14 @@ def _verify_rank_file(source: NativeSource, rank: int, progress: Progress | None
     return problems
 
 
-def _verify_tensor(source: Source, name: str, *, recompute: bool) -> None:
-    tensor = source.tensor(name)
-    if not recompute or name in source.aliases():
-        prove_cover(name, tensor.shape, [fragment.box for fragment in tensor.fragments])
+def _verify_tensor(source: Source, tensor: LogicalTensor, *, recompute: bool) -> None:
+    if not recompute:
+        prove_cover(tensor.name, tensor.shape, [fragment.box for fragment in tensor.fragments])
         return
     reader = BoxReader(source, tensor)
     found = digest_of(tensor, lambda _, box, out: reader.read(box, out), _CHUNK_BYTES)
     if tensor.digest is not None and found != tensor.digest:
-        raise DigestMismatch(f"tensor {name!r} has the digest {found}, {tensor.digest} was recorded")
+        raise DigestMismatch(f"tensor {tensor.name!r} has the digest {found}, {tensor.digest} was recorded")
 
 
 def _verify_digests(source: NativeSource) -> list[CheckpointError]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ckptengine.errors import Damaged, NotFound
 from ckptengine.layout.tensor import Fragment, LogicalTensor
-from ckptengine.sources.port import Files, Source
+from ckptengine.sources.port import Files, HoldsZips, Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,7 @@ class JoinedSource:
         self.step = step
         self.files: Files = RoutedFiles(files, {part.folder: part.source.files for part in parts if part.folder})
         self._values = values
+        self._parts = parts
         self._held: dict[str, tuple[Part, str]] = {}
         self._aliases: dict[str, str] = {}
         for part in parts:
@@ -66,6 +67,13 @@ class JoinedSource:
 
     def values(self) -> object:
         return self._values
+
+    def zips(self) -> Iterator[tuple[str, int, int]]:
+        """See `ckptengine.sources.port.HoldsZips`."""
+        for part in self._parts:
+            before = f"{part.folder}/" if part.folder else ""
+            for path, offset, nbytes in part.source.zips() if isinstance(part.source, HoldsZips) else ():
+                yield before + path, offset, nbytes
 
 
 class RoutedFiles:

@@ -7,7 +7,7 @@ A format is a `Format`: a name, a cheap probe and an opener.  The formats that t
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -137,6 +137,15 @@ class Checksummed(Protocol):
 
     def checksums(self) -> Mapping[str, str]:
         """The SHA-256 of each file in hexadecimal, by its path; empty where none were recorded."""
+        ...
+
+
+@runtime_checkable
+class HoldsZips(Protocol):
+    """The optional ability of a source that has files of torch.save inside of larger files."""
+
+    def zips(self) -> Iterable[tuple[str, int, int]]:
+        """The file, the offset and the size of each."""
         ...
 
 

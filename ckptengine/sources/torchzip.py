@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import bisect
 import struct
-from collections.abc import Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from ckptengine.errors import Damaged, NotFound, Truncated, UnreadableFormat
+from ckptengine.errors import CheckpointError, Damaged, DigestMismatch, NotFound, Truncated, UnreadableFormat
 from ckptengine.layout.dtypes import itemsize
 from ckptengine.sources.pickle_scan import end_of_pickle
 from ckptengine.sources.port import Files
@@ -24,6 +25,7 @@ _LOCATOR64 = b"PK\x06\x07"
 _ENTRY = struct.Struct("<4s6H3I5H2I")
 _LOCAL = struct.Struct("<4s5H3I2H")
 _WINDOW_BYTES = 1 << 12
+_CHUNK_BYTES = 4 << 20
 _MAX_COMMENT_BYTES = 1 << 16
 UNKNOWN = "unknown"
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -80,7 +82,45 @@ class TorchZip:
             raise UnreadableFormat(
                 f"record {name!r} of {self.shown} has {entry.nbytes} bytes, too many to read at once"
             )
-        return self._read(self.data_offset(name), entry.nbytes)
+        data = self._read(self.data_offset(name), entry.nbytes)
+        if self.has_checksums and zlib.crc32(data) != entry.crc32:
+            raise self._mismatch(self._prefix + name, zlib.crc32(data))
+        return data
+
+    @property
+    def has_checksums(self) -> bool:
+        """Whether the CRC-32 of records was computed; torch can leave it out, and writes zeros then."""
+        return any(entry.crc32 for entry in self.entries.values())
+
+    def damaged_records(self, read: Callable[[int], None] = lambda nbytes: None) -> Iterator[CheckpointError]:
+        """Every record whose bytes are not those of its CRC-32, which nothing else that reads tensors looks at.
+
+        ``read`` is told how many bytes have been read.  Bounded memory.
+        """
+        buffer, total = memoryview(bytearray(min(_CHUNK_BYTES, self._nbytes))), 0
+        for name, entry in self.entries.items() if self.has_checksums else ():
+            if entry.altered or not name.startswith(self._prefix):
+                continue
+            try:
+                start, found = self.data_offset(name[len(self._prefix) :]), 0
+                for done in range(0, entry.nbytes, _CHUNK_BYTES):
+                    view = buffer[: min(_CHUNK_BYTES, entry.nbytes - done)]
+                    self.files.read_into(self.path, start + done, view)
+                    found = zlib.crc32(view, found)
+                    total += len(view)
+                    read(total)
+            except CheckpointError as error:
+                yield error
+                continue
+            if found != entry.crc32:
+                yield self._mismatch(name, found)
+
+    def _mismatch(self, name: str, found: int) -> DigestMismatch:
+        recorded = self.entries[name].crc32
+        return DigestMismatch(
+            f"record {name!r} of {self.shown} has the CRC-32 {found:08x}, {recorded:08x} was recorded: it is damaged; "
+            "fetch the file again"
+        )
 
     def has(self, name: str) -> bool:
         """Whether there is such a record."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-from ckptengine.sources.port import Checksummed, Files, Source, Verifying
+from ckptengine.sources.port import Checksummed, Files, HoldsZips, Source, Verifying
 
 
 class Wrapping:
@@ -32,6 +32,10 @@ class Wrapping:
     def checksums(self) -> Mapping[str, str]:
         """See `ckptengine.sources.port.Checksummed`."""
         return self._base.checksums() if isinstance(self._base, Checksummed) else {}
+
+    def zips(self) -> Iterable[tuple[str, int, int]]:
+        """See `ckptengine.sources.port.HoldsZips`."""
+        return self._base.zips() if isinstance(self._base, HoldsZips) else ()
 
 
 class WrappingVerifying(Wrapping):

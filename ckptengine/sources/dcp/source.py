@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ckptengine.errors import CheckpointError, Damaged, NotFound, UnreadableFormat
@@ -104,6 +104,13 @@ class DcpItems:
         """The object of an item, its tensors as `StoredTensor`."""
         return TorchZip(self._files, item.path, item.offset, item.nbytes).load()
 
+    def zips(self, metadata: DcpMetadata) -> Iterator[tuple[str, int, int]]:
+        """See `ckptengine.sources.port.HoldsZips`."""
+        chunks = (chunk.item for record in metadata.tensors.values() for chunk in record.chunks)
+        for item in (*chunks, *metadata.objects.values()):
+            if item is not None and self._is_zip(item):
+                yield item.path, item.offset, item.nbytes
+
     def _is_zip(self, item: Item) -> bool:
         head = self._files.read(item.path, item.offset, min(9, item.nbytes))
         return head[:4] == b"PK\x03\x04" and head[8:9] != b"{"
@@ -154,6 +161,10 @@ class DcpSource:
     def path(self, name: str) -> tuple[object, ...] | None:
         """See `ckptengine.sources.port.KnowsPaths`: as torch flattened it."""
         return self._metadata.paths.get(self._keys.get(name, ""))
+
+    def zips(self) -> Iterable[tuple[str, int, int]]:
+        """See `ckptengine.sources.port.HoldsZips`."""
+        return self._items.zips(self._metadata)
 
     def aliases(self) -> Mapping[str, str]:
         """None: the format does not record what is tied."""

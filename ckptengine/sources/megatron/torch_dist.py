@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ckptengine.errors import CheckpointError, Damaged, NotFound, UnreadableFormat
@@ -49,11 +49,11 @@ class TorchDistSource:
         self._inline = InlineFiles(base)
         self.files: Files = self._inline
         self.metrics: Mapping[str, float] = {}
-        metadata = read_metadata(base)
-        self._records = metadata.tensors
-        self._objects = metadata.objects
+        self._metadata = read_metadata(base)
+        self._records = self._metadata.tensors
+        self._objects = dict(self._metadata.objects)
         self._items = DcpItems(base)
-        self._keys = canonical_names(metadata.tensors)
+        self._keys = canonical_names(self._metadata.tensors)
         self._common = self._read_common()
         iteration = self._common.get("iteration")
         self.step = iteration if type(iteration) is int else opening.step
@@ -95,6 +95,10 @@ class TorchDistSource:
     def aliases(self) -> Mapping[str, str]:
         """None: a tied output layer is stored under the embedding's key only."""
         return {}
+
+    def zips(self) -> Iterable[tuple[str, int, int]]:
+        """See `ckptengine.sources.port.HoldsZips`."""
+        return self._items.zips(self._metadata)
 
     def checksums(self) -> Mapping[str, str]:
         """Those of ``integrity.json``, which Megatron-core writes from 0.19 on when it is asked to."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import posixpath
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,12 +41,20 @@ def main(argv: Sequence[str]) -> int:
         Path(options.refs).write_text(json.dumps(references))
         sys.stdout.write(f"references to {counted(len(references['refs']), 'key')} written to {options.refs}\n")
         return 0
-    document = describe(source, fragments=options.layout)
+    document = {**describe(source, fragments=options.layout), "path": _where(source, options.path)}
     if options.json:
         sys.stdout.write(json.dumps(document) + "\n")
     else:
         sys.stdout.write(_text(document, tensors=options.tensors or options.layout, layout=options.layout))
     return 0
+
+
+def _where(source: Source, path: str) -> str:
+    """The checkpoint's folder, or the file in it that was named."""
+    root = source.files.root.rstrip("/")
+    name = posixpath.basename(path.rstrip("/"))
+    is_file = posixpath.basename(root) != name and name in source.files.entries()
+    return f"{root}/{name}" if is_file else source.files.root
 
 
 def describe(source: Source, *, fragments: bool) -> dict[str, Any]:

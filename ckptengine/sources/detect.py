@@ -125,6 +125,8 @@ def _open_at(
     what = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") if names else "nothing"
     inside = _checkpoints_inside(files, formats)
     hint = f"; open one of its folders: {inside}" if inside else ""
+    if any(name.endswith(".distcp") for name in names):
+        hint = "; it lacks the .metadata of torch.distributed.checkpoint: that save was not finished"
     raise UnreadableFormat(
         f"{files.root} holds no checkpoint of a known format ({_known(formats)}); it has {what}{hint}"
     )

@@ -41,6 +41,9 @@ def test_a_folder_around_a_checkpoint_says_where_it_is(tmp_path: Path) -> None:
     (tmp_path / "context").mkdir()
     with pytest.raises(UnreadableFormat, match=r"it has context/, weights/; open one of its folders: weights/ \(safe"):
         open_source(tmp_path)
+    (tmp_path / "__0_0.distcp").touch()
+    with pytest.raises(UnreadableFormat, match=r"\.metadata .*: that save was not finished"):
+        open_source(tmp_path)
 
 
 def test_latest_files_decide(tmp_path: Path) -> None:

@@ -57,7 +57,8 @@ class SafetensorsWriter:
             raise UnusableRequest(
                 f"safetensors has no {job.tensor(unfit[0]).dtype} (tensor {unfit[0]!r}"
                 + (f" and {len(unfit) - 1} more" if len(unfit) > 1 else "")
-                + "); convert to torch, dcp or native instead, or leave it out with weights_only"
+                + "); convert to torch, dcp or native instead"
+                + ("" if unfit[0].startswith(_WEIGHTS) else ", or leave it out with --option weights_only=true")
             )
         return [_unit(job, path, names) for path, names in _shards(job).items()]
 
@@ -115,8 +116,8 @@ def _check_fits_one_file(job: Job) -> None:
     other = [name for name in _wanted(job) if not name.startswith(_WEIGHTS)]
     if other:
         raise UnusableRequest(
-            f"{job.target_name} is one file of weights, and the source holds {len(other)} other tensors (first "
-            f"{other[0]!r}); leave them out with --option weights_only=true, or name a folder"
+            f"{job.target_name} is one file of weights, and {other[0]!r} is none ({len(other)} in all); leave out what "
+            "is none with --option weights_only=true, or name a folder"
         )
     if "shard_bytes" in job.options:
         raise UnusableRequest(f"{job.target_name} is one file; leave shard_bytes out, or name a folder")

@@ -15,7 +15,9 @@ from __future__ import annotations
 import datetime
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
+from ckptengine import native
 from ckptengine.errors import CheckpointError
 from ckptengine.policy.keep import Keep, StepInfo
 from ckptengine.store import manifest as manifests
@@ -55,6 +57,40 @@ class RetentionPlan:
         return sum(removal.size_bytes for removal in self.removals)
 
 
+class Facts(NamedTuple):
+    """What of a manifest retention goes by; ``sizes`` are those of its rank files."""
+
+    step: int
+    created: str
+    metrics: Mapping[str, Any]
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Facts:
+        return cls(manifest.step, manifest.created, manifest.metrics, tuple(one.nbytes for one in manifest.files))
+
+
+class Known:
+    """The facts of manifests that were seen before, by name and the CRC of their bytes: to parse one takes long."""
+
+    def __init__(self) -> None:
+        self._facts: dict[str, tuple[int, Facts]] = {}
+
+    def add(self, name: str, data: bytes, facts: Facts) -> None:
+        self._facts[name] = native.crc64(data), facts
+
+    def facts(self, name: str, data: bytes, where: str) -> Facts:
+        """Of the manifest ``data``; raises as `ckptengine.store.manifest.decode` does."""
+        known = self._facts.get(name)
+        if known is None or known[0] != native.crc64(data):
+            self.add(name, data, Facts.of(manifests.decode(data, where)))
+        return self._facts[name][1]
+
+    def keep(self, names: Collection[str]) -> None:
+        """Forget all others."""
+        self._facts = {name: held for name, held in self._facts.items() if name in names}
+
+
 @dataclass(slots=True)
 class _Save:
     """The objects of one save of one step."""
@@ -71,19 +107,22 @@ def plan_retention(
     protected: Collection[int] = (),
     ranks: Collection[int] | None = None,
     alone: bool = False,
+    known: Known | None = None,
 ) -> RetentionPlan:
     """What ``keep`` removes from ``tier``; nothing is changed.
 
     ``verified``: steps of which more is known than that every file is there in its size; only such a step can be the
     newest good one (None: sizes are believed).  ``protected``: steps that must stay, as a drain still reads them.
     ``ranks``: those whose files lie here, for a tier that belongs to one node of several (None: all).  ``alone``: the
-    caller holds the place's lock, so that what is not committed never will be.
+    caller holds the place's lock, so that what is not committed never will be.  ``known``: manifests seen before.
     """
+    known = Known() if known is None else known
     saves = _saves(tier.entries("step-"))
+    known.keep({save.manifest.name for save in saves.values() if save.manifest is not None})
     history = History(TierFiles(tier))
     visible = history.visible()
     line = {ref.step: ref for ref in visible}
-    read = {ref: _read(tier, ref, saves, ranks) for ref in line.values()}
+    read = {ref: _read(tier, ref, saves, ranks, known) for ref in line.values()}
     good = [step for step, ref in line.items() if read[ref] is not None and (verified is None or step in verified)]
     if not good:
         return RetentionPlan(None, tuple(sorted(line)), ())
@@ -162,28 +201,32 @@ def _saves(entries: Collection[Entry]) -> dict[CommitRef, _Save]:
 
 
 def _read(
-    tier: BlockingTier, ref: CommitRef, saves: Mapping[CommitRef, _Save], ranks: Collection[int] | None
-) -> Manifest | None:
-    """The manifest, if it can be read and every file that it names is there in its size."""
+    tier: BlockingTier,
+    ref: CommitRef,
+    saves: Mapping[CommitRef, _Save],
+    ranks: Collection[int] | None,
+    known: Known,
+) -> Facts | None:
+    """Those of the manifest, if it can be read and every file that it names is there in its size."""
     save = saves.get(ref)
     if save is None or save.manifest is None:
         return None
     try:
         data = tier.read(save.manifest.name, 0, save.manifest.size_bytes)
-        manifest = manifests.decode(data, f"{tier.label}/{save.manifest.name}")
+        facts = known.facts(save.manifest.name, data, f"{tier.label}/{save.manifest.name}")
     except CheckpointError:
         return None  # damaged: then it is not good, which is all that matters here
-    sizes = {rank: entry.size_bytes for rank, entry in save.files.items()}
-    wanted = [(rank, record) for rank, record in enumerate(manifest.files) if ranks is None or rank in ranks]
-    complete = all(sizes.get(rank) == record.nbytes for rank, record in wanted)
-    return manifest if complete and manifest.step == ref.step else None
+    there = {rank: entry.size_bytes for rank, entry in save.files.items()}
+    wanted = [(rank, nbytes) for rank, nbytes in enumerate(facts.sizes) if ranks is None or rank in ranks]
+    complete = all(there.get(rank) == nbytes for rank, nbytes in wanted)
+    return facts if complete and facts.step == ref.step else None
 
 
-def _info(ref: CommitRef, manifest: Manifest | None, anchor: CommitRef) -> StepInfo:
-    if manifest is None or ref.step > anchor.step:
+def _info(ref: CommitRef, facts: Facts | None, anchor: CommitRef) -> StepInfo:
+    if facts is None or ref.step > anchor.step:
         return StepInfo(ref.step, good=False)
-    metrics = {name: float(value) for name, value in manifest.metrics.items() if isinstance(value, int | float)}
-    return StepInfo(ref.step, committed_s=_created_s(manifest.created), metrics=metrics)
+    metrics = {name: float(value) for name, value in facts.metrics.items() if isinstance(value, int | float)}
+    return StepInfo(ref.step, committed_s=_created_s(facts.created), metrics=metrics)
 
 
 def _created_s(created: str) -> float | None:

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ckptengine.errors import CheckpointError, StorageFailed
-from ckptengine.operations.retain import apply_retention, plan_retention
+from ckptengine.operations.retain import Known, apply_retention, plan_retention
 from ckptengine.policy.keep import Keep
 from ckptengine.store import manifest as manifests
 from ckptengine.store import names
@@ -197,3 +197,30 @@ def test_interrupted_anywhere_the_rest_is_found_again(
     retain(tier, Keep(last=last))
     assert sorted(found.name for found in path.iterdir()) == [names.step_dir(n) for n in (10, 20, 30, 40)[-last:]]
     assert not list(path.glob("*/.*")), "nothing hidden is left"
+
+
+def test_a_manifest_that_was_seen_is_not_parsed_again_unless_its_bytes_changed(
+    tier: BlockingTier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path, 1, 2, 3)
+    known, parsed, decode = Known(), list[str](), manifests.decode
+
+    def counted(data: bytes, where: str) -> manifests.Manifest:
+        parsed.append(where)
+        return decode(data, where)
+
+    monkeypatch.setattr(manifests, "decode", counted)
+    assert plan_retention(tier, Keep(last=2), known=known).kept == (2, 3)
+    assert len(parsed) == 3
+    assert retain(tier, Keep(last=2), known=known) == [2, 3]
+    assert len(parsed) == 3
+    make(tmp_path, 4)
+    (newest,) = (tmp_path / "step-000000004").glob("manifest-*")
+    assert plan_retention(tier, Keep(last=2), known=known).kept == (3, 4)
+    assert len(parsed) == 4
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes(data)
+    plan = plan_retention(tier, Keep(last=1), known=known)
+    assert plan.anchor is not None
+    assert plan.anchor.step == 3, "what is damaged now is not relied on, though it was good before"

@@ -33,6 +33,7 @@ def apply_keeps(levels: Sequence[Level], upto: int, *, held: Held, node: Node, r
                 verified=verified,
                 protected=behind.pending if behind is not None else (),
                 ranks=node.ranks if level.is_directory and not last else None,
+                known=level.known,
             )
             apply_retention(level.flat, plan)
         except CheckpointError as failure:

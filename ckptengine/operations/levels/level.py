@@ -10,6 +10,7 @@ from ckptengine.errors import CheckpointError
 from ckptengine.operations.drain import Drain
 from ckptengine.operations.draining.commit import Named
 from ckptengine.operations.draining.transfer import DrainFile
+from ckptengine.operations.retain import Facts, Known
 from ckptengine.policy.cost import CostHistory
 from ckptengine.policy.interval import LastSave
 from ckptengine.policy.keep import Keep
@@ -26,10 +27,10 @@ class Landed:
     """One step that is committed on tier ``at``, as this rank knows it.
 
     ``files``: those that this rank carries on, by the number of the rank that wrote them: its own, and others' where a
-    job of another size goes on.  ``manifest`` has its encoded bytes, on rank 0.  ``all_the_way``: it goes to the root
-    whatever the intervals say (an explicit save, or what an earlier job left).  ``lies_on``: the tiers of those files
-    that have come further than ``at``.  ``records``: what a node's own tier has of the attempt, where a rank other than
-    0 sees to it.
+    job of another size goes on.  ``manifest`` has its encoded bytes, on rank 0, and ``facts`` what retention goes by.
+    ``all_the_way``: it goes to the root whatever the intervals say (an explicit save, or what an earlier job left).
+    ``lies_on``: the tiers of those files that have come further than ``at``.  ``records``: what a node's own tier has
+    of the attempt, where a rank other than 0 sees to it.
     """
 
     step: int
@@ -41,6 +42,7 @@ class Landed:
     at: int = 0
     lies_on: Mapping[int, int] = field(default_factory=dict)
     records: tuple[Named, ...] = ()
+    facts: Facts | None = None
 
     @property
     def manifest_name(self) -> str:
@@ -62,7 +64,7 @@ class Landed:
 class Level:
     """One tier of a checkpointer, and what is known of the steps on it.
 
-    ``own``: this node has seen that no other one shares it.
+    ``own``: this node has seen that no other one shares it.  ``known``: the manifests that retention has seen there.
     """
 
     spec: Tier
@@ -73,7 +75,14 @@ class Level:
     last: LastSave | None = None
     costs: CostHistory = field(default_factory=CostHistory)
     verified: set[int] = field(default_factory=set)
+    known: Known = field(default_factory=Known)
     own: bool = False
+
+    def has(self, landed: Landed) -> None:
+        """A step is here as it was sent."""
+        self.verified.add(landed.step)
+        if landed.manifest is not None and landed.facts is not None:
+            self.known.add(landed.manifest_name, landed.manifest, landed.facts)
 
     @property
     def is_directory(self) -> bool:

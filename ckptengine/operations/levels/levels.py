@@ -314,7 +314,7 @@ class Levels:
     def _carry(self, way: Way, number: int) -> None:
         """Put a step on its way to tier ``number``, and from there on; ends by itself behind the last one."""
         if number > way.reach:
-            self._levels[way.reach].verified.add(way.landed.step)
+            self._levels[way.reach].has(way.landed)
             self._retain(upto=way.reach)
             way.done.set_result(way.reach)
             return
@@ -343,7 +343,7 @@ class Levels:
             return
         finally:
             # Only now, when the drain protects it: retention must not take what is still to be carried on.
-            source.verified.add(landed.step)
+            source.has(landed)
         carried.add_done_callback(arrived)
 
     def _strand(self, way: Way, number: int, error: BaseException) -> None:

@@ -10,6 +10,7 @@ from ckptengine.errors import CheckpointError, NotFound, SaveFailed
 from ckptengine.operations.levels.level import Landed
 from ckptengine.operations.levels.levels import Levels
 from ckptengine.operations.levels.tally import Tally
+from ckptengine.operations.retain import Facts
 from ckptengine.operations.saving.in_flight import SaveJob
 from ckptengine.store.history import CommitRef
 
@@ -96,6 +97,7 @@ class Onward:
             save=job.number,
             files={self._levels.rank: job.record},
             manifest=job.manifest.encode() if job.manifest is not None else None,
+            facts=Facts.of(job.manifest) if job.manifest is not None else None,
             all_the_way=job.all_the_way,
         )
         levels.landed(landed, arrived, tried).add_done_callback(ended)

@@ -70,9 +70,13 @@ def _verify_foreign(source: Source, progress: Progress | None) -> Verdict:
             tensors.append(source.tensor(name))
         except CheckpointError as error:
             problems.append(error)
+    try:
+        source.values()
+    except CheckpointError as error:
+        problems.append(error)
     whole = source.checksums() if isinstance(source, Checksummed) else {}
     problems += _verify_files(source.files, whole, progress)
-    zips = ZipCheck(source, [fragment for tensor in tensors for fragment in tensor.fragments])
+    zips = ZipCheck(source, [fragment for tensor in tensors for fragment in tensor.fragments], whole)
     problems += zips.run(progress)
     unproven = 0
     for tensor in tensors:
@@ -81,8 +85,7 @@ def _verify_foreign(source: Source, progress: Progress | None) -> Verdict:
             _verify_tensor(source, tensor, recompute=not checked and tensor.name not in source.aliases())
         except CheckpointError as error:
             problems.append(error)
-        listed = all(fragment.file in whole for fragment in tensor.fragments)
-        unproven += tensor.digest is None and not checked and not listed
+        unproven += tensor.digest is None and not checked
     return Verdict(problems, unproven)
 
 

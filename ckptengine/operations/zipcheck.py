@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 from ckptengine.errors import CheckpointError, UnreadableFormat
 from ckptengine.layout.tensor import Fragment
+from ckptengine.sources.files import INLINE
 from ckptengine.sources.port import HoldsZips, Source
 from ckptengine.sources.torchzip import TorchZip, is_torch_file
 
@@ -15,14 +16,19 @@ Progress = Callable[[int, int], None]
 
 
 class ZipCheck:
-    """The zips in which a source's tensors lie: whole files, and those inside of larger ones that it knows of."""
+    """The zips in which a source's tensors lie: whole files, and those inside of larger ones that it knows of.
 
-    def __init__(self, source: Source, fragments: Sequence[Fragment]) -> None:
+    ``known``: files of which all is checked in another way.
+    """
+
+    def __init__(self, source: Source, fragments: Sequence[Fragment], known: Collection[str] = ()) -> None:
         self._files = source.files
-        self._places = list(source.zips()) if isinstance(source, HoldsZips) else []
+        self._known = known
+        inside = source.zips() if isinstance(source, HoldsZips) else ()
+        self._places = [place for place in inside if place[0] not in known]
         larger = {path for path, _, _ in self._places}
-        for path in sorted({fragment.file for fragment in fragments} - larger):
-            if path and is_torch_file(self._files, path):
+        for path in sorted({fragment.file for fragment in fragments if _is_of_a_file(fragment)} - larger):
+            if path not in known and is_torch_file(self._files, path):
                 self._places.append((path, 0, self._files.size(path)))
         self._checked: dict[str, list[tuple[int, int]]] = {}
 
@@ -50,7 +56,14 @@ class ZipCheck:
             places.sort()
 
     def covers(self, fragment: Fragment) -> bool:
-        """Whether a fragment lies in what has been checked."""
+        """Whether a fragment lies in what has been checked, or in none of the files."""
+        if fragment.file in self._known or not _is_of_a_file(fragment):
+            return True
         places = self._checked.get(fragment.file, [])
         at = bisect.bisect_right(places, (fragment.offset, math.inf)) - 1
         return at >= 0 and fragment.offset < sum(places[at])
+
+
+def _is_of_a_file(fragment: Fragment) -> bool:
+    """Not empty, and no number that the source found among its values when it was opened."""
+    return bool(fragment.file) and INLINE not in fragment.file

@@ -110,8 +110,10 @@ def test_ls_and_show_write_numbers_for_people(capsys: pytest.CaptureFixture[str]
 def test_verify_says_what_it_can(capsys: pytest.CaptureFixture[str]) -> None:
     assert said(capsys, "verify", "run") == "run: step 2 holds: 2 tensors of a native checkpoint\n"
     assert said(capsys, "verify", "run@1") == "run@1: step 1 holds: 2 tensors of a native checkpoint\n"
+    assert said(capsys, "verify", "dcp") == "dcp: holds: 1 tensor of a dcp checkpoint\n"
+    assert said(capsys, "convert", "dcp", "st", "--to", "safetensors")
     can = "; it records no digests: all that can be told is that their bytes can be read"
-    assert said(capsys, "verify", "dcp") == f"dcp: holds: 1 tensor of a dcp checkpoint{can}\n"
+    assert said(capsys, "verify", "st") == f"st: holds: 1 tensor of a safetensors checkpoint{can}\n"
     flip(Path("run"), 2)
     text = said(capsys, "verify", "run@2", status=1)
     assert text.endswith("run@2: DAMAGED, 1 problem\n")

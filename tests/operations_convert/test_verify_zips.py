@@ -114,3 +114,12 @@ def test_a_damaged_pickle_is_not_read(tmp_path: Path) -> None:
     assert torch.load(tmp_path / "two.pt", weights_only=True)["lr"] != 0.125, "torch does not notice"
     with pytest.raises(DigestMismatch, match=r"data\.pkl.*two\.pt"):
         open_any(tmp_path / "two.pt")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_values_that_are_not_there_are_told(tmp_path: Path) -> None:
+    save({"note": {"lr": 0.5}}, checkpoint_id=tmp_path, no_dist=True)
+    assert verify(open_any(tmp_path)).problems == []
+    (tmp_path / "__0_0.distcp").unlink()
+    (problem,) = verify(open_any(tmp_path)).problems
+    assert "__0_0.distcp" in str(problem)

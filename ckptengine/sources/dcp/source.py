@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -108,8 +109,9 @@ class DcpItems:
         """See `ckptengine.sources.port.HoldsZips`."""
         chunks = (chunk.item for record in metadata.tensors.values() for chunk in record.chunks)
         for item in (*chunks, *metadata.objects.values()):
-            if item is not None and self._is_zip(item):
-                yield item.path, item.offset, item.nbytes
+            with contextlib.suppress(NotFound):  # told of the tensors that lie there
+                if item is not None and self._is_zip(item):
+                    yield item.path, item.offset, item.nbytes
 
     def _is_zip(self, item: Item) -> bool:
         head = self._files.read(item.path, item.offset, min(9, item.nbytes))

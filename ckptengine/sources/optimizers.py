@@ -52,7 +52,8 @@ def _walk(values: object, path: tuple[str | int, ...], found: list[Optimizer]) -
         return
     if isinstance(values, list):
         for number, item in enumerate(values):
-            _walk(item, (*path, number), found)
+            if isinstance(item, dict | list):  # there may be very many numbers
+                _walk(item, (*path, number), found)
     if not isinstance(values, dict):
         return
     groups: Any = values.get("param_groups")

@@ -78,11 +78,11 @@ def _verify_foreign(source: Source, progress: Progress | None) -> Verdict:
     problems += _verify_files(source.files, whole, progress)
     zips = ZipCheck(source, [fragment for tensor in tensors for fragment in tensor.fragments], whole)
     problems += zips.run(progress)
-    unproven = 0
+    unproven, aliases = 0, source.aliases()
     for tensor in tensors:
         checked = all(zips.covers(fragment) for fragment in tensor.fragments)
         try:
-            _verify_tensor(source, tensor, recompute=not checked and tensor.name not in source.aliases())
+            _verify_tensor(source, tensor, recompute=not checked and tensor.name not in aliases)
         except CheckpointError as error:
             problems.append(error)
         unproven += tensor.digest is None and not checked

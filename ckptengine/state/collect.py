@@ -104,13 +104,9 @@ class Collector:
         self.walk.tensor_dicts[name] = TensorDict(value, items)
         return items
 
-    def _entry(self, value: object, name: str) -> Any:
+    def _entry(self, value: Any, name: str) -> Any:
         """A tensor of a dict of nothing else."""
-        described = self._quick(name, value, _role_of(value), self._eager)
-        if described is None:
-            return self._leaf(value, name)
-        self._bare.setdefault(id(value), (value, name, described))  # type: ignore[arg-type]
-        return {"$": "tensor", "name": name}
+        return {"$": "tensor", "name": self._tensor(value, name)}
 
     def _confirmable(self) -> bool:
         """Whether tensors here are those of the state itself: not an object's, one rank's, or an optimizer's."""
@@ -118,7 +114,7 @@ class Collector:
 
     def _leaf(self, value: object, name: str) -> Any:
         if isinstance(value, _TENSORS):
-            return {"$": "tensor", "name": self._tensor(value, name)}
+            return self._entry(value, name)
         if isinstance(value, nn.Module):
             return self._module(value, name)
         if isinstance(value, Optimizer):
@@ -136,17 +132,21 @@ class Collector:
 
     def _tensor(self, value: TensorLike, name: str, *, in_container: bool = True) -> str:
         parameter = self._parameter
-        if not self._in_object and (parameter is None or parameter.sharding is None):
+        if (
+            isinstance(value, torch.Tensor)
+            and not self._in_object
+            and (parameter is None or parameter.sharding is None)
+        ):
             role: Role = "optimizer" if parameter is not None else _role_of(value)
             described = self._quick(name, value, role, parameter is None and self._eager)
             if described is not None:
                 if in_container:
                     self.walk.in_containers[name] = value
                 if parameter is None:
-                    self._bare.setdefault(id(value), (value, name, described))  # type: ignore[arg-type]
+                    self._bare.setdefault(id(value), (value, name, described))
                 return name
-        if self._parameter is not None and isinstance(value, torch.Tensor):
-            described = optimizers.describe_state(value, name, self._parameter, meta_ok=self._meta_ok)
+        if parameter is not None and isinstance(value, torch.Tensor):
+            described = optimizers.describe_state(value, name, parameter, meta_ok=self._meta_ok)
             return self._add(name, described, value, "optimizer", False, in_container=in_container)
         described = describe(value, name, meta_ok=self._meta_ok)
         if self._in_object:
@@ -158,17 +158,17 @@ class Collector:
         self._bare.setdefault(id(tensor), (tensor, name, described))
         return stored
 
-    def _quick(self, name: str, value: object, role: Role, eager: bool) -> Described | None:
+    def _quick(self, name: str, value: TensorLike, role: Role, eager: bool) -> Described | None:
         """Record a whole tensor with memory of its own as `describe` and `_add` would, in a third of the time; None for
         anything but this most frequent kind, of which nothing is recorded."""
-        if type(value) not in PLAIN_TYPES or self._rank is not None:
+        if isinstance(value, Sharded) or type(value) not in PLAIN_TYPES or self._rank is not None:
             return None
-        described = describe_plain(value)  # type: ignore[arg-type]
+        described = describe_plain(value)
         walk = self.walk
         if described is None or name in walk.found or name in walk.aliases:
             return None
         tensor, shape = described.tensor, described.global_shape
-        found = Found(name, described, value, role, eager or (not shape and tensor.is_cpu), self._owned)  # type: ignore[arg-type]
+        found = Found(name, described, value, role, eager or (not shape and tensor.is_cpu), self._owned)
         if self._first.setdefault(tensor.data_ptr(), found) is not found:
             return None
         walk.found[name] = found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -19,10 +20,10 @@ _DISABLED = torch.Tensor.__torch_dispatch__
 
 def local_of(tensor: torch.Tensor | Sharded) -> torch.Tensor:
     """The tensor that has this rank's memory."""
-    if type(tensor) in PLAIN_TYPES:
-        return tensor  # type: ignore[return-value]
     if isinstance(tensor, Sharded):
         return tensor.tensor
+    if type(tensor) in PLAIN_TYPES:
+        return tensor
     return held_by(tensor._local_tensor if isinstance(tensor, DTensor) else tensor)
 
 
@@ -31,9 +32,10 @@ def held_by(tensor: torch.Tensor) -> torch.Tensor:
     are cast to float8 when FSDP2 gathers them).  Else ``tensor`` itself."""
     while (kind := type(tensor)) not in PLAIN_TYPES and not is_plain_subclass(kind):
         # Torch's own wrappers mean more: one waits for a collective, others are of its compiler.
-        if kind.__module__.startswith("torch.") or not hasattr(kind, "__tensor_flatten__"):
+        flatten: Any = getattr(tensor, "__tensor_flatten__", None)
+        if flatten is None or kind.__module__.startswith("torch."):
             break
-        names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+        names, _ = flatten()
         inner = getattr(tensor, names[0]) if len(names) == 1 else None
         if not isinstance(inner, torch.Tensor) or _kind(inner) != _kind(tensor):
             break
@@ -41,10 +43,9 @@ def held_by(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def is_plain_subclass(kind: type) -> bool:
+def is_plain_subclass(kind: Any) -> bool:
     """Whether tensors of a class compute as any other, from memory of their own."""
-    dispatch: object = kind.__torch_dispatch__  # type: ignore[attr-defined]
-    return dispatch is _DISABLED
+    return kind.__torch_dispatch__ is _DISABLED
 
 
 def _kind(tensor: torch.Tensor) -> tuple[object, ...]:

@@ -9,6 +9,7 @@ in whatever is saved by one rank.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeGuard
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 def is_led(part: nn.Module) -> bool:
     """Whether ``part`` is a DistributedDataParallel that takes its buffers from another rank."""
-    return _broadcasts(part) and int(part.process_group.rank()) > 0  # type: ignore[union-attr,operator]
+    return _broadcasts(part) and part.process_group.rank() > 0
 
 
 def led_buffers(parts: Sequence[nn.Module]) -> frozenset[int]:
@@ -31,15 +32,14 @@ def led_buffers(parts: Sequence[nn.Module]) -> frozenset[int]:
     return frozenset(led | ({id(buffer) for buffer in _statistics(parts)} - leads))
 
 
-def _broadcasts(part: nn.Module) -> bool:
+def _broadcasts(part: nn.Module) -> TypeGuard[DistributedDataParallel]:
     """Not where a hook says what becomes of buffers, nor under the join context, which takes them from any rank."""
     if not isinstance(part, DistributedDataParallel) or not part.broadcast_buffers:
         return False
     return not (hasattr(part, "buffer_hook") or part._join_config.enable)
 
 
-def _broadcast_by(part: nn.Module) -> Iterator[torch.Tensor]:
-    assert isinstance(part, DistributedDataParallel)
+def _broadcast_by(part: DistributedDataParallel) -> Iterator[torch.Tensor]:
     ignored = part.parameters_to_ignore
     return (buffer for name, buffer in part.module.named_buffers() if name not in ignored)
 

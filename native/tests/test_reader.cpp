@@ -1,17 +1,11 @@
 #include <cerrno>
 #include <cstring>
 
-#include "fault.hpp"
+#include "engine_tools.hpp"
 #include "reader.hpp"
-#include "scratch.hpp"
 
 namespace ckpt::test {
 namespace {
-
-struct FaultScope {
-    FaultScope() { disarm_faults(); }
-    ~FaultScope() { disarm_faults(); }
-};
 
 struct Wanted {
     std::vector<std::vector<std::uint8_t>> memory;
